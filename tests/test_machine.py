@@ -1,0 +1,65 @@
+import os
+
+from paged_kv.machine import available_memory, num_cpus
+
+MEMINFO = "MemTotal: 900 kB\nMemAvailable:    800 kB\n"
+
+
+def machine_of(tmp_path, *, cgroups="0::/\n", files=None):
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(MEMINFO)
+    (proc / "self/cgroup").write_text(cgroups)
+    for name, text in (files or {}).items():
+        (cgroup / name).parent.mkdir(parents=True, exist_ok=True)
+        (cgroup / name).write_text(text)
+    return proc, cgroup
+
+
+def test_this_machine_has_memory_and_a_cpu():
+    assert available_memory() > 2**20
+    assert 1 <= num_cpus() <= len(os.sched_getaffinity(0))
+
+
+def test_without_a_control_group_the_system_decides(tmp_path):
+    assert available_memory(*machine_of(tmp_path)) == 800 * 1024
+
+
+def test_a_group_leaves_its_limit_less_its_use_plus_the_file_cache(tmp_path):
+    stat = "anon 1\ninactive_file 30000\n"
+    files = {"memory.max": "500000", "memory.current": "400000", "memory.stat": stat}
+    assert available_memory(*machine_of(tmp_path, files=files)) == 130000
+
+
+def test_the_tightest_group_on_the_way_up_counts(tmp_path):
+    files = {
+        "a/b/memory.max": "max\n",
+        "a/b/memory.current": "10",
+        "a/memory.max": "1000\n",
+        "a/memory.current": "400\n",
+    }
+    machine = machine_of(tmp_path, cgroups="0::/a/b\n", files=files)
+    assert available_memory(*machine) == 600
+
+
+def test_version_1_groups_are_read_too(tmp_path):
+    files = {
+        "memory/x/memory.limit_in_bytes": "5000",
+        "memory/x/memory.usage_in_bytes": "4000",
+        "memory/x/memory.stat": "total_inactive_file 7\ninactive_file 1\n",
+        "cpu/x/cpu.cfs_quota_us": "100000",
+        "cpu/x/cpu.cfs_period_us": "100000",
+    }
+    machine = machine_of(tmp_path, cgroups="4:memory:/x\n3:cpu,cpuacct:/x\n", files=files)
+    assert available_memory(*machine) == 1007
+    assert num_cpus(*machine) == 1
+
+
+def test_a_quota_of_half_a_cpu_is_one_thread_and_no_quota_is_no_cap(tmp_path):
+    assert num_cpus(*machine_of(tmp_path / "half", files={"cpu.max": "50000 100000\n"})) == 1
+    assert num_cpus(*machine_of(tmp_path / "none", files={"cpu.max": "max 100000\n"})) == num_cpus()
+
+
+def test_unreadable_files_are_no_limit(tmp_path):
+    assert available_memory(tmp_path, tmp_path) is None
+    assert num_cpus(tmp_path, tmp_path) == len(os.sched_getaffinity(0))
