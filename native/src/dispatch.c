@@ -1,0 +1,64 @@
+/* Which kernel runs: one table, best first.  PAGED_KV_KERNEL names another one.
+ *
+ * Compiled without flags for any instruction set, so that it can run, and choose, anywhere.
+ */
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../include/paged_kv.h"
+#include "kernels/kernel.h"
+
+static int always(void) { return 1; }
+
+#ifdef PKV_HAVE_AVX2
+static int has_avx2(void) {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+static const struct {
+  const pkv_kernel *kernel;
+  int (*is_available)(void);
+} kernels[] = {
+#ifdef PKV_HAVE_AVX2
+    {&pkv_kernel_avx2, has_avx2},
+#endif
+    {&pkv_kernel_portable, always},
+};
+enum { NUM_KERNELS = sizeof kernels / sizeof kernels[0], NOT_CHOSEN = -2, NONE = -1 };
+
+static atomic_int active = NOT_CHOSEN;
+
+static int choose(void) {
+  const char *wanted = getenv("PAGED_KV_KERNEL");
+  for (int i = 0; i < NUM_KERNELS; i++)
+    if (kernels[i].is_available() && (!wanted || !*wanted || strcmp(wanted, kernels[i].kernel->name) == 0))
+      return i;
+  return NONE;
+}
+
+const char *pkv_kernel_name(int32_t index) {
+  return index >= 0 && index < NUM_KERNELS ? kernels[index].kernel->name : NULL;
+}
+
+int32_t pkv_kernel_is_available(int32_t index) {
+  return index >= 0 && index < NUM_KERNELS && kernels[index].is_available();
+}
+
+pkv_status pkv_kernel_select(int32_t index) {
+  if (!pkv_kernel_is_available(index)) return PKV_BAD_ARGUMENT;
+  active = index;
+  return PKV_OK;
+}
+
+int32_t pkv_kernel_active(void) {
+  if (active == NOT_CHOSEN) active = choose();
+  return active;
+}
+
+const pkv_kernel *pkv_active_kernel(void) {
+  int32_t index = pkv_kernel_active();
+  return index < 0 ? NULL : kernels[index].kernel;
+}

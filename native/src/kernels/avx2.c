@@ -1,0 +1,38 @@
+/* The verbs in AVX2 with FMA and F16C. */
+#include <immintrin.h>
+#include <string.h>
+
+#include "../../include/paged_kv.h"
+#include "kernel.h"
+
+#define KERNEL pkv_kernel_avx2
+#define KERNEL_NAME "avx2"
+enum { WIDTH = 8 };
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+static inline vec vec_fma(vec a, vec b, vec c) {
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
+/* The sum as a tree: halves onto each other, until one is left. */
+static inline float vec_sum(vec x) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
+
+static inline vec vec_from_bfloat16(halves x) {
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);
+}
+
+static inline vec vec_from_float16(halves x) { return (vec)_mm256_cvtph_ps((__m128i)x); }
+
+static inline halves vec_to_float16(vec x) {
+  return (halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#include "body.h"

@@ -1,0 +1,53 @@
+/* What an instruction set provides: four steps of attention on one row, and the conversions of stored values.
+ *
+ * A kernel knows neither pages nor sequences.  It gets a run, up to PKV_RUN_TOKENS token addresses that its q
+ * row sees, and folds it into the row's state: per q head the maximum of its scores, the sum of their
+ * exponentials and the accumulated values.  Scores are in units of log2, so that exponentials are powers
+ * of 2.
+ */
+#ifndef PKV_KERNEL_H
+#define PKV_KERNEL_H
+#include <stdint.h>
+
+enum { PKV_RUN_TOKENS = 64, PKV_SPAN_TOKENS = 256, PKV_MAX_HEAD_DIM = 256 };
+
+typedef struct {
+  int32_t num_tokens;
+  int32_t dtype;                 /* pkv_dtype of k and v */
+  int32_t head_dim;              /* a multiple of 8, at most PKV_MAX_HEAD_DIM */
+  int32_t group;                 /* q heads that share a kv head */
+  const char *k[PKV_RUN_TOKENS]; /* the token's row, kv head 0 */
+  const char *v[PKV_RUN_TOKENS];
+} pkv_run;
+
+/* The state of some q heads of one row: softmax seen so far. */
+typedef struct {
+  float *maximum;     /* [heads], -inf before the first run */
+  float *sum;         /* [heads], of 2^(score - maximum) */
+  float *accumulated; /* [heads, head_dim], of 2^(score - maximum) * v */
+} pkv_state;
+
+typedef struct {
+  const char *name;
+  /* q times scale, count values. */
+  void (*prepare_q)(float *prepared, const float *q, float scale, int64_t count);
+  /* Fold a run of one kv head, k_offset and v_offset bytes into its tokens, into its group's state. */
+  void (*fold_run)(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q, pkv_state state);
+  /* Fold `later`, the state over tokens that come after, into `state`. */
+  void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim);
+  /* out[head] = accumulated / sum. */
+  void (*finish)(float *out, pkv_state state, int32_t num_heads, int32_t head_dim);
+  /* float32 to what is stored and back; count is a multiple of 8. */
+  void (*narrow)(char *stored, const float *values, int64_t count, int32_t dtype);
+  void (*widen)(float *values, const char *stored, int64_t count, int32_t dtype);
+} pkv_kernel;
+
+extern const pkv_kernel pkv_kernel_portable;
+#ifdef PKV_HAVE_AVX2
+extern const pkv_kernel pkv_kernel_avx2;
+#endif
+
+/* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available. */
+const pkv_kernel *pkv_active_kernel(void);
+
+#endif

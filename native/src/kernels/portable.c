@@ -1,0 +1,47 @@
+/* The verbs in plain C over vectors of four floats: the kernel to read first, and the one that runs anywhere.
+ */
+#include <string.h>
+
+#include "../../include/paged_kv.h"
+#include "kernel.h"
+
+#define KERNEL pkv_kernel_portable
+#define KERNEL_NAME "portable"
+enum { WIDTH = 4 };
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+static inline vec vec_fma(vec a, vec b, vec c) { return a * b + c; }
+
+/* The sum as a tree: halves onto each other, until one is left. */
+static inline float vec_sum(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
+
+static inline vec vec_from_bfloat16(halves x) { return (vec)(__builtin_convertvector(x, ivec) << 16); }
+
+/* Exponent and fraction move into place; multiplying by 2^112 mends the exponent's bias, of the subnormal
+ * too. */
+static inline vec vec_from_float16(halves x) {
+  ivec bits = __builtin_convertvector(x, ivec);
+  ivec magnitude = bits & 0x7fff;
+  ivec is_special = magnitude >= 0x7c00; /* inf and NaN keep the largest exponent */
+  vec value = (vec)(magnitude << 13) * 0x1p112f;
+  return (vec)((ivec)value | (is_special & 0x7f800000) | (bits & 0x8000) << 16);
+}
+
+/* The finite ones are within +-65504 here. */
+static inline halves vec_to_float16(vec x) {
+  ivec bits = (ivec)x;
+  ivec magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+  ivec normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  /* Below 2^-14, adding 0.5 rounds to multiples of 2^-24, the unit of float16's subnormals. */
+  ivec subnormal = (ivec)((vec)magnitude + 0.5f) - 0x3f000000;
+  ivec special = 0x7c00 | ((magnitude > 0x7f800000) & 0x200);
+  ivec is_subnormal = magnitude < 0x38800000, is_special = magnitude >= 0x7f800000;
+  ivec finite = (is_subnormal & subnormal) | (~is_subnormal & normal);
+  return __builtin_convertvector(((is_special & special) | (~is_special & finite)) | sign, halves);
+}
+
+#include "body.h"

@@ -1,0 +1,111 @@
+/* Tables, steps and append alone: a step measures, reserves, commits or leaves no trace. */
+#undef NDEBUG
+#include <assert.h>
+#include <string.h>
+
+#include "paged_kv.h"
+
+enum {
+  PAGE_SIZE = 16,
+  NUM_PAGES = 5,
+  ROWS = 3,
+  RING = 4,
+  HEAD_DIM = 8,
+  BLOCK = 2 * PAGE_SIZE * HEAD_DIM * 4
+};
+
+static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS];
+static const pkv_tables tables = {page_ids, seq_lens, reserved_lens, 7,
+                                  ROWS,     RING,     PAGE_SIZE,     RING * PAGE_SIZE};
+
+static int64_t key(int64_t row) { return (int64_t)7 << 32 | row; }
+
+static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
+  int64_t keys[2] = {key(2), key(0)};
+  int32_t counts[2] = {17, 3};
+  pkv_step_size size;
+  pkv_refusal refusal;
+  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OK);
+  assert(size.num_tokens == 20 && size.num_pages == 3 && size.num_new_pages == 3);
+  assert(reserved_lens[2] == 0);
+  int64_t plan[64];
+  assert(pkv_step_plan(pool, &tables, 2, keys, counts, (int32_t *)plan) == PKV_OK);
+  assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  assert(plan[16] == (int64_t)page_ids[2 * RING + 1] * PAGE_SIZE);
+  int32_t rows[2] = {2, 0};
+  assert(pkv_step_measure(pool, &tables, 1, keys, counts, &size, &refusal) == PKV_SEQUENCE_BUSY);
+  assert(pkv_tables_reset(pool, &tables, 2) == PKV_SEQUENCE_BUSY);
+  assert(pkv_step_rollback(pool, &tables, 2, rows) == PKV_OK);
+  assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+
+  assert(pkv_step_plan(pool, &tables, 2, keys, counts, (int32_t *)plan) == PKV_OK);
+  assert(pkv_step_commit(&tables, 2, rows) == PKV_OK);
+  assert(seq_lens[2] == 17 && seq_lens[0] == 3);
+  pkv_pages pages = {pkv_pool_data(pool),
+                     pkv_pool_data(pool) + BLOCK / 2,
+                     BLOCK,
+                     BLOCK,
+                     HEAD_DIM * 4,
+                     BLOCK,
+                     BLOCK,
+                     HEAD_DIM * 4,
+                     PKV_FLOAT32,
+                     PAGE_SIZE,
+                     1,
+                     HEAD_DIM};
+  float k[20 * HEAD_DIM], v[20 * HEAD_DIM], k_back[20 * HEAD_DIM], v_back[20 * HEAD_DIM];
+  for (int i = 0; i < 20 * HEAD_DIM; i++) k[i] = (float)i, v[i] = (float)-i;
+  assert(pkv_append(&pages, 20, plan, k, v) == PKV_OK);
+  assert(pkv_gather(&pages, 20, plan, k_back, v_back) == PKV_OK);
+  assert(memcmp(k, k_back, sizeof k) == 0 && memcmp(v, v_back, sizeof v) == 0);
+}
+
+static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
+  int64_t keys[3] = {key(1), key(0), key(1)};
+  int32_t counts[3] = {1, 1, 1};
+  pkv_step_size size;
+  pkv_refusal refusal;
+  assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_SEQUENCE_TWICE);
+  assert(refusal.index == 2 && reserved_lens[1] == 0 && reserved_lens[0] == 3);
+  keys[2] = -1;
+  assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_STALE_SEQUENCE);
+  keys[2] = key(ROWS);
+  assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_STALE_SEQUENCE);
+  keys[2] = (int64_t)8 << 32;
+  assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_STALE_SEQUENCE);
+  counts[0] = RING * PAGE_SIZE + 1;
+  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_SEQUENCE_TOO_LONG);
+  assert(refusal.index == 0 && refusal.asked == 65 && refusal.available == 64);
+  counts[0] = 2 * PAGE_SIZE + 1;
+  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OUT_OF_PAGES);
+  assert(refusal.asked == 3 && refusal.available == 2);
+  int64_t plan[256]; /* planned all the same, it takes nothing */
+  assert(pkv_step_plan(pool, &tables, 2, keys, counts, (int32_t *)plan) == PKV_OUT_OF_PAGES);
+  assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  assert(pkv_tables_reset(pool, &tables, -1) == PKV_BAD_ARGUMENT);
+}
+
+static void a_stray_write_into_the_tables_is_found(pkv_pool *pool) {
+  int32_t kept = page_ids[2 * RING];
+  page_ids[2 * RING] = page_ids[0];
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
+  page_ids[2 * RING] = NUM_PAGES;
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
+  page_ids[2 * RING] = kept;
+  seq_lens[1] = 1;
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
+  seq_lens[1] = 0;
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+}
+
+int main(void) {
+  pkv_pool *pool = NULL;
+  assert(pkv_pool_create(NUM_PAGES, BLOCK, &pool) == PKV_OK);
+  a_step_commits_or_leaves_no_trace(pool);
+  what_cannot_be_is_refused_by_name(pool);
+  a_stray_write_into_the_tables_is_found(pool);
+  assert(pkv_tables_reset(pool, &tables, 2) == PKV_OK && pkv_tables_reset(pool, &tables, 0) == PKV_OK);
+  assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  pkv_pool_destroy(pool);
+  return 0;
+}

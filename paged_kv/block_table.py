@@ -1,0 +1,242 @@
+"""Block tables: which pages hold a sequence's tokens, in order, and how a batch of sequences grows.
+
+Token t of the sequence in row r lives in page ``page_ids[r, t // page_size]`` at offset ``t % page_size``.
+The arrays lie here and C works on them in place, for a whole batch in one call.
+
+    seq_lens[r]       tokens that are committed
+    reserved_lens[r]  and those of an open step: more than seq_lens[r] just while the row stands in one
+
+A sequence is named by a key: the cache's number and its row in one integer, -1 once it is freed.
+
+Imports pool.  Imported by store.  The caller holds the cache's lock.
+"""
+
+import itertools
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._binding import check, ffi, lib
+from .errors import (
+    ArgumentError,
+    OutOfPages,
+    OutOfSequences,
+    SequenceBusy,
+    SequenceTooLong,
+    StaleSequence,
+)
+from .pool import PagePool
+
+#: Positions are int32.
+MOST_TOKENS = 2**31 - 1
+
+_cache_ids = itertools.count()
+
+
+class BlockTables:
+    """The rows of `max_sequences` sequences over one pool."""
+
+    def __init__(self, pool: PagePool, page_size: int, max_sequences: int, max_seq_len: int) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.max_sequences = max_sequences
+        self.max_seq_len = max_seq_len
+        # Untouched zeros: the rows of sequences that never come cost no memory.
+        self.page_ids = np.zeros((max_sequences, -(-max_seq_len // page_size)), np.int32)
+        self.seq_lens = np.zeros(max_sequences, np.int32)
+        self.reserved_lens = np.zeros(max_sequences, np.int32)
+        self._first_key = (next(_cache_ids) & 0x7FFFFFFF) << 32
+        self._free_rows = list(range(max_sequences - 1, -1, -1))
+        arrays = (self.page_ids, self.seq_lens, self.reserved_lens)
+        self._pointers = [ffi.from_buffer("int32_t[]", array) for array in arrays]
+        self._tables = ffi.new(
+            "pkv_tables *",
+            {
+                "page_ids": self._pointers[0],
+                "seq_lens": self._pointers[1],
+                "reserved_lens": self._pointers[2],
+                "cache_id": self._first_key >> 32,
+                "max_sequences": max_sequences,
+                "ring_pages": self.page_ids.shape[1],
+                "page_size": page_size,
+                "max_seq_len": max_seq_len,
+            },
+        )
+
+    # ---- rows
+
+    @property
+    def num_sequences(self) -> int:
+        return self.max_sequences - len(self._free_rows)
+
+    def new_key(self) -> int:
+        """The key of an empty row; OutOfSequences when all are taken."""
+        if not self._free_rows:
+            raise OutOfSequences(
+                f"all {self.max_sequences} sequences are in use; "
+                "free one, or build a cache with a larger max_sequences"
+            )
+        return self._first_key | self._free_rows.pop()
+
+    def row(self, key: int) -> int:
+        """The row that a key names; StaleSequence when it names none of these."""
+        if key < 0 or key & ~0xFFFFFFFF != self._first_key:
+            raise StaleSequence("the sequence was freed, or is another cache's")
+        return key & 0xFFFFFFFF
+
+    def idle_row(self, key: int) -> int:
+        """The row that a key names, which stands in no step; StaleSequence, SequenceBusy."""
+        row = self.row(key)
+        if self.reserved_lens[row] != self.seq_lens[row]:
+            raise SequenceBusy("the sequence stands in an open step; commit it or roll it back first")
+        return row
+
+    def reset(self, key: int) -> None:
+        """Give a row's pages back; it is empty then."""
+        check(lib.pkv_tables_reset(self.pool.handle, self._tables, self.idle_row(key)), "reset")
+
+    def free(self, key: int) -> None:
+        """Give a row's pages back, and the row."""
+        self.reset(key)
+        self._free_rows.append(self.row(key))
+
+    def slots(self, row: int) -> NDArray[np.int64]:
+        """The slots of a row's committed tokens, in order."""
+        positions = np.arange(self.seq_lens[row])
+        pages, offsets = np.divmod(positions, self.page_size)
+        slots: NDArray[np.int64] = self.page_ids[row, pages] * np.int64(self.page_size) + offsets
+        return slots
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed tokens, of all sequences."""
+        return int(self.seq_lens.sum())
+
+    # ---- steps
+
+    def plan(self, keys: NDArray[np.int64], counts: NDArray[np.int32]) -> "Plan":
+        """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
+
+        Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
+        Cost: two C calls; O(tokens + pages of the batch).
+        """
+        num_seqs = len(keys)
+        keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int32_t[]", counts)
+        size, refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
+        status = lib.pkv_step_measure(
+            self.pool.handle, self._tables, num_seqs, keys_at, counts_at, size, refusal
+        )
+        if status != lib.PKV_OK:
+            self._refuse(status, refusal)
+        plan = Plan(num_seqs, size.num_tokens, size.num_pages)
+        check(
+            lib.pkv_step_plan(self.pool.handle, self._tables, num_seqs, keys_at, counts_at, plan.pointer),
+            "plan",
+        )
+        return plan
+
+    def commit(self, plan: "Plan") -> None:
+        check(lib.pkv_step_commit(self._tables, plan.num_seqs, plan.at("rows")), "commit")
+
+    def rollback(self, plan: "Plan") -> None:
+        check(
+            lib.pkv_step_rollback(self.pool.handle, self._tables, plan.num_seqs, plan.at("rows")), "rollback"
+        )
+
+    def check(self) -> None:
+        """Raise InvariantViolation unless every page's references are explained by the rows."""
+        free_rows = np.array(self._free_rows, np.int32)
+        if len(np.unique(free_rows)) != len(free_rows) or self.reserved_lens[free_rows].any():
+            check(lib.PKV_INVARIANT, "the list of free rows")
+        check(lib.pkv_tables_check(self.pool.handle, self._tables, self.pool.num_pages), "block tables")
+
+    def _refuse(self, status: int, refusal: Any) -> NoReturn:
+        asked, available = refusal.asked, refusal.available
+        name = f"seqs[{refusal.index}]"
+        if status == lib.PKV_STALE_SEQUENCE:
+            raise StaleSequence(f"{name} was freed, or is another cache's")
+        if status == lib.PKV_SEQUENCE_BUSY:
+            raise SequenceBusy(f"{name} stands in an open step; commit it or roll it back first")
+        if status == lib.PKV_SEQUENCE_TWICE:
+            raise ArgumentError(f"{name} stands in this step twice; a step takes a sequence once")
+        if status == lib.PKV_SEQUENCE_TOO_LONG:
+            raise SequenceTooLong(
+                f"{name} would hold {asked} tokens, max_seq_len is {available}; "
+                "free it, or build a cache with a larger max_seq_len"
+            )
+        if status == lib.PKV_OUT_OF_PAGES:
+            raise OutOfPages(
+                f"the step needs {asked} new pages, {available} of {self.pool.num_pages} are free; "
+                "free a sequence, step fewer, or build a larger pool"
+            )
+        if refusal.index < 0:
+            raise ArgumentError(f"the step has {asked} new tokens or pages, {available} at most can be")
+        raise ArgumentError(f"new[{refusal.index}] is {asked} tokens; each sequence takes at least 1")
+
+
+class Plan:
+    """What a step reserved: arrays in one buffer, in the order of pkv_step_plan."""
+
+    __slots__ = ("_buffer", "_ends", "num_pages", "num_seqs", "num_tokens", "pointer")
+
+    FIELDS = ("slot_mapping", "positions", "qo_indptr", "kv_indptr", "seq_lens", "rows", "kv_indices")
+
+    def __init__(self, num_seqs: int, num_tokens: int, num_pages: int) -> None:
+        self.num_seqs, self.num_tokens, self.num_pages = num_seqs, num_tokens, num_pages
+        sizes = (2 * num_tokens, num_tokens, num_seqs + 1, num_seqs + 1, num_seqs, num_seqs, num_pages)
+        self._ends = (0, *itertools.accumulate(sizes))
+        # Of int64, so that slot_mapping is aligned.
+        self._buffer = np.empty((self._ends[-1] + 1) // 2, np.int64).view(np.int32)
+        self.pointer = ffi.from_buffer("int32_t[]", self._buffer)
+
+    def at(self, field: str) -> Any:
+        """A field's address, an `int32_t *`; it lives as long as the plan."""
+        return self.pointer + self._ends[self.FIELDS.index(field)]
+
+    def array(self, field: str) -> NDArray[np.int32]:
+        """A field as a read-only view; slot_mapping in pairs of an int64."""
+        i = self.FIELDS.index(field)
+        view = self._buffer[self._ends[i] : self._ends[i + 1]]
+        view.flags.writeable = False
+        return view
+
+
+def counts_of(new: object, num_seqs: int) -> NDArray[np.int32]:
+    """How many new tokens each sequence gets: from ids, counts, or an integer array of counts.
+
+    Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).
+    """
+    if isinstance(new, np.ndarray):
+        if new.ndim != 1 or not np.issubdtype(new.dtype, np.integer):
+            raise ArgumentError(f"new is {new.dtype} {list(new.shape)}; counts are an integer vector")
+        counts = new
+    elif isinstance(new, (list, tuple)):
+        if set(map(type, new)) != {int}:
+            new = [_count_of(f"new[{i}]", entry) for i, entry in enumerate(new)]
+        try:
+            counts = np.array(new, np.int64)
+        except OverflowError:
+            raise ArgumentError(f"a count of new tokens is outside 1 to {MOST_TOKENS}") from None
+    else:
+        raise ArgumentError(f"new is {type(new).__name__}; give a list with ids or a count for each sequence")
+    if len(counts) != num_seqs:
+        raise ArgumentError(f"new has {len(counts)} entries for {num_seqs} sequences; give one for each")
+    if num_seqs and not (counts.min() >= 1 and counts.max() <= MOST_TOKENS):
+        culprit = next(i for i, count in enumerate(counts) if not 1 <= count <= MOST_TOKENS)
+        raise ArgumentError(f"new[{culprit}] is {counts[culprit]} tokens, outside 1 to {MOST_TOKENS}")
+    return np.ascontiguousarray(counts, np.int32)
+
+
+def _count_of(name: str, entry: object) -> int:
+    if isinstance(entry, (int, np.integer)) and not isinstance(entry, bool):
+        return int(entry)
+    if hasattr(entry, "__len__") and not isinstance(entry, (str, bytes)):
+        ids = np.asarray(entry)
+        if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) and ids.size:
+            if ids.min() < 0 or ids.max() > MOST_TOKENS:
+                raise ArgumentError(f"{name} holds an id outside [0, 2**31)")
+            return ids.size
+        if ids.ndim == 1 and not ids.size:
+            return 0
+    raise ArgumentError(f"{name} is {entry!r:.60}; give token ids, or how many there are")

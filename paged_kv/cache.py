@@ -1,0 +1,159 @@
+"""The paged KV cache: pages, the sequences that own them, and the steps by which they grow.
+
+Imports step and sequence.  Imported by whoever serves a model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+
+from ._binding import integer, kernels
+from .block_table import MOST_TOKENS
+from .errors import ArgumentError
+from .layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
+from .machine import num_cpus
+from .sequence import Sequence
+from .step import Step
+from .store import Store
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds at one moment: num_pages = num_used_pages + num_free_pages."""
+
+    num_pages: int
+    num_used_pages: int  # owned by a sequence, or reserved by an open step
+    num_free_pages: int
+    num_sequences: int
+    num_tokens: int  # committed
+    utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
+    pool_bytes: int
+
+
+class PagedKVCache:
+    """Keys and values of many sequences, in pages of one pool.
+
+    Parameters
+    ----------
+    num_layers, num_kv_heads : int
+    head_dim : int, a multiple of 8 from 8 to 256
+    dtype : what pages store: float32, float16 or bfloat16
+    num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), of which whole pages are taken
+    page_size : tokens per page, a multiple of 16
+    max_sequences : int, sequences at a time
+    max_seq_len : tokens of one sequence; None: as many as the pool holds
+    num_threads : threads of one attend; None: the CPUs that the process may use
+
+    Raises: ArgumentError; MemoryError, naming both sizes, when there is too little of it.
+    Cost: takes all its memory at once, and no more later.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: object = "bfloat16",
+        num_pages: int | None = None,
+        memory: int | str | None = None,
+        page_size: int | None = None,
+        max_sequences: int = 256,
+        max_seq_len: int | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        kernels()  # an unknown PAGED_KV_KERNEL is an error here, before memory is taken
+        page_size = DEFAULT_PAGE_SIZE if page_size is None else page_size
+        layout = PageLayout(
+            num_layers=integer("num_layers", num_layers, 1, 2**16),
+            num_kv_heads=integer("num_kv_heads", num_kv_heads, 1, 2**16),
+            head_dim=_multiple("head_dim", head_dim, 8, 256),
+            dtype=dtype_name(dtype),
+            page_size=_multiple("page_size", page_size, 16, 2**20),
+        )
+        num_pages = _num_pages(layout, num_pages, memory)
+        pool_tokens = min(num_pages * layout.page_size, MOST_TOKENS)
+        if max_seq_len is not None:
+            max_seq_len = integer("max_seq_len", max_seq_len, 1, MOST_TOKENS)
+        self._store = Store(
+            layout,
+            num_pages,
+            integer("max_sequences", max_sequences, 1, 2**24),
+            # Beyond what the pool holds no sequence can grow; the rows need not be longer.
+            min(pool_tokens, max_seq_len or pool_tokens),
+            num_cpus() if num_threads is None else integer("num_threads", num_threads, 1, 1024),
+        )
+
+    def sequence(self) -> Sequence:
+        """A new, empty sequence.  Raises: OutOfSequences, CacheClosed."""
+        with self._store.lock:
+            self._store.require_open()
+            return Sequence(self._store, self._store.tables.new_key())
+
+    def step(self, seqs: Iterable[Sequence], new: object) -> Step:
+        """Reserve slots for the next tokens of some sequences: of all of them, or of none.
+
+        Parameters
+        ----------
+        seqs : the sequences, each once
+        new : for each its new token ids (anything with a length) or their count, at least 1; or an integer
+            array of counts
+
+        Raises: OutOfPages, SequenceTooLong, SequenceBusy, StaleSequence, ArgumentError, CacheClosed.
+        Cost: O(new tokens + pages of the batch).
+        """
+        return Step(self._store, seqs, new)
+
+    def stats(self) -> CacheStats:
+        """Counts of this moment.  Raises: CacheClosed.  Cost: O(max_sequences)."""
+        store = self._store
+        with store.lock:
+            store.require_open()
+            num_pages, num_free = store.pool.num_pages, store.pool.num_free
+            num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
+        slots = (num_pages - num_free) * store.layout.page_size
+        return CacheStats(
+            num_pages=num_pages,
+            num_used_pages=num_pages - num_free,
+            num_free_pages=num_free,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            utilization=num_tokens / slots if slots else 0.0,
+            pool_bytes=store.pool.num_bytes,
+        )
+
+    def check(self) -> None:
+        """Raise InvariantViolation unless every page is accounted for.  Cost: O(pages)."""
+        with self._store.lock:
+            self._store.require_open()
+            self._store.tables.check()
+
+    def close(self) -> None:
+        """Wait for running calls, roll open steps back, give the memory back.  A second close is silent."""
+        self._store.close()
+
+    def __enter__(self) -> "PagedKVCache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _multiple(name: str, value: object, of: int, high: int) -> int:
+    number = integer(name, value, of, high)
+    if number % of:
+        raise ArgumentError(f"{name} is {number}; it must be a multiple of {of}")
+    return number
+
+
+def _num_pages(layout: PageLayout, num_pages: object, memory: object) -> int:
+    if (num_pages is None) == (memory is None):
+        raise ArgumentError("give exactly one of num_pages and memory")
+    if num_pages is not None:
+        return integer("num_pages", num_pages, 1)
+    num_bytes = integer("memory", parse_memory(memory), 1, 2**50)
+    if num_bytes < layout.page_bytes:
+        raise ArgumentError(f"memory is {num_bytes} bytes; one page takes {layout.page_bytes}")
+    return min(num_bytes // layout.page_bytes, 2**31 - 1)

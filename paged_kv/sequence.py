@@ -1,0 +1,90 @@
+"""A sequence: the handle of one growing list of tokens in a cache.
+
+The tokens are in pages; the handle knows its row of the block tables and nothing else.
+
+Imports store.  Imported by step and cache.
+"""
+
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._binding import check, ffi, lib
+from .store import Store
+
+#: The key of a sequence that was freed.
+FREED = -1
+
+
+class Sequence:
+    """Tokens of one sequence in a cache, made by `cache.sequence()`.
+
+    ``len(seq)`` is the number of committed tokens, and so the next position.  A handle compares by identity
+    and is always true.  `with` frees at exit.
+    """
+
+    __slots__ = ("__weakref__", "_key", "_store")
+
+    def __init__(self, store: Store, key: int) -> None:
+        self._store = store
+        self._key = key
+
+    def __len__(self) -> int:
+        """Tokens ever committed.  Raises: StaleSequence, CacheClosed."""
+        self._store.require_open()
+        return int(self._store.tables.seq_lens[self._store.tables.row(self._key)])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def gather(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """A copy of one layer's keys and values.
+
+        Returns: (k, v), float32 [len(seq), num_kv_heads, head_dim], oldest first.
+        Raises: ArgumentError, StaleSequence, CacheClosed.  Cost: copies every token.
+        """
+        store = self._store
+        with store:
+            layer = store.layer(layer)
+            with store.lock:
+                slots = store.tables.slots(store.tables.row(self._key))
+            shape = (len(slots), store.layout.num_kv_heads, store.layout.head_dim)
+            k, v = np.empty(shape, np.float32), np.empty(shape, np.float32)
+            status = lib.pkv_gather(
+                store.layer_pages + layer,
+                len(slots),
+                ffi.from_buffer("int64_t[]", slots),
+                ffi.from_buffer("float[]", k),
+                ffi.from_buffer("float[]", v),
+            )
+            check(status, "gather")
+        return k, v
+
+    def reset(self) -> None:
+        """Forget every token and give the pages back; the handle lives on, empty.
+
+        Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
+        """
+        with self._store.lock:
+            self._store.require_open()
+            self._store.tables.reset(self._key)
+
+    def free(self) -> None:
+        """Give everything back; the handle is stale then.
+
+        Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
+        """
+        with self._store.lock:
+            self._store.require_open()
+            self._store.tables.free(self._key)
+            self._key = FREED
+
+    def __enter__(self) -> "Sequence":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._key != FREED and not self._store.closed:
+            self.free()

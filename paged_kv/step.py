@@ -1,0 +1,167 @@
+"""A step: one forward pass of a batch of sequences.
+
+It reserves the slots of all new tokens at once, takes keys and values layer by layer, and then commits: the
+sequences are longer.  Until then nothing of it is visible, and rollback leaves no trace.
+
+    with cache.step(seqs, new) as step:             reserves, or raises and changes nothing
+        ... step.positions ...
+        for layer in range(num_layers):
+            out = step.attend(layer, q, k, v)       one C call: writes, then attends
+                                                    leaving `with` commits, an exception rolls back
+
+Imports sequence.  Imported by cache.
+"""
+
+import operator
+from collections.abc import Iterable
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._binding import append
+from .block_table import counts_of
+from .errors import ArgumentError, LayerNotWritten, StepClosed
+from .sequence import Sequence
+from .store import Store
+
+_key_of = operator.attrgetter("_key")
+
+
+class Step:
+    """New tokens of some sequences, between reservation and commit; made by `cache.step(seqs, new)`.
+
+    Rows of q, k and v are the new tokens of all sequences one after the other: sequence i has the rows
+    ``qo_indptr[i]`` to ``qo_indptr[i + 1] - 1``.  The arrays below are read-only.  A step belongs to one
+    thread.
+    """
+
+    __slots__ = ("_is_open", "_plan", "_seqs", "_store", "_unwritten")
+
+    def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
+        self._seqs, keys = _keys_of(seqs)
+        counts = counts_of(new, len(keys))
+        with store.lock:
+            store.require_open()
+            self._plan = store.tables.plan(keys, counts)
+            store.open_steps[id(self)] = self._roll_back
+        self._store = store
+        self._unwritten = set(range(store.layout.num_layers))
+        self._is_open = True
+
+    # ---- what was reserved
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """int32 [num_tokens]: the position of each new token in its sequence."""
+        return self._plan.array("positions")
+
+    @property
+    def qo_indptr(self) -> NDArray[np.int32]:
+        """int32 [num_seqs + 1]: where each sequence's rows begin."""
+        return self._plan.array("qo_indptr")
+
+    @property
+    def seq_lens(self) -> NDArray[np.int32]:
+        """int32 [num_seqs], including the new tokens."""
+        return self._plan.array("seq_lens")
+
+    @property
+    def slot_mapping(self) -> NDArray[np.int64]:
+        """int64 [num_tokens]: page_id * page_size + offset of each new token."""
+        return self._plan.array("slot_mapping").view(np.int64)
+
+    @property
+    def first_page(self) -> NDArray[np.int32]:
+        """int32 [num_seqs]: the logical page at which each row of `block_table` begins."""
+        return np.zeros(self._plan.num_seqs, np.int32)
+
+    @property
+    def block_table(self) -> NDArray[np.int32]:
+        """int32 [num_seqs, max_pages]: page ids in logical order, -1 beyond a sequence's end.
+
+        Cost: built each time it is asked for; attention does not need it.
+        """
+        indptr, page_ids = self._plan.array("kv_indptr"), self._plan.array("kv_indices")
+        num_pages = np.diff(indptr)
+        table = np.full((len(num_pages), num_pages.max(initial=0)), -1, np.int32)
+        table[np.arange(table.shape[1]) < num_pages[:, None]] = page_ids
+        return table
+
+    # ---- layer by layer
+
+    def write(self, layer: int, k: NDArray[np.float32], v: NDArray[np.float32]) -> None:
+        """Store the new tokens' keys and values of one layer; a second write replaces the first.
+
+        Parameters
+        ----------
+        layer : int
+        k, v : float32 [num_tokens, num_kv_heads, head_dim], C-contiguous
+
+        Values are rounded to nearest even; finite ones beyond the stored range saturate, NaN and inf pass.
+        Raises: ArgumentError, StepClosed, CacheClosed.
+        """
+        with self._store as store:
+            self._require_open()
+            layer = store.layer(layer)
+            append(store.layer_pages + layer, self._plan.num_tokens, self._plan.at("slot_mapping"), k, v)
+            self._unwritten.discard(layer)
+
+    # ---- the end
+
+    def commit(self) -> None:
+        """The new tokens belong to their sequences.
+
+        Raises: LayerNotWritten, naming the layer, and then the step is rolled back; StepClosed, CacheClosed.
+        Cost: O(sequences).
+        """
+        with self._store.lock:
+            self._store.require_open()
+            self._require_open()
+            if self._unwritten and self._plan.num_tokens:
+                self._roll_back()
+                raise LayerNotWritten(
+                    f"layer {min(self._unwritten)} has no keys and values; the step was rolled back"
+                )
+            self._store.tables.commit(self._plan)
+            self._close()
+
+    def rollback(self) -> None:
+        """As if the step had never been.  Raises: StepClosed, CacheClosed.  Cost: O(its new pages)."""
+        with self._store.lock:
+            self._store.require_open()
+            self._require_open()
+            self._roll_back()
+
+    def __enter__(self) -> "Step":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_open:
+            return
+        if error is None:
+            self.commit()
+        else:
+            self.rollback()
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise StepClosed("the step was committed or rolled back already; open another one")
+
+    def _roll_back(self) -> None:
+        self._store.tables.rollback(self._plan)
+        self._close()
+
+    def _close(self) -> None:
+        self._is_open = False
+        del self._store.open_steps[id(self)]
+
+
+def _keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], NDArray[np.int64]]:
+    try:
+        handles = tuple(seqs)
+        return handles, np.fromiter(map(_key_of, handles), np.int64, len(handles))
+    except (AttributeError, TypeError):
+        raise ArgumentError(f"seqs is {seqs!r:.80}; give a list of what cache.sequence() returned") from None

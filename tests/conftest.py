@@ -1,0 +1,54 @@
+"""What the tests share: caches whose free bytes are poison, and the kernels of this machine."""
+
+import numpy as np
+import pytest
+
+import paged_kv
+from paged_kv import _binding
+
+KERNELS = paged_kv.kernels().available
+
+
+def poison(cache):
+    """NaN in every byte of every page: what is not written must not reach a result."""
+    cache._store.pool.data()[:] = 0xFF
+
+
+def make_cache(**options):
+    """A small cache, poisoned; any parameter of PagedKVCache can be given."""
+    shape = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "dtype": "float32"}
+    shape |= {"num_pages": 16, "page_size": 16, "num_threads": 1} | options
+    cache = paged_kv.PagedKVCache(
+        shape.pop("num_layers"), shape.pop("num_kv_heads"), shape.pop("head_dim"), **shape
+    )
+    poison(cache)
+    return cache
+
+
+def rows(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def fill(cache, seqs, counts, rng):
+    """A committed step of random keys and values; returns them, [layer][k or v], ragged rows."""
+    layout = cache._store.layout
+    shape = (sum(counts), layout.num_kv_heads, layout.head_dim)
+    written = [(rows(rng, *shape), rows(rng, *shape)) for _ in range(layout.num_layers)]
+    with cache.step(seqs, counts) as step:
+        for layer, (k, v) in enumerate(written):
+            step.write(layer, k, v)
+    return written
+
+
+@pytest.fixture
+def rng(request):
+    return np.random.default_rng(abs(hash(request.node.name)) % 2**32)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    """Runs the test once with each kernel of this machine."""
+    before = paged_kv.kernels().active
+    _binding.select_kernel(request.param)
+    yield request.param
+    _binding.select_kernel(before)
