@@ -194,6 +194,15 @@ class Plan:
         """A field's address, an `int32_t *`; it lives as long as the plan."""
         return self.pointer + self._ends[self.FIELDS.index(field)]
 
+    def slots(self) -> Any:
+        """The address of slot_mapping, an `int64_t *`."""
+        return ffi.cast("int64_t *", self.pointer)
+
+    def batch(self) -> Any:
+        """The `pkv_batch *` of this plan; it must not outlive it."""
+        fields = ("qo_indptr", "kv_indptr", "kv_indices", "seq_lens")
+        return ffi.new("pkv_batch *", [self.num_seqs, *map(self.at, fields)])
+
     def array(self, field: str) -> NDArray[np.int32]:
         """A field as a read-only view; slot_mapping in pairs of an int64."""
         i = self.FIELDS.index(field)

@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import append
+from ._binding import append, attend
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
 from .sequence import Sequence
@@ -36,7 +36,7 @@ class Step:
     thread.
     """
 
-    __slots__ = ("_is_open", "_plan", "_seqs", "_store", "_unwritten")
+    __slots__ = ("_batch", "_is_open", "_plan", "_seqs", "_store", "_unwritten")
 
     def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
         self._seqs, keys = _keys_of(seqs)
@@ -46,6 +46,7 @@ class Step:
             self._plan = store.tables.plan(keys, counts)
             store.open_steps[id(self)] = self._roll_back
         self._store = store
+        self._batch = self._plan.batch()
         self._unwritten = set(range(store.layout.num_layers))
         self._is_open = True
 
@@ -104,8 +105,43 @@ class Step:
         with self._store as store:
             self._require_open()
             layer = store.layer(layer)
-            append(store.layer_pages + layer, self._plan.num_tokens, self._plan.at("slot_mapping"), k, v)
+            append(store.layer_pages + layer, self._plan.num_tokens, self._plan.slots(), k, v)
             self._unwritten.discard(layer)
+
+    def attend(
+        self,
+        layer: int,
+        q: NDArray[np.float32],
+        k: NDArray[np.float32],
+        v: NDArray[np.float32],
+        *,
+        sm_scale: float | None = None,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Store k and v as `write` does, then attend: each row of q to its sequence's tokens up to its own.
+
+        Parameters
+        ----------
+        layer : int
+        q : float32 [num_tokens, num_q_heads, head_dim], C-contiguous; num_q_heads is a multiple of
+            num_kv_heads, and q head h reads kv head ``h // (num_q_heads / num_kv_heads)``
+        k, v : float32 [num_tokens, num_kv_heads, head_dim], C-contiguous
+        sm_scale : factor of the scores; None: 1 / sqrt(head_dim)
+        out : where the result goes, of q's shape; q itself will do
+
+        Returns: float32 of q's shape; `out` when it was given.  Keys and values count as they are stored.  A
+        row's bits depend on its q and its sequence only, not on the batch, the chunks or the threads.
+        Raises: ArgumentError, StepClosed, CacheClosed.
+        Cost: reads the keys and values of each sequence once for every block of its rows.
+        """
+        with self._store as store:
+            self._require_open()
+            layer = store.layer(layer)
+            new_rows = (self._plan.slots(), k, v)
+            pages = store.layer_pages + layer
+            out = attend(store.threads, pages, self._batch, self._plan.num_tokens, q, sm_scale, out, new_rows)
+            self._unwritten.discard(layer)
+            return out
 
     # ---- the end
 

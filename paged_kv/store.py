@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from ._binding import DTYPE_CODES, ffi, integer
+from ._binding import DTYPE_CODES, ffi, integer, new_threads
 from .block_table import BlockTables
 from .errors import CacheClosed
 from .layout import PageLayout
@@ -28,7 +28,7 @@ class Store:
         self, layout: PageLayout, num_pages: int, max_sequences: int, max_seq_len: int, num_threads: int
     ) -> None:
         self.layout = layout
-        self.num_threads = num_threads
+        self.threads = new_threads(num_threads)
         self.pool = PagePool(num_pages, layout.page_bytes)
         self.tables = BlockTables(self.pool, layout.page_size, max_sequences, max_seq_len)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
@@ -85,3 +85,4 @@ class Store:
             for roll_back in list(self.open_steps.values()):
                 roll_back()
             self.pool.close()
+            ffi.release(self.threads)

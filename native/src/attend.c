@@ -1,0 +1,323 @@
+/* Attention over pages: who computes which rows, and in which order the tokens of a row are met.
+ *
+ *   block   up to rows_per_block q rows of one sequence; they meet its tokens together, run by run
+ *   run     64 tokens, or the whole pages that fit in them: folded into a row's state at once
+ *   span    256 tokens, or the whole pages that fit: its runs fold into a state of its own, and the spans of
+ * a row are merged left to right
+ *
+ * Runs and spans are counted from a sequence's first page, whatever the batch and the threads are: so a row's
+ * bits do not depend on them.  A thread takes a block at a time; blocks so long that the other threads would
+ * be idle are cut between spans, and their spans merged at the end, in the same order.
+ *
+ * Within a run, all kv heads are walked in memory order, keys before values, and each is used for all rows.
+ */
+#include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../include/paged_kv.h"
+#include "kernels/kernel.h"
+#include "threads.h"
+
+enum {
+  ROW_BYTES_PER_BLOCK = 128 << 10, /* a block's accumulators: a share of the second-level cache */
+  MAX_ROWS_PER_BLOCK = 64,
+  BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
+};
+
+typedef struct {
+  int32_t seq;
+  int32_t first_row; /* of all q rows */
+  int32_t num_rows;
+  int32_t first_span;
+  int32_t end_span;
+  int64_t first_partial; /* of span 0's states, -1: the block is not cut */
+} block;
+
+typedef struct {
+  const pkv_kernel *kernel;
+  const pkv_pages *pages;
+  const pkv_batch *batch;
+  const float *q;
+  float *out;
+  float scale;
+  int32_t num_q_heads;
+  int32_t run_tokens; /* of whole pages, or PKV_RUN_TOKENS of a larger one */
+  int32_t span_tokens;
+  int32_t rows_per_block;
+  int64_t q_floats;     /* of one row */
+  int64_t state_floats; /* of one row's state */
+
+  block *blocks;
+  int64_t num_blocks;
+  atomic_llong next_block;
+  float *partials;      /* [partial span, row of the block] states of cut blocks */
+  char *worker_scratch; /* [num_workers] */
+  size_t worker_bytes;
+} job;
+
+/* ---- where things are */
+
+static int32_t num_rows_of(const pkv_batch *batch, int32_t seq) {
+  return batch->qo_indptr[seq + 1] - batch->qo_indptr[seq];
+}
+
+/* How many tokens a row sees: all up to its own. */
+static int32_t num_seen(const pkv_batch *batch, int32_t seq, int32_t row) {
+  return batch->seq_lens[seq] - (batch->qo_indptr[seq + 1] - 1 - row);
+}
+
+static pkv_state state_at(const job *job, float *states, int64_t index) {
+  float *floats = states + index * job->state_floats;
+  return (pkv_state){floats, floats + job->num_q_heads, floats + job->state_floats - job->q_floats};
+}
+
+static pkv_state state_of_head(const job *job, pkv_state state, int32_t q_head) {
+  return (pkv_state){state.maximum + q_head, state.sum + q_head,
+                     state.accumulated + q_head * job->pages->head_dim};
+}
+
+static void clear(const job *job, pkv_state state) {
+  for (int32_t h = 0; h < job->num_q_heads; h++) state.maximum[h] = -INFINITY;
+  memset(state.sum, 0, (size_t)job->num_q_heads * sizeof(float));
+  memset(state.accumulated, 0, (size_t)job->q_floats * sizeof(float));
+}
+
+/* The end of the run that begins at token `start`. */
+static int32_t end_of_run(const job *job, int32_t start, int32_t span_end) {
+  int32_t end = start + job->run_tokens;
+  int32_t page_size = job->pages->page_size;
+  if (page_size > PKV_RUN_TOKENS) { /* pieces of a page do not reach into the next */
+    int32_t page_end = (start / page_size + 1) * page_size;
+    if (end > page_end) end = page_end;
+  }
+  return end < span_end ? end : span_end;
+}
+
+/* The addresses of the tokens start .. end - 1 of a sequence. */
+static void locate_tokens(const job *job, int32_t seq, int32_t start, int32_t end, pkv_run *run) {
+  const pkv_pages *pages = job->pages;
+  const int32_t *page_ids = job->batch->kv_indices + job->batch->kv_indptr[seq];
+  int32_t offset = start % pages->page_size;
+  const int32_t *page_id = page_ids + start / pages->page_size;
+  for (int32_t t = 0; t < end - start; t++) {
+    run->k[t] = pages->k + *page_id * pages->k_page_stride + offset * pages->k_token_stride;
+    run->v[t] = pages->v + *page_id * pages->v_page_stride + offset * pages->v_token_stride;
+    if (++offset == pages->page_size) offset = 0, page_id++;
+  }
+}
+
+/* ---- a block */
+
+typedef struct {
+  float *q;      /* [rows_per_block], prepared */
+  float *states; /* [rows_per_block], of the spans merged so far */
+  float *span;   /* [rows_per_block], of the span at hand */
+} scratch;
+
+static scratch scratch_of(const job *job, int32_t worker) {
+  float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
+  int64_t states = job->rows_per_block * job->state_floats;
+  return (scratch){floats + 2 * states, floats, floats + states};
+}
+
+static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end, const float *q,
+                               float *states) {
+  const pkv_pages *pages = job->pages;
+  pkv_run run;
+  run.dtype = pages->dtype;
+  run.head_dim = pages->head_dim;
+  run.group = job->num_q_heads / pages->num_kv_heads;
+  locate_tokens(job, block->seq, start, end, &run);
+  for (int32_t head = 0; head < pages->num_kv_heads; head++)
+    for (int32_t row = 0; row < block->num_rows; row++) {
+      int32_t seen = num_seen(job->batch, block->seq, block->first_row + row);
+      if (seen <= start) continue;
+      run.num_tokens = (seen < end ? seen : end) - start;
+      job->kernel->fold_run(&run, head * pages->k_head_stride, head * pages->v_head_stride,
+                            q + row * job->q_floats + head * run.group * run.head_dim,
+                            state_of_head(job, state_at(job, states, row), head * run.group));
+    }
+}
+
+/* Fold the tokens of one span that the block's last row sees, for each of its rows as far as it sees. */
+static void fold_span(const job *job, const block *block, int32_t span, const float *q, float *states) {
+  for (int32_t row = 0; row < block->num_rows; row++) clear(job, state_at(job, states, row));
+  int32_t end = num_seen(job->batch, block->seq, block->first_row + block->num_rows - 1);
+  int32_t start = span * job->span_tokens;
+  if (end > start + job->span_tokens) end = start + job->span_tokens;
+  while (start < end) {
+    int32_t run_end = end_of_run(job, start, end);
+    fold_run_into_rows(job, block, start, run_end, q, states);
+    start = run_end;
+  }
+}
+
+/* Merge a span's states into those of the spans before it; the first seen span is the start. */
+static void merge_span(const job *job, const block *block, int32_t span, float *states, float *later) {
+  for (int32_t row = 0; row < block->num_rows; row++)
+    if (num_seen(job->batch, block->seq, block->first_row + row) > span * job->span_tokens)
+      job->kernel->merge(state_at(job, states, row), state_at(job, later, row), job->num_q_heads,
+                         job->pages->head_dim);
+}
+
+static void finish_rows(const job *job, const block *block, float *states) {
+  for (int32_t row = 0; row < block->num_rows; row++)
+    job->kernel->finish(job->out + (block->first_row + row) * job->q_floats, state_at(job, states, row),
+                        job->num_q_heads, job->pages->head_dim);
+}
+
+static float *partial_states(const job *job, const block *block, int32_t span) {
+  return job->partials + (block->first_partial + (int64_t)span * block->num_rows) * job->state_floats;
+}
+
+static void attend_block(const job *job, const block *block, int32_t worker) {
+  scratch scratch = scratch_of(job, worker);
+  job->kernel->prepare_q(scratch.q, job->q + block->first_row * job->q_floats, job->scale,
+                         block->num_rows * job->q_floats);
+  if (block->first_partial >= 0) {
+    for (int32_t span = block->first_span; span < block->end_span; span++)
+      fold_span(job, block, span, scratch.q, partial_states(job, block, span));
+    return;
+  }
+  fold_span(job, block, 0, scratch.q, scratch.states);
+  for (int32_t span = 1; span < block->end_span; span++) {
+    fold_span(job, block, span, scratch.q, scratch.span);
+    merge_span(job, block, span, scratch.states, scratch.span);
+  }
+  finish_rows(job, block, scratch.states);
+}
+
+static void attend_blocks(void *context, int32_t worker) {
+  job *job = context;
+  long long i;
+  while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
+    attend_block(job, &job->blocks[i], worker);
+}
+
+/* The last piece of a cut block knows all of its spans. */
+static void merge_cut_blocks(const job *job) {
+  for (int64_t i = 0; i < job->num_blocks; i++) {
+    const block *block = &job->blocks[i];
+    bool is_last = i + 1 == job->num_blocks || job->blocks[i + 1].first_partial != block->first_partial;
+    if (block->first_partial < 0 || !is_last) continue;
+    float *states = partial_states(job, block, 0);
+    for (int32_t span = 1; span < block->end_span; span++)
+      merge_span(job, block, span, states, partial_states(job, block, span));
+    finish_rows(job, block, states);
+  }
+}
+
+/* ---- cutting the work */
+
+typedef struct {
+  int64_t num_blocks;
+  int64_t num_partials; /* states of rows */
+} work_size;
+
+/* Tokens that a row block meets: what its cost is counted in. */
+static int64_t cost_of(const pkv_batch *batch, int32_t seq, int32_t first_row, int32_t num_rows) {
+  return (int64_t)num_rows * num_seen(batch, seq, first_row + num_rows - 1);
+}
+
+static int64_t total_cost(const job *job) {
+  int64_t total = 0;
+  for (int32_t seq = 0; seq < job->batch->num_seqs; seq++)
+    total += (int64_t)num_rows_of(job->batch, seq) * job->batch->seq_lens[seq];
+  return total;
+}
+
+/* Write the blocks (when there is room for them) and count them.  A block that is more than a worker's share
+ * is cut into a piece for each. */
+static work_size cut_work(const job *job, int32_t num_workers, int64_t share, block *blocks) {
+  const pkv_batch *batch = job->batch;
+  work_size size = {0, 0};
+  for (int32_t seq = 0; seq < batch->num_seqs; seq++)
+    for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += job->rows_per_block) {
+      int32_t num_rows = batch->qo_indptr[seq + 1] - row;
+      if (num_rows > job->rows_per_block) num_rows = job->rows_per_block;
+      int32_t seen = num_seen(batch, seq, row + num_rows - 1);
+      int32_t num_spans = (int32_t)(((int64_t)seen + job->span_tokens - 1) / job->span_tokens);
+      bool is_cut = num_workers > 1 && num_spans > 1 && cost_of(batch, seq, row, num_rows) > share;
+      int32_t num_pieces = !is_cut ? 1 : num_spans < num_workers ? num_spans : num_workers;
+      for (int32_t piece = 0; piece < num_pieces; piece++, size.num_blocks++)
+        if (blocks)
+          blocks[size.num_blocks] = (block){seq,
+                                            row,
+                                            num_rows,
+                                            (int32_t)((int64_t)num_spans * piece / num_pieces),
+                                            (int32_t)((int64_t)num_spans * (piece + 1) / num_pieces),
+                                            is_cut ? size.num_partials : -1};
+      if (is_cut) size.num_partials += (int64_t)num_spans * num_rows;
+    }
+  return size;
+}
+
+static size_t aligned(size_t num_bytes) { return (num_bytes + 63) & ~(size_t)63; }
+
+static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
+  return pages->head_dim >= 8 && pages->head_dim <= PKV_MAX_HEAD_DIM && pages->head_dim % 8 == 0 &&
+         pages->page_size >= 1 && pages->num_kv_heads >= 1 && num_q_heads >= 1 &&
+         num_q_heads % pages->num_kv_heads == 0;
+}
+
+/* Cut the work for up to num_workers, find memory for it, do it. */
+static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
+  int64_t total = total_cost(job);
+  int64_t token_bytes = (int64_t)2 * 4 * job->pages->num_kv_heads * job->pages->head_dim;
+  if (total * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
+  int64_t share = total / num_workers;
+  work_size size = cut_work(job, num_workers, share, NULL);
+  if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;
+
+  job->worker_bytes =
+      aligned((size_t)job->rows_per_block * (size_t)(2 * job->state_floats + job->q_floats) * sizeof(float));
+  size_t blocks_bytes = aligned((size_t)size.num_blocks * sizeof(block));
+  size_t partial_bytes = aligned((size_t)(size.num_partials * job->state_floats) * sizeof(float));
+  size_t num_bytes = blocks_bytes + partial_bytes + (size_t)num_workers * job->worker_bytes;
+  char *memory = threads ? pkv_threads_scratch(threads, num_bytes) : aligned_alloc(64, num_bytes);
+  if (!memory) return PKV_OUT_OF_MEMORY;
+  job->blocks = (block *)memory;
+  job->partials = (float *)(memory + blocks_bytes);
+  job->worker_scratch = memory + blocks_bytes + partial_bytes;
+  job->num_blocks = size.num_blocks;
+  cut_work(job, num_workers, share, job->blocks);
+
+  if (num_workers > 1)
+    pkv_threads_run(threads, num_workers, attend_blocks, job);
+  else
+    attend_blocks(job, 0);
+  merge_cut_blocks(job);
+  if (!threads) free(memory);
+  return PKV_OK;
+}
+
+pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
+                      const int64_t *slots, const float *k, const float *v, int32_t num_q_heads,
+                      float sm_scale, const float *q, float *out) {
+  const pkv_kernel *kernel = pkv_active_kernel();
+  if (!kernel || !is_valid(pages, num_q_heads)) return PKV_BAD_ARGUMENT;
+  if (slots) {
+    pkv_status status = pkv_append(pages, batch->qo_indptr[batch->num_seqs], slots, k, v);
+    if (status != PKV_OK) return status;
+  }
+  job job = {.kernel = kernel, .pages = pages, .batch = batch, .q = q, .out = out};
+  job.scale = sm_scale * 0x1.715476p+0f; /* log2(e): the kernels' exponentials are powers of 2 */
+  job.num_q_heads = num_q_heads;
+  int32_t page_size = pages->page_size;
+  job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
+  job.span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
+  job.q_floats = (int64_t)num_q_heads * pages->head_dim;
+  /* Maxima and sums, padded so that accumulators are aligned. */
+  job.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + job.q_floats;
+  int64_t rows = ROW_BYTES_PER_BLOCK / (job.q_floats * (int64_t)sizeof(float));
+  job.rows_per_block = rows < 1 ? 1 : rows > MAX_ROWS_PER_BLOCK ? MAX_ROWS_PER_BLOCK : (int32_t)rows;
+
+  int32_t num_workers = pkv_threads_claim(threads);
+  if (num_workers == 0) return attend_with(NULL, 1, &job);
+  pkv_status status = attend_with(threads, num_workers, &job);
+  pkv_threads_release(threads);
+  return status;
+}
