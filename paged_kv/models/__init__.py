@@ -1,0 +1,1 @@
+"""Language models that keep their keys and values in a paged_kv cache."""
