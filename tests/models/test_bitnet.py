@@ -2,8 +2,8 @@
 
 int8 rounding is a step function: an activation that lies halfway between two steps goes one way or the
 other by its last bit, so two right implementations differ by a tenth of a logit now and then.  So: with our
-attention in the reference, everything is equal but for the head's last digits; without, the difference is what
-the reference itself shows when its embedding is off by 1e-6.
+attention in the reference, everything is equal but for the head's last digits; without, the difference is
+what the reference itself shows when its embedding is off by 1e-6.
 """
 
 import importlib
