@@ -84,6 +84,11 @@ class PagedKVCache:
             num_cpus() if num_threads is None else integer("num_threads", num_threads, 1, 1024),
         )
 
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self._store.layout.page_size
+
     def sequence(self) -> Sequence:
         """A new, empty sequence.  Raises: OutOfSequences, CacheClosed."""
         with self._store.lock:

@@ -1,0 +1,248 @@
+"""Serving many prompts at once: continuous batching over one cache.
+
+A request waits, runs and is done.  Every step takes the next token of each request that is past its prompt,
+and fills up with chunks of the prompts of others, so that nobody waits for a long prompt to pass:
+
+    step 1   [a: prompt ............]
+    step 2   [a: token][b: prompt .....]
+    step 3   [a: token][b: ... prompt][c: prompt .]      one forward pass each
+
+A request is admitted when its prompt and all its new tokens fit whatever the others do: nothing that runs
+ever has to be sent back.
+
+Imports bitnet and sampling.  Imported by demo.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .._binding import integer
+from ..cache import PagedKVCache
+from ..errors import ArgumentError, OutOfPages
+from .bitnet import BitNetModel, GenerationReport
+from .sampling import Sampler
+
+#: Tokens of one step, where there are prompts to fill it: enough for full matrix products, few enough that
+#: running requests do not wait long for their next token.
+STEP_TOKENS = 256
+
+
+class ServingCache(Protocol):
+    """What serving asks of a cache; PagedKVCache is one."""
+
+    def sequence(self) -> Any: ...
+
+    def step(self, seqs: Any, new: Any) -> Any: ...
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way through the batch."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    sampler: Sampler
+    cost: int
+    seq: Any = None
+    num_fed: int = 0
+    new_ids: list[int] = field(default_factory=list)
+
+    def next_ids(self, room: int) -> list[int]:
+        """What the next step takes of this request: its last token, or at most `room` of its prompt."""
+        return self.new_ids[-1:] or self.prompt[self.num_fed : self.num_fed + room]
+
+    @property
+    def is_past_prompt(self) -> bool:
+        return self.num_fed >= len(self.prompt)
+
+
+@dataclass
+class Admission:
+    """How much a cache holds, and what a request of n tokens takes of it, in the same unit."""
+
+    capacity: int
+    cost_of: Callable[[int], int]
+
+    @classmethod
+    def pages_of(cls, cache: PagedKVCache) -> "Admission":
+        page_size = cache.page_size
+        return cls(cache.stats().num_pages, lambda num_tokens: -(-num_tokens // page_size))
+
+
+class Batch:
+    """Requests that wait and requests that run, over one cache.
+
+    Parameters
+    ----------
+    model : BitNetModel
+    cache : a ServingCache of the model's shape
+    admission : what the cache holds
+    stop_ids : a request that produces one of these is done
+    step_tokens : tokens of a step that has prompts to fill it
+    """
+
+    def __init__(
+        self,
+        model: BitNetModel,
+        cache: ServingCache,
+        admission: Admission,
+        *,
+        stop_ids: Sequence[int] = (),
+        step_tokens: int = STEP_TOKENS,
+    ) -> None:
+        self.model, self.cache, self.admission = model, cache, admission
+        self.stop_ids = frozenset(stop_ids)
+        self.step_tokens = integer("step_tokens", step_tokens, 1)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.report = GenerationReport()
+
+    def add(self, prompt: ArrayLike, max_new_tokens: int, sampler: Sampler | None = None) -> Request:
+        """Queue a request.
+
+        Raises: ArgumentError for an empty prompt; OutOfPages when it would not fit an empty cache.
+        """
+        ids = [integer("a prompt's id", id, 0) for id in np.asarray(prompt).ravel().tolist()]
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        if not ids:
+            raise ArgumentError("a prompt is empty; give at least one token, such as the begin token")
+        cost = self.admission.cost_of(len(ids) + max_new_tokens)
+        if cost > self.admission.capacity:
+            raise OutOfPages(
+                f"a prompt of {len(ids)} and {max_new_tokens} new tokens takes {cost}, "
+                f"the cache has {self.admission.capacity}; build a larger one"
+            )
+        request = Request(ids, max_new_tokens, sampler or Sampler(), cost)
+        self.waiting.append(request)
+        return request
+
+    def step(self) -> list[Request]:
+        """Admit who fits, take one step, return the requests that are done.  Nothing to do: an empty list."""
+        begin = time.perf_counter_ns()
+        self._admit()
+        chosen = self._choose()
+        if not chosen:
+            return []
+        ids = [id for _, new in chosen for id in new]
+        num_prompt_tokens = sum(len(new) for request, new in chosen if not request.is_past_prompt)
+        for request, new in chosen:
+            request.num_fed += len(new)
+        ends = np.cumsum([len(new) for _, new in chosen]) - 1
+        sampling = [i for i, (request, _) in enumerate(chosen) if request.is_past_prompt]
+        with self.cache.step([request.seq for request, _ in chosen], [new for _, new in chosen]) as step:
+            logits = self.model.forward(ids, step, ends[sampling])
+        for i, row in zip(sampling, logits, strict=True):
+            request = chosen[i][0]
+            request.new_ids.append(request.sampler.sample(row))
+        done = [request for request in self.running if self._is_done(request)]
+        for request in done:
+            self._retire(request)
+        self.report.count_step(num_prompt_tokens, len(sampling), time.perf_counter_ns() - begin)
+        return done
+
+    def close(self) -> None:
+        """Give back what the running requests hold."""
+        for request in list(self.running):
+            self._retire(request)
+
+    def _admit(self) -> None:
+        taken = sum(request.cost for request in self.running)
+        while self.waiting and taken + self.waiting[0].cost <= self.admission.capacity:
+            request = self.waiting.popleft()
+            request.seq = self.cache.sequence()
+            taken += request.cost
+            self.running.append(request)
+
+    def _choose(self) -> list[tuple[Request, list[int]]]:
+        """Who steps, with which ids: tokens first, then prompts as far as there is room."""
+        past_prompt = [request for request in self.running if request.is_past_prompt]
+        chosen = [(request, request.next_ids(1)) for request in past_prompt]
+        room = self.step_tokens - len(chosen)
+        for request in self.running:
+            if not request.is_past_prompt and room > 0:
+                new = request.next_ids(room)
+                chosen.append((request, new))
+                room -= len(new)
+        return chosen
+
+    def _is_done(self, request: Request) -> bool:
+        if not request.new_ids:
+            return False
+        return len(request.new_ids) >= request.max_new_tokens or request.new_ids[-1] in self.stop_ids
+
+    def _retire(self, request: Request) -> None:
+        request.seq.free()
+        request.seq = None
+        self.running.remove(request)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns."""
+
+    ids: list[NDArray[np.int32]]  # the new ids of each prompt
+    report: GenerationReport
+
+
+def generate(
+    model: BitNetModel,
+    prompts: Sequence[ArrayLike],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] | None = None,
+    cache: PagedKVCache | None = None,
+    progress: Callable[[Batch], object] | None = None,
+) -> Generation:
+    """Go on with many prompts at once.
+
+    Parameters
+    ----------
+    model : BitNetModel
+    prompts : token ids of each
+    max_new_tokens : of each prompt
+    temperature, top_p, seed : as Sampler; each prompt draws from a generator of its own, seeded by `seed` and
+        its place in the list, so what it draws does not depend on the others
+    stop_ids : tokens that end a text; None: the model's end token
+    cache : one of `model.new_cache(...)`; None: one that holds all prompts at once
+    progress : called with the Batch after each step
+
+    Returns: Generation, the new ids of each prompt in order, and what it took.
+    Raises: ArgumentError, OutOfPages (a prompt that would not fit an empty cache).
+    """
+    own_cache = None
+    if cache is None:
+        num_tokens = [np.asarray(prompt).size + max_new_tokens for prompt in prompts]
+        num_pages = sum(-(-n // 64) for n in num_tokens)
+        own_cache = cache = model.new_cache(
+            num_pages=max(1, num_pages), page_size=64, max_sequences=max(1, len(prompts))
+        )
+    stop_ids = (model.config.eos_token_id,) if stop_ids is None else stop_ids
+    batch = Batch(model, cache, Admission.pages_of(cache), stop_ids=stop_ids)
+    try:
+        requests = [
+            batch.add(prompt, max_new_tokens, Sampler(temperature, top_p, seed_of(seed, i)))
+            for i, prompt in enumerate(prompts)
+        ]
+        while batch.waiting or batch.running:
+            batch.step()
+            if progress is not None:
+                progress(batch)
+    finally:
+        batch.close()
+        if own_cache is not None:
+            own_cache.close()
+    return Generation([np.array(request.new_ids, np.int32) for request in requests], batch.report)
+
+
+def seed_of(seed: int, index: int) -> int:
+    """A seed for each place in a list of prompts."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from paged_kv import ArgumentError, OutOfPages
+from paged_kv.models.bitnet import BitNetModel
+from paged_kv.models.generate import Admission, Batch, generate, seed_of
+from paged_kv.models.sampling import Sampler
+
+
+@pytest.fixture(scope="module")
+def model():
+    return BitNetModel.tiny()
+
+
+def prompts_of(seed, lengths):
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([[0], rng.integers(2, 2048, n - 1)]) for n in lengths]
+
+
+LENGTHS = (5, 300, 1, 70, 64, 128, 33)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_prompt_gets_the_same_tokens_alone_and_among_others(model, temperature):
+    prompts = prompts_of(1, LENGTHS)
+    options = {"max_new_tokens": 12, "temperature": temperature, "top_p": 0.95, "stop_ids": ()}
+    together = generate(model, prompts, seed=4, **options)
+    assert [len(ids) for ids in together.ids] == [12] * len(prompts)
+    assert together.report.num_new_tokens == 12 * len(prompts)
+    assert together.report.num_prompt_tokens == sum(LENGTHS)
+    for i, prompt in enumerate(prompts):
+        with model.new_cache(num_pages=8) as cache:
+            batch = Batch(model, cache, Admission.pages_of(cache), step_tokens=50)
+            request = batch.add(prompt, 12, Sampler(temperature, 0.95, seed_of(4, i)))
+            while batch.waiting or batch.running:
+                batch.step()
+        np.testing.assert_array_equal(request.new_ids, together.ids[i])
+
+
+def test_a_pool_too_small_for_all_serves_them_one_after_the_other(model):
+    prompts = prompts_of(2, LENGTHS)
+    at_once, utilization = [], []
+    with model.new_cache(num_pages=7, page_size=64) as cache:
+
+        def watch(batch):
+            cache.check()
+            at_once.append(len(batch.running))
+            utilization.append(cache.stats().utilization)
+
+        small = generate(model, prompts, max_new_tokens=10, cache=cache, stop_ids=(), progress=watch)
+        assert cache.stats().num_used_pages == 0 and cache.stats().num_sequences == 0
+    assert 1 < max(at_once) < len(prompts)
+    large = generate(model, prompts, max_new_tokens=10, stop_ids=())
+    for a, b in zip(small.ids, large.ids, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_end_token_ends_a_text(model):
+    first = generate(model, [[0, 5, 9]], max_new_tokens=8, stop_ids=()).ids[0]
+    stop = int(first[3])
+    stopped = generate(model, [[0, 5, 9]], max_new_tokens=8, stop_ids=[stop]).ids[0]
+    assert stopped.tolist() == first.tolist()[: first.tolist().index(stop) + 1]
+
+
+def test_what_can_never_be_served_is_refused_at_once(model):
+    with model.new_cache(num_pages=2) as cache:
+        with pytest.raises(OutOfPages, match="build a larger one"):
+            generate(model, [[0], [0] * 120], max_new_tokens=10, cache=cache)
+        assert cache.stats().num_used_pages == 0
+    for prompts in ([[]], [[-1]], [[0.5]]):
+        with pytest.raises(ArgumentError):
+            generate(model, prompts)
+    with pytest.raises(ArgumentError, match="max_new_tokens"):
+        generate(model, [[0]], max_new_tokens=0)
+    assert generate(model, []).ids == []
+
+
+def test_an_interruption_gives_everything_back(model):
+    with model.new_cache(num_pages=20) as cache:
+
+        def interrupt(batch):
+            if batch.report.num_steps == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, prompts_of(3, LENGTHS), cache=cache, progress=interrupt)
+        assert cache.stats().num_used_pages == 0
+        cache.check()
