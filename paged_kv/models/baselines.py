@@ -1,0 +1,126 @@
+"""What one does without a paged cache: grow arrays by concatenation, or keep nothing and compute all again.
+
+Both stand in for a cache's steps, so that the same model and the same serving loop run over them, and both
+call the same attention kernel over their plain arrays, described as pages of the cache's page size.  So all
+of them give the same bits, and a comparison is of where keys and values are kept and of nothing else.
+
+Imports _binding.  Imported by demo.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .._binding import attend_arrays, new_threads
+from ..block_table import counts_of
+from .ternary import FloatArray
+
+
+class ConcatenatedSequence:
+    """Keys and values of one sequence: an array for each layer, exactly as long as the sequence."""
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        empty = np.empty((0, num_kv_heads, head_dim), np.float32)
+        self.k = [empty] * num_layers
+        self.v = [empty] * num_layers
+
+    def __len__(self) -> int:
+        return len(self.k[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in (*self.k, *self.v))
+
+    def free(self) -> None:
+        self.k = [array[:0].copy() for array in self.k]
+        self.v = [array[:0].copy() for array in self.v]
+
+
+class ConcatenatedCache:
+    """Sequences that grow by concatenation: each step copies every token of each sequence, layer by layer.
+
+    peak_bytes is the most that was alive at once, the copy under way counted.
+    """
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, num_threads: int
+    ) -> None:
+        self.shape = (num_layers, num_kv_heads, head_dim)
+        self.page_size = page_size
+        self.threads = new_threads(num_threads)
+        self.peak_bytes = 0
+        self._sequences: list[ConcatenatedSequence] = []
+
+    def sequence(self) -> ConcatenatedSequence:
+        self._sequences = [seq for seq in self._sequences if len(seq)]
+        self._sequences.append(ConcatenatedSequence(*self.shape))
+        return self._sequences[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(seq.num_bytes for seq in self._sequences)
+
+    def step(self, seqs: Sequence[ConcatenatedSequence], new: object) -> "ConcatenatedStep":
+        return ConcatenatedStep(self, seqs, counts_of(new, len(seqs)))
+
+
+class RaggedStep:
+    """The rows of a step over plain arrays; what ConcatenatedStep and RecomputeStep share."""
+
+    def __init__(self, old_lens: ArrayLike, counts: NDArray[np.int32]) -> None:
+        self.qo_indptr = np.concatenate([[0], np.cumsum(counts)])
+        shifts = np.repeat(np.asarray(old_lens) - self.qo_indptr[:-1], counts)
+        self.positions: NDArray[np.int32] = (np.arange(len(shifts)) + shifts).astype(np.int32)
+
+    def rows(self, i: int) -> slice:
+        return slice(int(self.qo_indptr[i]), int(self.qo_indptr[i + 1]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing was reserved, so there is nothing to commit."""
+
+
+class ConcatenatedStep(RaggedStep):
+    """Appends by making every array anew, one token longer."""
+
+    def __init__(
+        self, cache: ConcatenatedCache, seqs: Sequence[ConcatenatedSequence], counts: NDArray[np.int32]
+    ) -> None:
+        super().__init__([len(seq) for seq in seqs], counts)
+        self.cache, self.seqs = cache, seqs
+
+    def attend(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /) -> FloatArray:
+        cache, out = self.cache, np.empty_like(q)
+        for i, seq in enumerate(self.seqs):
+            rows = self.rows(i)
+            seq.k[layer] = np.concatenate([seq.k[layer], k[rows]])
+            seq.v[layer] = np.concatenate([seq.v[layer], v[rows]])
+            attend_arrays(cache.threads, q[rows], seq.k[layer], seq.v[layer], cache.page_size, out[rows])
+        if layer + 1 == cache.shape[0]:
+            # Old and new array of the longest sequence live at once while it is copied.
+            copy_bytes = max((seq.k[layer].nbytes for seq in self.seqs), default=0)
+            cache.peak_bytes = max(cache.peak_bytes, cache.num_bytes + copy_bytes)
+        return out
+
+
+class RecomputeStep(RaggedStep):
+    """Whole sequences, every time: keys and values are used where they were computed, and forgotten."""
+
+    def __init__(self, lengths: Sequence[int], page_size: int, num_threads: int) -> None:
+        super().__init__(np.zeros(len(lengths)), np.asarray(lengths, np.int32))
+        self.page_size = page_size
+        self.threads = new_threads(num_threads)
+
+    def attend(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /) -> FloatArray:
+        out = np.empty_like(q)
+        for i in range(len(self.qo_indptr) - 1):
+            rows = self.rows(i)
+            attend_arrays(self.threads, q[rows], k[rows], v[rows], self.page_size, out[rows])
+        return out
