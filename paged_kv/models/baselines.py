@@ -22,10 +22,12 @@ from .ternary import FloatArray
 class ConcatenatedSequence:
     """Keys and values of one sequence: an array for each layer, exactly as long as the sequence."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, cache: "ConcatenatedCache") -> None:
+        num_layers, num_kv_heads, head_dim = cache.shape
         empty = np.empty((0, num_kv_heads, head_dim), np.float32)
         self.k = [empty] * num_layers
         self.v = [empty] * num_layers
+        self._cache = cache
 
     def __len__(self) -> int:
         return len(self.k[-1])
@@ -35,14 +37,14 @@ class ConcatenatedSequence:
         return sum(array.nbytes for array in (*self.k, *self.v))
 
     def free(self) -> None:
-        self.k = [array[:0].copy() for array in self.k]
-        self.v = [array[:0].copy() for array in self.v]
+        self._cache.sequences.remove(self)
 
 
 class ConcatenatedCache:
     """Sequences that grow by concatenation: each step copies every token of each sequence, layer by layer.
 
-    peak_bytes is the most that was alive at once, the copy under way counted.
+    copy_bytes is what the last step copied at a time, peak_bytes the most that was alive at once, that
+    counted in.
     """
 
     def __init__(
@@ -51,17 +53,16 @@ class ConcatenatedCache:
         self.shape = (num_layers, num_kv_heads, head_dim)
         self.page_size = page_size
         self.threads = new_threads(num_threads)
-        self.peak_bytes = 0
-        self._sequences: list[ConcatenatedSequence] = []
+        self.peak_bytes = self.copy_bytes = 0
+        self.sequences: list[ConcatenatedSequence] = []
 
     def sequence(self) -> ConcatenatedSequence:
-        self._sequences = [seq for seq in self._sequences if len(seq)]
-        self._sequences.append(ConcatenatedSequence(*self.shape))
-        return self._sequences[-1]
+        self.sequences.append(ConcatenatedSequence(self))
+        return self.sequences[-1]
 
     @property
     def num_bytes(self) -> int:
-        return sum(seq.num_bytes for seq in self._sequences)
+        return sum(seq.num_bytes for seq in self.sequences)
 
     def step(self, seqs: Sequence[ConcatenatedSequence], new: object) -> "ConcatenatedStep":
         return ConcatenatedStep(self, seqs, counts_of(new, len(seqs)))
@@ -105,8 +106,8 @@ class ConcatenatedStep(RaggedStep):
             attend_arrays(cache.threads, q[rows], seq.k[layer], seq.v[layer], cache.page_size, out[rows])
         if layer + 1 == cache.shape[0]:
             # Old and new array of the longest sequence live at once while it is copied.
-            copy_bytes = max((seq.k[layer].nbytes for seq in self.seqs), default=0)
-            cache.peak_bytes = max(cache.peak_bytes, cache.num_bytes + copy_bytes)
+            cache.copy_bytes = max((seq.k[layer].nbytes for seq in self.seqs), default=0)
+            cache.peak_bytes = max(cache.peak_bytes, cache.num_bytes + cache.copy_bytes)
         return out
 
 

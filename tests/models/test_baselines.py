@@ -28,7 +28,7 @@ def test_all_three_ways_give_the_same_bits(kernel, rng):
 
 def test_concatenation_counts_its_bytes_and_the_copy_under_way(rng):
     cache = ConcatenatedCache(3, 2, 32, page_size=16, num_threads=1)
-    seq = cache.sequence()
+    seq, _ = cache.sequence(), cache.sequence()
     token_bytes = 2 * 32 * 4
     k = rows(rng, 10, 2, 32)
     with cache.step([seq], [10]) as step:
@@ -38,4 +38,5 @@ def test_concatenation_counts_its_bytes_and_the_copy_under_way(rng):
     assert cache.num_bytes == 6 * 10 * token_bytes
     assert cache.peak_bytes == 7 * 10 * token_bytes
     seq.free()
-    assert len(seq) == 0 and cache.num_bytes == 0
+    cache.sequences[0].free()
+    assert cache.num_bytes == 0 and cache.sequences == []
