@@ -1,0 +1,198 @@
+"""A random walk over a cache, against a dictionary of what each sequence must hold.
+
+After every rule: contents by gather, page counts, check().  Attention of a step is held against the
+reference.  Every byte that holds no token is NaN from the start.
+"""
+
+import numpy as np
+import pytest
+from conftest import make_cache, rows
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from test_attend import tolerance
+
+from paged_kv import (
+    ArgumentError,
+    OutOfPages,
+    OutOfSequences,
+    SequenceBusy,
+    StaleSequence,
+    StepClosed,
+    reference,
+)
+
+NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 2, 32
+NUM_PAGES, MAX_SEQUENCES = 12, 5
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """`held` maps each live handle to its tokens, (k, v) of each layer; `open` each open step to its rows."""
+
+    page_size = 16
+    handles = Bundle("handles")
+
+    def __init__(self):
+        super().__init__()
+        self.cache = make_cache(
+            num_layers=NUM_LAYERS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            num_pages=NUM_PAGES,
+            page_size=self.page_size,
+            max_sequences=MAX_SEQUENCES,
+            num_threads=2,
+        )
+        empty = np.empty((0, NUM_KV_HEADS, HEAD_DIM), np.float32)
+        self.empty = [(empty, empty)] * NUM_LAYERS
+        self.held = {}
+        self.open = {}
+
+    def pages_of(self, num_tokens):
+        return -(-num_tokens // self.page_size)
+
+    def length(self, seq):
+        return len(self.held[seq][0][0])
+
+    @property
+    def busy(self):
+        return {seq: count for seqs in self.open.values() for seq, count in seqs}
+
+    @property
+    def num_used_pages(self):
+        return sum(self.pages_of(self.length(seq) + self.busy.get(seq, 0)) for seq in self.held)
+
+    @rule(target=handles)
+    def create(self):
+        if len(self.held) == MAX_SEQUENCES:
+            with pytest.raises(OutOfSequences):
+                self.cache.sequence()
+            return None
+        seq = self.cache.sequence()
+        self.held[seq] = self.empty
+        return seq
+
+    @rule(
+        seqs=st.lists(handles, min_size=1, max_size=4),
+        counts=st.lists(st.integers(1, 70), min_size=4, max_size=4),
+        seed=st.integers(0, 2**32),
+        ending=st.sampled_from(["commit", "rollback", "leave open", "exception"]),
+    )
+    def step(self, seqs, counts, seed, ending):
+        seqs = [seq for seq in seqs if seq is not None]
+        counts = counts[: len(seqs)]
+        refusal = self.expected_refusal(seqs, counts)
+        if refusal:
+            before = self.cache.stats()
+            with pytest.raises(refusal):
+                self.cache.step(seqs, counts)
+            assert self.cache.stats() == before
+            return
+        step = self.cache.step(seqs, counts)
+        if ending == "leave open":
+            self.open[step] = list(zip(seqs, counts, strict=True))
+            return
+        new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
+        if ending == "commit":
+            step.commit()
+            for seq, layers in zip(seqs, new, strict=True):
+                self.held[seq] = layers
+        elif ending == "rollback":
+            step.rollback()
+        else:
+            with pytest.raises(ZeroDivisionError), step:
+                raise ZeroDivisionError
+        with pytest.raises(StepClosed):
+            step.commit()
+
+    def expected_refusal(self, seqs, counts):
+        if any(seq not in self.held for seq in seqs):
+            return StaleSequence
+        firsts = [i for i, seq in enumerate(seqs) if seq in self.busy or seq in seqs[:i]]
+        if firsts:
+            return SequenceBusy if seqs[firsts[0]] in self.busy else ArgumentError
+        grown = [
+            self.pages_of(self.length(seq) + count) - self.pages_of(self.length(seq))
+            for seq, count in zip(seqs, counts, strict=True)
+        ]
+        return OutOfPages if sum(grown) > NUM_PAGES - self.num_used_pages else None
+
+    def attend_all_layers(self, step, seqs, counts, rng):
+        """Returns what each sequence holds if the step is committed, per layer."""
+        num_tokens = sum(counts)
+        new = [[] for _ in seqs]
+        for layer in range(NUM_LAYERS):
+            q = rows(rng, num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM)
+            k, v = (rows(rng, num_tokens, NUM_KV_HEADS, HEAD_DIM) for _ in range(2))
+            out = step.attend(layer, q, k, v, out=np.full_like(q, np.nan))
+            for i, seq in enumerate(seqs):
+                own = slice(step.qo_indptr[i], step.qo_indptr[i + 1])
+                old_k, old_v = self.held[seq][layer]
+                all_k, all_v = np.concatenate([old_k, k[own]]), np.concatenate([old_v, v[own]])
+                new[i].append((all_k, all_v))
+                expected = reference.attend(q[own], all_k, all_v)
+                atol = tolerance(q[own], all_k, all_v)
+                np.testing.assert_allclose(out[own], expected, rtol=0, atol=atol)
+        return new
+
+    @precondition(lambda self: self.open)
+    @rule(seed=st.integers(0, 2**32), commits=st.booleans())
+    def end_an_open_step(self, seed, commits):
+        step, entries = self.open.popitem()
+        seqs, counts = zip(*entries, strict=True)
+        new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
+        if commits:
+            step.commit()
+            self.held |= dict(zip(seqs, new, strict=True))
+        else:
+            step.rollback()
+
+    @rule(seq=handles)
+    def reset(self, seq):
+        if seq is None:
+            return
+        if seq not in self.held or seq in self.busy:
+            with pytest.raises(SequenceBusy if seq in self.held else StaleSequence):
+                seq.reset()
+            return
+        seq.reset()
+        self.held[seq] = self.empty
+
+    @rule(seq=consumes(handles))
+    def free(self, seq):
+        if seq is None or seq not in self.held:
+            return
+        if seq in self.busy:
+            with pytest.raises(SequenceBusy):
+                seq.free()
+            return
+        seq.free()
+        del self.held[seq]
+        for call in (seq.free, seq.reset, lambda: len(seq), lambda: self.cache.step([seq], [1])):
+            with pytest.raises(StaleSequence):
+                call()
+
+    @invariant()
+    def everything_is_as_the_model_says(self):
+        self.cache.check()
+        stats = self.cache.stats()
+        assert stats.num_used_pages == self.num_used_pages
+        assert stats.num_sequences == len(self.held)
+        assert stats.num_tokens == sum(map(self.length, self.held))
+        for seq, layers in self.held.items():
+            assert len(seq) == self.length(seq)
+            for layer, expected in enumerate(layers):
+                np.testing.assert_array_equal(seq.gather(layer), expected)
+
+    def teardown(self):
+        self.cache.close()
+
+
+class CacheMachineWithLargePages(CacheMachine):
+    page_size = 64
+
+
+TestPagesOf16 = CacheMachine.TestCase
+TestPagesOf64 = CacheMachineWithLargePages.TestCase
+TestPagesOf16.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPagesOf64.settings = TestPagesOf16.settings
