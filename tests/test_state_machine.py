@@ -9,7 +9,7 @@ import pytest
 from conftest import make_cache, rows
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from test_attend import tolerance
 
 from paged_kv import (
@@ -17,6 +17,7 @@ from paged_kv import (
     OutOfPages,
     OutOfSequences,
     SequenceBusy,
+    SequenceTooLong,
     StaleSequence,
     StepClosed,
     reference,
@@ -24,13 +25,13 @@ from paged_kv import (
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 2, 32
 NUM_PAGES, MAX_SEQUENCES = 12, 5
+ANY = st.integers(0, 2**16)
 
 
 class CacheMachine(RuleBasedStateMachine):
     """`held` maps each live handle to its tokens, (k, v) of each layer; `open` each open step to its rows."""
 
     page_size = 16
-    handles = Bundle("handles")
 
     def __init__(self):
         super().__init__()
@@ -47,9 +48,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.empty = [(empty, empty)] * NUM_LAYERS
         self.held = {}
         self.open = {}
+        self.handles = []  # the live ones, and a few that were freed; never empty
+        self.create()
 
     def pages_of(self, num_tokens):
         return -(-num_tokens // self.page_size)
+
+    def handle(self, choice):
+        return self.handles[choice % len(self.handles)]
 
     def length(self, seq):
         return len(self.held[seq][0][0])
@@ -62,24 +68,24 @@ class CacheMachine(RuleBasedStateMachine):
     def num_used_pages(self):
         return sum(self.pages_of(self.length(seq) + self.busy.get(seq, 0)) for seq in self.held)
 
-    @rule(target=handles)
+    @rule()
     def create(self):
         if len(self.held) == MAX_SEQUENCES:
             with pytest.raises(OutOfSequences):
                 self.cache.sequence()
-            return None
+            return
         seq = self.cache.sequence()
         self.held[seq] = self.empty
-        return seq
+        self.handles.append(seq)
 
     @rule(
-        seqs=st.lists(handles, min_size=1, max_size=4),
+        choices=st.lists(ANY, min_size=1, max_size=4),
         counts=st.lists(st.integers(1, 70), min_size=4, max_size=4),
         seed=st.integers(0, 2**32),
         ending=st.sampled_from(["commit", "rollback", "leave open", "exception"]),
     )
-    def step(self, seqs, counts, seed, ending):
-        seqs = [seq for seq in seqs if seq is not None]
+    def step(self, choices, counts, seed, ending):
+        seqs = [self.handle(choice) for choice in choices]
         counts = counts[: len(seqs)]
         refusal = self.expected_refusal(seqs, counts)
         if refusal:
@@ -106,16 +112,19 @@ class CacheMachine(RuleBasedStateMachine):
             step.commit()
 
     def expected_refusal(self, seqs, counts):
-        if any(seq not in self.held for seq in seqs):
-            return StaleSequence
-        firsts = [i for i, seq in enumerate(seqs) if seq in self.busy or seq in seqs[:i]]
-        if firsts:
-            return SequenceBusy if seqs[firsts[0]] in self.busy else ArgumentError
-        grown = [
-            self.pages_of(self.length(seq) + count) - self.pages_of(self.length(seq))
-            for seq, count in zip(seqs, counts, strict=True)
-        ]
-        return OutOfPages if sum(grown) > NUM_PAGES - self.num_used_pages else None
+        """The first entry that cannot step decides; pages are counted when all can."""
+        num_new_pages = 0
+        for i, (seq, count) in enumerate(zip(seqs, counts, strict=True)):
+            if seq not in self.held:
+                return StaleSequence
+            if seq in self.busy:
+                return SequenceBusy
+            if seq in seqs[:i]:
+                return ArgumentError
+            if self.length(seq) + count > NUM_PAGES * self.page_size:
+                return SequenceTooLong
+            num_new_pages += self.pages_of(self.length(seq) + count) - self.pages_of(self.length(seq))
+        return OutOfPages if num_new_pages > NUM_PAGES - self.num_used_pages else None
 
     def attend_all_layers(self, step, seqs, counts, rng):
         """Returns what each sequence holds if the step is committed, per layer."""
@@ -135,9 +144,10 @@ class CacheMachine(RuleBasedStateMachine):
                 np.testing.assert_allclose(out[own], expected, rtol=0, atol=atol)
         return new
 
-    @precondition(lambda self: self.open)
     @rule(seed=st.integers(0, 2**32), commits=st.booleans())
     def end_an_open_step(self, seed, commits):
+        if not self.open:
+            return
         step, entries = self.open.popitem()
         seqs, counts = zip(*entries, strict=True)
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
@@ -147,10 +157,9 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             step.rollback()
 
-    @rule(seq=handles)
-    def reset(self, seq):
-        if seq is None:
-            return
+    @rule(choice=ANY)
+    def reset(self, choice):
+        seq = self.handle(choice)
         if seq not in self.held or seq in self.busy:
             with pytest.raises(SequenceBusy if seq in self.held else StaleSequence):
                 seq.reset()
@@ -158,9 +167,10 @@ class CacheMachine(RuleBasedStateMachine):
         seq.reset()
         self.held[seq] = self.empty
 
-    @rule(seq=consumes(handles))
-    def free(self, seq):
-        if seq is None or seq not in self.held:
+    @rule(choice=ANY)
+    def free(self, choice):
+        seq = self.handle(choice)
+        if seq not in self.held:
             return
         if seq in self.busy:
             with pytest.raises(SequenceBusy):
@@ -168,6 +178,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         seq.free()
         del self.held[seq]
+        stale = [handle for handle in self.handles if handle not in self.held]
+        self.handles = [*self.held, *stale[-2:]]
         for call in (seq.free, seq.reset, lambda: len(seq), lambda: self.cache.step([seq], [1])):
             with pytest.raises(StaleSequence):
                 call()

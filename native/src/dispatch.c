@@ -3,6 +3,9 @@
  * Compiled without flags for any instruction set, so that it can run, and choose, anywhere.
  */
 #include <stdatomic.h>
+#ifdef PKV_HAVE_AVX2
+#include <cpuid.h>
+#endif
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +17,10 @@ static int always(void) { return 1; }
 
 #ifdef PKV_HAVE_AVX2
 static int has_avx2(void) {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned eax, ebx, ecx, edx;
+  /* clang's __builtin_cpu_supports does not know f16c before version 16. */
+  int has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c;
 }
 #endif
 
