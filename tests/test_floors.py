@@ -1,0 +1,61 @@
+"""Imports point down only, also under TYPE_CHECKING."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "paged_kv"
+
+#: From the ground up; a module imports from floors below its own, and from none beside it.
+FLOORS = [
+    {"errors", "layout", "machine", "reference", "extras"},
+    {"_binding"},
+    {"pool"},
+    {"block_table"},
+    {"store"},
+    {"sequence"},
+    {"step"},
+    {"cache"},
+    {"models.ternary", "models.sampling"},
+    {"models.layers", "models.baselines"},
+    {"models.bitnet"},
+    {"models.generate"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
+#: Within the ground floor: what layout raises.
+BESIDE = {("layout", "errors")}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            yield name, ast.parse(path.read_text())
+
+
+def imports_of(name, tree):
+    """The package's own modules that `name` imports, by their names within it."""
+    parents = ["paged_kv", *name.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        base = [*parents[: len(parents) - node.level + 1], *(node.module or "").split(".")]
+        base = ".".join(part for part in base[1:] if part)
+        for alias in node.names:
+            inner = f"{base}.{alias.name}".strip(".")
+            yield inner if inner in FLOOR_OF or inner == "_native" else base
+
+
+def test_every_module_has_a_floor_and_imports_from_below():
+    seen = set()
+    for name, tree in modules():
+        seen.add(name)
+        for imported in imports_of(name, tree):
+            if imported == "_native":
+                assert name == "_binding", f"{name} imports the compiled module; only _binding may"
+                continue
+            below = FLOOR_OF[imported] < FLOOR_OF[name] or (name, imported) in BESIDE
+            assert below, f"{name} imports {imported}, which is not on a floor below"
+    assert seen == set(FLOOR_OF)
