@@ -10,13 +10,14 @@ import pytest
 import paged_kv
 from paged_kv import _binding
 
-#: Inputs are fresh in every run; to see one again, set PAGED_KV_SEED to what its header printed.
+#: Inputs are fresh in every run; to see one again, set PAGED_KV_SEED to what it printed when it failed.
 SEED = int(os.environ.get("PAGED_KV_SEED") or secrets.randbits(32))
 KERNELS = paged_kv.kernels().available
 
 
-def pytest_report_header():
-    return f"PAGED_KV_SEED={SEED}"
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"the inputs of this run: PAGED_KV_SEED={SEED}")
 
 
 def poison(cache):
