@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from ._binding import DTYPE_CODES, ffi, integer, new_threads
+from ._binding import ffi, integer, new_pages, new_threads
 from .block_table import BlockTables
 from .errors import CacheClosed
 from .layout import PageLayout
@@ -42,16 +42,17 @@ class Store:
         self._idle = threading.Condition(self.lock)
 
     def _describe_layer(self, layer: int, num_pages: int) -> None:
-        layout, pages = self.layout, self.layer_pages[layer]
-        pages.k = self.pool.address + layer * num_pages * layout.block_bytes
-        pages.v = pages.k + layout.head_bytes // 2
-        pages.k_page_stride = pages.v_page_stride = layout.block_bytes
-        pages.k_head_stride = pages.v_head_stride = layout.head_bytes
-        pages.k_token_stride = pages.v_token_stride = layout.token_bytes
-        pages.dtype = DTYPE_CODES[layout.dtype]
-        pages.page_size = layout.page_size
-        pages.num_kv_heads = layout.num_kv_heads
-        pages.head_dim = layout.head_dim
+        layout = self.layout
+        k = self.pool.address + layer * num_pages * layout.block_bytes
+        self.layer_pages[layer] = new_pages(
+            k,
+            k + layout.head_bytes // 2,
+            (layout.block_bytes, layout.head_bytes, layout.token_bytes),
+            layout.dtype,
+            layout.page_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+        )[0]
 
     def require_open(self) -> None:
         if self.closed:

@@ -14,7 +14,7 @@ FLOORS = [
     {"store"},
     {"sequence"},
     {"step"},
-    {"cache"},
+    {"cache", "manager"},
     {"models.ternary", "models.sampling"},
     {"models.layers", "models.baselines"},
     {"models.bitnet"},
