@@ -50,6 +50,8 @@ class BlockTables:
         self._free_rows = list(range(max_sequences - 1, -1, -1))
         arrays = (self.page_ids, self.seq_lens, self.reserved_lens)
         self._pointers = [ffi.from_buffer("int32_t[]", array) for array in arrays]
+        # Filled and read under the cache's lock, so one of each is enough.
+        self._size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
         self._tables = ffi.new(
             "pkv_tables *",
             {
@@ -115,34 +117,26 @@ class BlockTables:
 
     # ---- steps
 
-    def plan(self, keys: NDArray[np.int64], counts: NDArray[np.int32]) -> "Plan":
+    def plan(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> "Plan":
         """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
 
         Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
         Cost: two C calls; O(tokens + pages of the batch).
         """
-        num_seqs = len(keys)
-        keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int32_t[]", counts)
-        size, refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
-        status = lib.pkv_step_measure(
-            self.pool.handle, self._tables, num_seqs, keys_at, counts_at, size, refusal
-        )
+        keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int64_t[]", counts)
+        batch, size = (self.pool.handle, self._tables, len(keys), keys_at, counts_at), self._size
+        status = lib.pkv_step_measure(*batch, size, self._refusal)
         if status != lib.PKV_OK:
-            self._refuse(status, refusal)
-        plan = Plan(num_seqs, size.num_tokens, size.num_pages)
-        check(
-            lib.pkv_step_plan(self.pool.handle, self._tables, num_seqs, keys_at, counts_at, plan.pointer),
-            "plan",
-        )
+            self._refuse(status, self._refusal)
+        plan = Plan(size)
+        check(lib.pkv_step_plan(*batch, size, plan.memory, plan.handle), "plan")
         return plan
 
     def commit(self, plan: "Plan") -> None:
-        check(lib.pkv_step_commit(self._tables, plan.num_seqs, plan.at("rows")), "commit")
+        check(lib.pkv_step_commit(self._tables, plan.handle), "commit")
 
     def rollback(self, plan: "Plan") -> None:
-        check(
-            lib.pkv_step_rollback(self.pool.handle, self._tables, plan.num_seqs, plan.at("rows")), "rollback"
-        )
+        check(lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle), "rollback")
 
     def check(self) -> None:
         """Raise InvariantViolation unless every page's references are explained by the rows."""
@@ -172,69 +166,61 @@ class BlockTables:
             )
         if refusal.index < 0:
             raise ArgumentError(f"the step has {asked} new tokens or pages, {available} at most can be")
-        raise ArgumentError(f"new[{refusal.index}] is {asked} tokens; each sequence takes at least 1")
+        raise ArgumentError(f"new[{refusal.index}] is {asked} tokens, outside 1 to {MOST_TOKENS}")
 
 
 class Plan:
-    """What a step reserved: arrays in one buffer, in the order of pkv_step_plan."""
+    """What a step reserved: the arrays of a `pkv_plan`, in one buffer of the step's own."""
 
-    __slots__ = ("_buffer", "_ends", "num_pages", "num_seqs", "num_tokens", "pointer")
+    __slots__ = ("_buffer", "handle", "memory", "num_pages", "num_tokens")
 
-    FIELDS = ("slot_mapping", "positions", "qo_indptr", "kv_indptr", "seq_lens", "rows", "kv_indices")
+    def __init__(self, size: Any) -> None:
+        self.num_tokens, self.num_pages = size.num_tokens, size.num_pages
+        self._buffer = np.empty((size.plan_bytes + 7) // 8, np.int64)
+        self.memory = ffi.from_buffer(self._buffer)
+        self.handle = ffi.new("pkv_plan *")
 
-    def __init__(self, num_seqs: int, num_tokens: int, num_pages: int) -> None:
-        self.num_seqs, self.num_tokens, self.num_pages = num_seqs, num_tokens, num_pages
-        sizes = (2 * num_tokens, num_tokens, num_seqs + 1, num_seqs + 1, num_seqs, num_seqs, num_pages)
-        self._ends = (0, *itertools.accumulate(sizes))
-        # Of int64, so that slot_mapping is aligned.
-        self._buffer = np.empty((self._ends[-1] + 1) // 2, np.int64).view(np.int32)
-        self.pointer = ffi.from_buffer("int32_t[]", self._buffer)
+    @property
+    def num_seqs(self) -> int:
+        return int(self.handle.batch.num_seqs)
 
-    def at(self, field: str) -> Any:
-        """A field's address, an `int32_t *`; it lives as long as the plan."""
-        return self.pointer + self._ends[self.FIELDS.index(field)]
-
-    def slots(self) -> Any:
-        """The address of slot_mapping, an `int64_t *`."""
-        return ffi.cast("int64_t *", self.pointer)
-
+    @property
     def batch(self) -> Any:
-        """The `pkv_batch *` of this plan; it must not outlive it."""
-        fields = ("qo_indptr", "kv_indptr", "kv_indices", "seq_lens")
-        return ffi.new("pkv_batch *", [self.num_seqs, *map(self.at, fields)])
+        """The `pkv_batch *`; it must not outlive the plan."""
+        return ffi.addressof(self.handle.batch)
 
-    def array(self, field: str) -> NDArray[np.int32]:
-        """A field as a read-only view; slot_mapping in pairs of an int64."""
-        i = self.FIELDS.index(field)
-        view = self._buffer[self._ends[i] : self._ends[i + 1]]
+    def int32(self, pointer: Any, count: int) -> NDArray[np.int32]:
+        """One of the plan's arrays as a read-only view."""
+        begin = ffi.cast("char *", pointer) - self.memory
+        view = self._buffer.view(np.int32)[begin // 4 : begin // 4 + count]
         view.flags.writeable = False
         return view
 
 
-def counts_of(new: object, num_seqs: int) -> NDArray[np.int32]:
+def counts_of(new: object, num_seqs: int) -> NDArray[np.int64]:
     """How many new tokens each sequence gets: from ids, counts, or an integer array of counts.
 
-    Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).
+    Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).  Counts below 1 are left for
+    the plan to refuse.
     """
-    if isinstance(new, np.ndarray):
-        if new.ndim != 1 or not np.issubdtype(new.dtype, np.integer):
-            raise ArgumentError(f"new is {new.dtype} {list(new.shape)}; counts are an integer vector")
-        counts = new
-    elif isinstance(new, (list, tuple)):
+    if isinstance(new, (list, tuple)):
+        if len(new) != num_seqs:
+            raise ArgumentError(f"new has {len(new)} entries for {num_seqs} sequences; give one for each")
         if set(map(type, new)) != {int}:
             new = [_count_of(f"new[{i}]", entry) for i, entry in enumerate(new)]
         try:
-            counts = np.array(new, np.int64)
+            return np.fromiter(new, np.int64, num_seqs)
         except OverflowError:
             raise ArgumentError(f"a count of new tokens is outside 1 to {MOST_TOKENS}") from None
-    else:
+    if not isinstance(new, np.ndarray):
         raise ArgumentError(f"new is {type(new).__name__}; give a list with ids or a count for each sequence")
-    if len(counts) != num_seqs:
-        raise ArgumentError(f"new has {len(counts)} entries for {num_seqs} sequences; give one for each")
-    if num_seqs and not (counts.min() >= 1 and counts.max() <= MOST_TOKENS):
-        culprit = next(i for i, count in enumerate(counts) if not 1 <= count <= MOST_TOKENS)
-        raise ArgumentError(f"new[{culprit}] is {counts[culprit]} tokens, outside 1 to {MOST_TOKENS}")
-    return np.ascontiguousarray(counts, np.int32)
+    if new.ndim != 1 or not np.issubdtype(new.dtype, np.integer) or len(new) != num_seqs:
+        raise ArgumentError(
+            f"new is {new.dtype} {list(new.shape)}; give an integer for each of {num_seqs} sequences"
+        )
+    # What does not fit an int64 must not wrap into what does.
+    counts = np.minimum(new, MOST_TOKENS + 1) if new.dtype == np.uint64 else new
+    return np.ascontiguousarray(counts, np.int64)
 
 
 def _count_of(name: str, entry: object) -> int:

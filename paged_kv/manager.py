@@ -158,8 +158,9 @@ class KVCacheManager:
         Raises: ArgumentError, CacheClosed.  Cost: O(1), nothing is allocated.
         """
         begin = time.perf_counter_ns()
-        self._rings().append(K, V, seq_pos, batch_idx)
-        self._rings().metrics.append_ns += time.perf_counter_ns() - begin
+        rings = self._rings()
+        rings.append(K, V, seq_pos, batch_idx)
+        rings.metrics.append_ns += time.perf_counter_ns() - begin
 
     def get_cache(self, batch_idx: int) -> tuple[FloatArray, FloatArray, int]:
         """A batch entry's tokens, oldest first.
@@ -169,8 +170,9 @@ class KVCacheManager:
         Cost: O(1), a view, until the ring wraps and whenever it is exactly full; else a copy.
         """
         begin = time.perf_counter_ns()
-        result = self._rings().get_cache(batch_idx)
-        self._rings().metrics.get_cache_ns += time.perf_counter_ns() - begin
+        rings = self._rings()
+        result = rings.get_cache(batch_idx)
+        rings.metrics.get_cache_ns += time.perf_counter_ns() - begin
         return result
 
     def get_segments(self, batch_idx: int) -> tuple[Pair, Pair]:
@@ -219,7 +221,8 @@ class _Rings:
         self.seq_lens = [0] * batch_size
         self.metrics = CacheMetrics(storage_bytes=storage.num_bytes)
         entry, head, side, token, _ = storage.strides
-        self.address = int(ffi.cast("uintptr_t", self.pool.address))
+        whole = np.asarray(_Window(self.pool, storage))
+        self._k, self._v = whole[:, :, 0], whole[:, :, 1]
         self.pages = new_pages(
             self.pool.address,
             self.pool.address + side,
@@ -230,7 +233,8 @@ class _Rings:
             self.head_dim,
         )
         self._slots = ffi.new("int64_t[]", batch_size)  # of the token at hand, for each entry
-        self._shapes = {(self.num_heads, self.head_dim), (self.num_heads * self.head_dim,)}
+        self._shapes = ((self.num_heads, self.head_dim), (self.num_heads * self.head_dim,))
+        self._token_bytes = 2 * self.num_heads * self.head_dim * 4
 
     def entry(self, batch_idx: int) -> int:
         return integer("batch_idx", batch_idx, 0, len(self.seq_lens) - 1)
@@ -240,21 +244,12 @@ class _Rings:
         seq_len = self.seq_lens[entry]
         if integer("seq_pos", seq_pos, 0, 2**63 - 1) != seq_len:
             raise ArgumentError(f"seq_pos is {seq_pos}; batch entry {entry} has {seq_len} tokens so far")
+        k_at, v_at = float32_pointer("K", K, *self._shapes), float32_pointer("V", V, *self._shapes)
         self._slots[entry] = self.page_ids[entry] * self.max_seq_len + seq_len % self.max_seq_len
-        append(self.pages, 1, self._slots + entry, self._token("K", K), self._token("V", V))
+        append(self.pages, 1, self._slots + entry, k_at, v_at)
         self.seq_lens[entry] = seq_len + 1
         self.metrics.num_appends += 1
-        self.metrics.appended_bytes += 2 * self.num_heads * self.head_dim * 4
-
-    def _token(self, name: str, array: FloatArray) -> FloatArray:
-        if not isinstance(array, np.ndarray) or array.shape not in self._shapes:
-            shape = list(array.shape) if isinstance(array, np.ndarray) else type(array).__name__
-            raise ArgumentError(
-                f"{name} must be float32 of shape [{self.num_heads}, {self.head_dim}] "
-                f"or [{self.num_heads * self.head_dim}], not {shape}"
-            )
-        float32_pointer(name, array, array.shape)
-        return array.reshape(1, self.num_heads, self.head_dim)
+        self.metrics.appended_bytes += self._token_bytes
 
     def segments(self, batch_idx: int) -> tuple[Pair, Pair]:
         entry = self.entry(batch_idx)
@@ -265,11 +260,12 @@ class _Rings:
         return self._views(entry, newest, self.max_seq_len), self._views(entry, 0, newest)
 
     def get_cache(self, batch_idx: int) -> tuple[FloatArray, FloatArray, int]:
-        older, newer = self.segments(batch_idx)
-        cached_len = older[0].shape[1] + newer[0].shape[1]
-        if newer[0].shape[1] == 0:
+        entry = self.entry(batch_idx)
+        cached_len = min(self.seq_lens[entry], self.max_seq_len)
+        if self.seq_lens[entry] <= self.max_seq_len or self.seq_lens[entry] % self.max_seq_len == 0:
             self.metrics.num_views += 1
-            return *older, cached_len
+            return *self._views(entry, 0, cached_len), cached_len
+        older, newer = self.segments(entry)
         k, v = (_read_only(np.concatenate(parts, axis=1)) for parts in zip(older, newer, strict=True))
         self.metrics.num_reconstructions += 1
         self.metrics.copied_bytes += k.nbytes + v.nbytes
@@ -277,29 +273,25 @@ class _Rings:
 
     def _views(self, entry: int, start: int, end: int) -> Pair:
         """K and V of the slots start .. end - 1, in place."""
-        page, head, side, token, item = self.storage.strides
-        first = self.address + self.page_ids[entry] * page + start * token
-        shape, strides = (self.num_heads, end - start, self.head_dim), (head, token, item)
-        k, v = (np.asarray(_Window(self.pool, first + i * side, shape, strides)) for i in range(2))
-        return k, v
+        page_id = self.page_ids[entry]
+        return self._k[page_id, :, start:end], self._v[page_id, :, start:end]
 
 
 class _Window:
-    """Memory of a pool that numpy may read and never write; it keeps the pool alive.
+    """A pool's memory, which numpy may read and never write; it keeps the pool alive.
 
-    An array over it has no way to be made writeable: numpy asks its base, which offers no writable buffer.
+    Neither an array over it nor a part of one can be made writeable: numpy asks its base, which offers no
+    writable buffer.
     """
 
-    def __init__(
-        self, pool: PagePool, address: int, shape: tuple[int, ...], strides: tuple[int, ...]
-    ) -> None:
+    def __init__(self, pool: PagePool, storage: BatchKVStorage) -> None:
         self.pool = pool
         self.__array_interface__ = {
             "version": 3,
-            "typestr": "<f4",
-            "data": (address, True),
-            "shape": shape,
-            "strides": strides,
+            "typestr": np.dtype(np.float32).str,
+            "data": (int(ffi.cast("uintptr_t", pool.address)), True),
+            "shape": storage.shape,
+            "strides": storage.strides,
         }
 
 

@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import append, attend
+from ._binding import append, attend, float32_pointer
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
 from .sequence import Sequence
@@ -36,7 +36,7 @@ class Step:
     thread.
     """
 
-    __slots__ = ("_batch", "_is_open", "_plan", "_seqs", "_store", "_unwritten")
+    __slots__ = ("_batch", "_is_open", "_plan", "_seqs", "_store", "_written")
 
     def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
         self._seqs, keys = _keys_of(seqs)
@@ -46,8 +46,8 @@ class Step:
             self._plan = store.tables.plan(keys, counts)
             store.open_steps[id(self)] = self._roll_back
         self._store = store
-        self._batch = self._plan.batch()
-        self._unwritten = set(range(store.layout.num_layers))
+        self._batch = self._plan.batch
+        self._written = bytearray(store.layout.num_layers)
         self._is_open = True
 
     # ---- what was reserved
@@ -55,22 +55,23 @@ class Step:
     @property
     def positions(self) -> NDArray[np.int32]:
         """int32 [num_tokens]: the position of each new token in its sequence."""
-        return self._plan.array("positions")
+        return self._plan.int32(self._plan.handle.positions, self._plan.num_tokens)
 
     @property
     def qo_indptr(self) -> NDArray[np.int32]:
         """int32 [num_seqs + 1]: where each sequence's rows begin."""
-        return self._plan.array("qo_indptr")
+        return self._plan.int32(self._batch.qo_indptr, self._plan.num_seqs + 1)
 
     @property
     def seq_lens(self) -> NDArray[np.int32]:
         """int32 [num_seqs], including the new tokens."""
-        return self._plan.array("seq_lens")
+        return self._plan.int32(self._batch.seq_lens, self._plan.num_seqs)
 
     @property
     def slot_mapping(self) -> NDArray[np.int64]:
         """int64 [num_tokens]: page_id * page_size + offset of each new token."""
-        return self._plan.array("slot_mapping").view(np.int64)
+        slots = self._plan.int32(self._plan.handle.slot_mapping, 2 * self._plan.num_tokens)
+        return slots.view(np.int64)
 
     @property
     def first_page(self) -> NDArray[np.int32]:
@@ -83,8 +84,9 @@ class Step:
 
         Cost: built each time it is asked for; attention does not need it.
         """
-        indptr, page_ids = self._plan.array("kv_indptr"), self._plan.array("kv_indices")
-        num_pages = np.diff(indptr)
+        plan, batch = self._plan, self._batch
+        page_ids = plan.int32(batch.kv_indices, plan.num_pages)
+        num_pages = np.diff(plan.int32(batch.kv_indptr, plan.num_seqs + 1))
         table = np.full((len(num_pages), num_pages.max(initial=0)), -1, np.int32)
         table[np.arange(table.shape[1]) < num_pages[:, None]] = page_ids
         return table
@@ -105,8 +107,11 @@ class Step:
         with self._store as store:
             self._require_open()
             layer = store.layer(layer)
-            append(store.layer_pages + layer, self._plan.num_tokens, self._plan.slots(), k, v)
-            self._unwritten.discard(layer)
+            shape = (self._plan.num_tokens, store.layout.num_kv_heads, store.layout.head_dim)
+            k_at, v_at = float32_pointer("k", k, shape), float32_pointer("v", v, shape)
+            slots = self._plan.handle.slot_mapping
+            append(store.layer_pages + layer, self._plan.num_tokens, slots, k_at, v_at)
+            self._written[layer] = 1
 
     def attend(
         self,
@@ -137,10 +142,10 @@ class Step:
         with self._store as store:
             self._require_open()
             layer = store.layer(layer)
-            new_rows = (self._plan.slots(), k, v)
+            new_rows = (self._plan.handle.slot_mapping, k, v)
             pages = store.layer_pages + layer
             out = attend(store.threads, pages, self._batch, self._plan.num_tokens, q, sm_scale, out, new_rows)
-            self._unwritten.discard(layer)
+            self._written[layer] = 1
             return out
 
     # ---- the end
@@ -154,10 +159,10 @@ class Step:
         with self._store.lock:
             self._store.require_open()
             self._require_open()
-            if self._unwritten and self._plan.num_tokens:
+            if 0 in self._written and self._plan.num_tokens:
                 self._roll_back()
                 raise LayerNotWritten(
-                    f"layer {min(self._unwritten)} has no keys and values; the step was rolled back"
+                    f"layer {self._written.index(0)} has no keys and values; the step was rolled back"
                 )
             self._store.tables.commit(self._plan)
             self._close()

@@ -9,6 +9,9 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {
+    "append_latency.py": {"what", "dtype", "batch", "position", "ns_per_token_and_head", "of_write"},
+    "attention.py": {"work", "kernel", "us", "gb_per_s", "of_walk", "of_read", "gflop_per_s"},
+    "requested_table.py": {"figure", "claim_before", "claim_after", "naive", "preallocated", "ours"},
     "planning.py": {"num_sequences", "us", "us_per_sequence"},
     "utilization.py": {
         *("trace", "policy", "page_size", "utilization"),
@@ -20,6 +23,11 @@ SCRIPTS = {
 def run(script, *options):
     command = [sys.executable, str(FOLDER / script), "--toy", *options]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
+
+
+def test_every_benchmark_is_among_them():
+    scripts = {path.name for path in FOLDER.glob("*.py") if "def main" in path.read_text()}
+    assert scripts == {*SCRIPTS, "run_all.py"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -39,11 +39,12 @@ static bool stands_earlier(const int64_t *keys, int64_t index) {
 }
 
 /* Measure sequence i, and mark its row as reserved, by which a second entry of it is seen. */
-static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *keys, const int32_t *counts,
+static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *keys, const int64_t *counts,
                                    int64_t i, pkv_step_size *size, pkv_refusal *refusal) {
   int64_t row = row_of(tables, keys[i]);
   if (row < 0) return refuse(refusal, PKV_STALE_SEQUENCE, i, keys[i], 0);
-  if (counts[i] < 1) return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], 1);
+  if (counts[i] < 1 || counts[i] > INT32_MAX)
+    return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], INT32_MAX);
   int64_t old_len = tables->seq_lens[row], new_len = old_len + counts[i];
   if (tables->reserved_lens[row] != old_len) {
     pkv_status status = stands_earlier(keys, i) ? PKV_SEQUENCE_TWICE : PKV_SEQUENCE_BUSY;
@@ -59,11 +60,11 @@ static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *keys
 }
 
 pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
-                            const int64_t *keys, const int32_t *counts, pkv_step_size *size,
+                            const int64_t *keys, const int64_t *counts, pkv_step_size *size,
                             pkv_refusal *refusal) {
   pkv_status status = PKV_OK;
   int64_t num_marked = 0;
-  *size = (pkv_step_size){0, 0, 0};
+  *size = (pkv_step_size){0, 0, 0, 0};
   while (num_marked < num_seqs && status == PKV_OK) {
     status = measure_sequence(tables, keys, counts, num_marked, size, refusal);
     num_marked += status == PKV_OK;
@@ -79,6 +80,8 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   int64_t num_free = pkv_pool_num_free(pool);
   if (size->num_new_pages > num_free)
     return refuse(refusal, PKV_OUT_OF_PAGES, -1, size->num_new_pages, num_free);
+  int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 2 * num_seqs + size->num_pages;
+  size->plan_bytes = size->num_tokens * (int64_t)sizeof(int64_t) + num_int32 * (int64_t)sizeof(int32_t);
   return PKV_OK;
 }
 
@@ -92,49 +95,56 @@ static void place_tokens(const pkv_tables *tables, const int32_t *cells, int32_t
   }
 }
 
+/* One array after the other, the widest first. */
+static pkv_plan lay_out(char *memory, int64_t num_seqs, const pkv_step_size *size) {
+  pkv_plan plan = {.slot_mapping = (int64_t *)memory, .batch.num_seqs = num_seqs};
+  plan.positions = (int32_t *)(plan.slot_mapping + size->num_tokens);
+  plan.batch.qo_indptr = plan.positions + size->num_tokens;
+  plan.batch.kv_indptr = plan.batch.qo_indptr + num_seqs + 1;
+  plan.batch.seq_lens = plan.batch.kv_indptr + num_seqs + 1;
+  plan.rows = plan.batch.seq_lens + num_seqs;
+  plan.batch.kv_indices = plan.rows + num_seqs;
+  return plan;
+}
+
 pkv_status pkv_step_plan(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *keys,
-                         const int32_t *counts, int32_t *plan) {
-  int64_t num_tokens = 0;
-  for (int64_t i = 0; i < num_seqs; i++) num_tokens += counts[i];
-  int64_t *slots = (int64_t *)plan;
-  int32_t *positions = plan + 2 * num_tokens;
-  int32_t *qo_indptr = positions + num_tokens;
-  int32_t *kv_indptr = qo_indptr + num_seqs + 1;
-  int32_t *seq_lens = kv_indptr + num_seqs + 1;
-  int32_t *rows = seq_lens + num_seqs;
-  int32_t *kv_indices = rows + num_seqs;
-  qo_indptr[0] = kv_indptr[0] = 0;
+                         const int64_t *counts, const pkv_step_size *size, char *memory, pkv_plan *plan) {
+  *plan = lay_out(memory, num_seqs, size);
+  pkv_batch batch = plan->batch;
+  batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
   for (int64_t i = 0; i < num_seqs; i++) {
     int64_t row = row_of(tables, keys[i]);
     int32_t *cells = cells_of(tables, row);
-    int32_t old_len = tables->seq_lens[row], new_len = old_len + counts[i];
+    int32_t old_len = tables->seq_lens[row], new_len = old_len + (int32_t)counts[i];
     int64_t num_held = pages_for(tables, old_len), num_pages = pages_for(tables, new_len);
     pkv_status status = pkv_pool_acquire(pool, num_pages - num_held, cells + num_held);
     if (status != PKV_OK) { /* not measured, or the lock was let go in between */
-      pkv_step_rollback(pool, tables, i, rows);
+      plan->batch.num_seqs = i;
+      pkv_step_rollback(pool, tables, plan);
       return status;
     }
     tables->reserved_lens[row] = new_len;
-    place_tokens(tables, cells, old_len, new_len, slots + qo_indptr[i], positions + qo_indptr[i]);
-    memcpy(kv_indices + kv_indptr[i], cells, (size_t)num_pages * sizeof *cells);
-    qo_indptr[i + 1] = qo_indptr[i] + counts[i];
-    kv_indptr[i + 1] = kv_indptr[i] + (int32_t)num_pages;
-    seq_lens[i] = new_len;
-    rows[i] = (int32_t)row;
+    int32_t first = batch.qo_indptr[i], first_page = batch.kv_indptr[i];
+    place_tokens(tables, cells, old_len, new_len, plan->slot_mapping + first, plan->positions + first);
+    memcpy(batch.kv_indices + first_page, cells, (size_t)num_pages * sizeof *cells);
+    batch.qo_indptr[i + 1] = first + (int32_t)counts[i];
+    batch.kv_indptr[i + 1] = first_page + (int32_t)num_pages;
+    batch.seq_lens[i] = new_len;
+    plan->rows[i] = (int32_t)row;
   }
   return PKV_OK;
 }
 
-pkv_status pkv_step_commit(const pkv_tables *tables, int64_t num_seqs, const int32_t *rows) {
-  for (int64_t i = 0; i < num_seqs; i++) tables->seq_lens[rows[i]] = tables->reserved_lens[rows[i]];
+pkv_status pkv_step_commit(const pkv_tables *tables, const pkv_plan *plan) {
+  for (int64_t i = 0; i < plan->batch.num_seqs; i++)
+    tables->seq_lens[plan->rows[i]] = tables->reserved_lens[plan->rows[i]];
   return PKV_OK;
 }
 
-pkv_status pkv_step_rollback(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
-                             const int32_t *rows) {
+pkv_status pkv_step_rollback(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
   /* Backwards, and each row's pages in reverse, so that the free list is as it was before the step. */
-  for (int64_t i = num_seqs - 1; i >= 0; i--) {
-    int32_t row = rows[i], *cells = cells_of(tables, row);
+  for (int64_t i = plan->batch.num_seqs - 1; i >= 0; i--) {
+    int32_t row = plan->rows[i], *cells = cells_of(tables, row);
     int64_t num_held = pages_for(tables, tables->seq_lens[row]);
     for (int64_t j = pages_for(tables, tables->reserved_lens[row]) - 1; j >= num_held; j--) {
       pkv_status status = pkv_pool_release(pool, 1, cells + j);

@@ -22,24 +22,27 @@ static int64_t key(int64_t row) { return (int64_t)7 << 32 | row; }
 
 static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   int64_t keys[2] = {key(2), key(0)};
-  int32_t counts[2] = {17, 3};
+  int64_t counts[2] = {17, 3};
   pkv_step_size size;
   pkv_refusal refusal;
   assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OK);
   assert(size.num_tokens == 20 && size.num_pages == 3 && size.num_new_pages == 3);
   assert(reserved_lens[2] == 0);
-  int64_t plan[64];
-  assert(pkv_step_plan(pool, &tables, 2, keys, counts, (int32_t *)plan) == PKV_OK);
+  assert(size.plan_bytes == 20 * 8 + (20 + 3 + 3 + 2 + 2 + 3) * 4);
+  int64_t memory[64];
+  pkv_plan plan;
+  assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
   assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
-  assert(plan[16] == (int64_t)page_ids[2 * RING + 1] * PAGE_SIZE);
-  int32_t rows[2] = {2, 0};
-  assert(pkv_step_measure(pool, &tables, 1, keys, counts, &size, &refusal) == PKV_SEQUENCE_BUSY);
+  assert(plan.slot_mapping[16] == (int64_t)page_ids[2 * RING + 1] * PAGE_SIZE);
+  assert(plan.rows[0] == 2 && plan.rows[1] == 0 && plan.positions[19] == 2);
+  pkv_step_size ignored;
+  assert(pkv_step_measure(pool, &tables, 1, keys, counts, &ignored, &refusal) == PKV_SEQUENCE_BUSY);
   assert(pkv_tables_reset(pool, &tables, 2) == PKV_SEQUENCE_BUSY);
-  assert(pkv_step_rollback(pool, &tables, 2, rows) == PKV_OK);
+  assert(pkv_step_rollback(pool, &tables, &plan) == PKV_OK);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
 
-  assert(pkv_step_plan(pool, &tables, 2, keys, counts, (int32_t *)plan) == PKV_OK);
-  assert(pkv_step_commit(&tables, 2, rows) == PKV_OK);
+  assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
+  assert(pkv_step_commit(&tables, &plan) == PKV_OK);
   assert(seq_lens[2] == 17 && seq_lens[0] == 3);
   pkv_pages pages = {pkv_pool_data(pool),
                      pkv_pool_data(pool) + BLOCK / 2,
@@ -55,14 +58,14 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
                      HEAD_DIM};
   float k[20 * HEAD_DIM], v[20 * HEAD_DIM], k_back[20 * HEAD_DIM], v_back[20 * HEAD_DIM];
   for (int i = 0; i < 20 * HEAD_DIM; i++) k[i] = (float)i, v[i] = (float)-i;
-  assert(pkv_append(&pages, 20, plan, k, v) == PKV_OK);
-  assert(pkv_gather(&pages, 20, plan, k_back, v_back) == PKV_OK);
+  assert(pkv_append(&pages, 20, plan.slot_mapping, k, v) == PKV_OK);
+  assert(pkv_gather(&pages, 20, plan.slot_mapping, k_back, v_back) == PKV_OK);
   assert(memcmp(k, k_back, sizeof k) == 0 && memcmp(v, v_back, sizeof v) == 0);
 }
 
 static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
   int64_t keys[3] = {key(1), key(0), key(1)};
-  int32_t counts[3] = {1, 1, 1};
+  int64_t counts[3] = {1, 1, 1};
   pkv_step_size size;
   pkv_refusal refusal;
   assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_SEQUENCE_TWICE);
@@ -79,8 +82,13 @@ static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
   counts[0] = 2 * PAGE_SIZE + 1;
   assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OUT_OF_PAGES);
   assert(refusal.asked == 3 && refusal.available == 2);
-  int64_t plan[256]; /* planned all the same, it takes nothing */
-  assert(pkv_step_plan(pool, &tables, 2, keys, counts, (int32_t *)plan) == PKV_OUT_OF_PAGES);
+  counts[0] = (int64_t)INT32_MAX + 1;
+  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_BAD_ARGUMENT);
+  counts[0] = 2 * PAGE_SIZE + 1;
+  int64_t memory[256]; /* planned all the same, it takes nothing */
+  pkv_plan plan;
+  size = (pkv_step_size){34, 4, 3, sizeof memory};
+  assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OUT_OF_PAGES);
   assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   assert(pkv_tables_reset(pool, &tables, -1) == PKV_BAD_ARGUMENT);
 }

@@ -71,7 +71,7 @@ class ConcatenatedCache:
 class RaggedStep:
     """The rows of a step over plain arrays; what ConcatenatedStep and RecomputeStep share."""
 
-    def __init__(self, old_lens: ArrayLike, counts: NDArray[np.int32]) -> None:
+    def __init__(self, old_lens: ArrayLike, counts: NDArray[np.int64]) -> None:
         self.qo_indptr = np.concatenate([[0], np.cumsum(counts)])
         shifts = np.repeat(np.asarray(old_lens) - self.qo_indptr[:-1], counts)
         self.positions: NDArray[np.int32] = (np.arange(len(shifts)) + shifts).astype(np.int32)
@@ -92,7 +92,7 @@ class ConcatenatedStep(RaggedStep):
     """Appends by making every array anew, one token longer."""
 
     def __init__(
-        self, cache: ConcatenatedCache, seqs: Sequence[ConcatenatedSequence], counts: NDArray[np.int32]
+        self, cache: ConcatenatedCache, seqs: Sequence[ConcatenatedSequence], counts: NDArray[np.int64]
     ) -> None:
         super().__init__([len(seq) for seq in seqs], counts)
         self.cache, self.seqs = cache, seqs
@@ -115,7 +115,7 @@ class RecomputeStep(RaggedStep):
     """Whole sequences, every time: keys and values are used where they were computed, and forgotten."""
 
     def __init__(self, lengths: Sequence[int], page_size: int, num_threads: int) -> None:
-        super().__init__(np.zeros(len(lengths)), np.asarray(lengths, np.int32))
+        super().__init__(np.zeros(len(lengths)), np.asarray(lengths, np.int64))
         self.page_size = page_size
         self.threads = new_threads(num_threads)
 

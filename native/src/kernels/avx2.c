@@ -35,4 +35,10 @@ static inline halves vec_to_float16(vec x) {
   return (halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+/* The low 16 bits of each, which has no others. */
+static inline halves vec_low_halves(ivec bits) {
+  __m256i x = (__m256i)bits;
+  return (halves)_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+}
+
 #include "body.h"

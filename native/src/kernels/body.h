@@ -220,7 +220,7 @@ ALWAYS_INLINE halves vec_to_bfloat16(vec x) {
   ivec quiet = bits | 0x400000;
   ivec is_nan = (bits & 0x7fffffff) > 0x7f800000;
   ivec result = (is_nan & quiet) | (~is_nan & rounded);
-  return __builtin_convertvector((result >> 16) & 0xffff, halves);
+  return vec_low_halves((result >> 16) & 0xffff);
 }
 
 ALWAYS_INLINE void narrow_as(char *stored, const float *values, int64_t count, int32_t dtype) {

@@ -44,4 +44,7 @@ static inline halves vec_to_float16(vec x) {
   return __builtin_convertvector(((is_special & special) | (~is_special & finite)) | sign, halves);
 }
 
+/* The low 16 bits of each, which has no others. */
+static inline halves vec_low_halves(ivec bits) { return __builtin_convertvector(bits, halves); }
+
 #include "body.h"
