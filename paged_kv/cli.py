@@ -1,13 +1,13 @@
-"""The command line: paged-kv demo, also python -m paged_kv demo.
+"""The command line: paged-kv demo and paged-kv info, also python -m paged_kv.
 
-Imports demo.
+Imports demo and info.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from . import demo
+from . import demo, info
 from .errors import PagedKVError
 
 
@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with demo.ended_cleanly():
+            if options.command == "info":
+                print("\n".join(info.lines()))
+                return 0
             return demo.run(options)
     except (PagedKVError, ImportError, OSError, MemoryError) as error:
         print(f"paged-kv: {error}", file=sys.stderr)
@@ -25,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="paged-kv", description="A paged KV cache for inference on CPUs.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="machine, kernel, memory and the read ceiling")
     command = commands.add_parser(
         "demo",
         help="serve many prompts at once, and compare with a concatenated cache and with none",
@@ -36,5 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--sequences", type=int, help="how many prompts (default 16, or those given)")
     command.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     command.add_argument("--seed", type=int, default=0, help="of the generators, one for each prompt")
+    command.add_argument("--plot", metavar="FILE", help="draw pages and utilization over time")
     command.add_argument("--json", action="store_true", help="one line of JSON instead of texts and table")
     return parser

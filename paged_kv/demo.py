@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -66,6 +66,17 @@ class Served:
     bytes_held: int  # at most, a copy under way counted
     utilization: float  # tokens' bytes / bytes in use, mean over steps
     new_ids: list[list[int]] = field(repr=False)
+    moments: list["Moment"] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A cache after one step."""
+
+    seconds: float
+    held: float  # pages, or MiB
+    utilization: float
+    num_running: int
 
 
 def run(options: argparse.Namespace) -> int:
@@ -97,8 +108,11 @@ def run(options: argparse.Namespace) -> int:
         for way in ways
         for mine, theirs in zip(paged.new_ids, way.new_ids, strict=True)
     )
+    if options.plot:
+        plot(paged, pool_pages, options.plot)
     if options.json:
-        rows = [{key: value for key, value in asdict(way).items() if key != "new_ids"} for way in ways]
+        rows = [asdict(replace(way, new_ids=[], moments=[])) for way in ways]
+        rows = [{name: value for name, value in row.items() if value != []} for row in rows]
         print(json.dumps({"kernel": kernels().active, "ways": rows, "same_tokens": same}))
     else:
         print(table(ways))
@@ -162,9 +176,10 @@ class Serving:
             num_pages=pool_pages, page_size=PAGE_SIZE, max_sequences=len(self.prompts)
         ) as cache:
 
-            def state() -> tuple[str, float]:
+            def state() -> tuple[str, float, float]:
                 stats = cache.stats()
-                return f"{stats.num_used_pages}/{stats.num_pages} pages", stats.utilization
+                held = stats.num_used_pages
+                return f"{held}/{stats.num_pages} pages", held, stats.utilization
 
             admission, pool_bytes = Admission.pages_of(cache), cache.stats().pool_bytes
             return self._serve("paged", cache, admission, state, lambda: pool_bytes)
@@ -179,9 +194,9 @@ class Serving:
         longest = max(len(prompt.ids) for prompt in self.prompts) + self.options.max_tokens
         capacity = pool_pages * PAGE_SIZE * token_bytes - longest * row_bytes
 
-        def state() -> tuple[str, float]:
-            num_bytes = cache.num_bytes
-            return f"{num_bytes / 2**20:.1f} MiB", num_bytes / (num_bytes + cache.copy_bytes or 1)
+        def state() -> tuple[str, float, float]:
+            num_bytes, held = cache.num_bytes, cache.num_bytes / 2**20
+            return f"{held:.1f} MiB", held, num_bytes / (num_bytes + cache.copy_bytes or 1)
 
         admission = Admission(capacity, lambda num_tokens: num_tokens * token_bytes)
         return self._serve("concatenated", cache, admission, state, lambda: cache.peak_bytes)
@@ -219,10 +234,10 @@ class Serving:
         way: str,
         cache: ServingCache,
         admission: Admission,
-        state: Callable[[], tuple[str, float]],
+        state: Callable[[], tuple[str, float, float]],
         bytes_held: Callable[[], int],
     ) -> Served:
-        clock, at_once, utilizations = Clock(), 0, []
+        clock, at_once, moments = Clock(), 0, list[Moment]()
         batch = Batch(self.model, TimedCache(cache, clock), admission)
         begin = time.perf_counter()
         try:
@@ -233,13 +248,14 @@ class Serving:
             while batch.waiting or batch.running:
                 num_done = len(batch.step())
                 at_once = max(at_once, len(batch.running) + num_done)
-                held, utilization = state()
+                text, held, utilization = state()
                 if batch.running:
-                    utilizations.append(utilization)
+                    elapsed = time.perf_counter() - begin
+                    moments.append(Moment(elapsed, held, utilization, len(batch.running)))
                 report = batch.report
                 self.live.update(
                     f"{way}: {report.num_new_tokens} tokens, {report.tokens_per_s:.0f} tokens/s, "
-                    f"{len(batch.running)} running, {len(batch.waiting)} waiting, {held}, "
+                    f"{len(batch.running)} running, {len(batch.waiting)} waiting, {text}, "
                     f"utilization {100 * utilization:.0f} %"
                 )
         finally:
@@ -254,8 +270,9 @@ class Serving:
             attend_share=clock.seconds / elapsed,
             sequences_at_once=at_once,
             bytes_held=bytes_held(),
-            utilization=float(np.mean(utilizations)) if utilizations else 1.0,
+            utilization=float(np.mean([moment.utilization for moment in moments])) if moments else 1.0,
             new_ids=[request.new_ids for request in requests],
+            moments=moments,
         )
 
 
@@ -369,6 +386,21 @@ def table(ways: list[Served]) -> str:
     lines = [f"\n{'':30}" + "".join(f"{way.way:>14}" for way in ways)]
     lines += [f"{name:30}" + "".join(f"{show(way):>14}" for way in ways) for name, show in rows]
     return "\n".join(lines)
+
+
+def plot(served: Served, pool_pages: int, path: str) -> None:
+    """Pages in use, sequences and utilization while the prompts were served."""
+    figure = require("matplotlib.figure", "demo").Figure(figsize=(8, 4), layout="constrained")
+    pages, shares = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    seconds = [moment.seconds for moment in served.moments]
+    pages.step(seconds, [moment.held for moment in served.moments], where="post", label="pages in use")
+    pages.axhline(pool_pages, color="gray", linewidth=0.8, label="pages of the pool")
+    pages.step(seconds, [moment.num_running for moment in served.moments], where="post", label="sequences")
+    pages.set(ylabel="count", ylim=(0, None), title="Prompts served at once from one pool")
+    pages.legend(loc="lower left")
+    shares.plot(seconds, [100 * moment.utilization for moment in served.moments])
+    shares.set(xlabel="seconds", ylabel="utilization, %", ylim=(0, 100))
+    figure.savefig(path)
 
 
 @contextmanager

@@ -107,3 +107,16 @@ def test_the_live_line_writes_over_itself_on_a_terminal_only():
         live.clear()
     assert terminal.getvalue() == "\r\033[Kone\r\033[K"
     assert pipe.getvalue() == ""
+
+
+def test_a_plot_is_drawn(capsys, tmp_path):
+    code, _ = run(capsys, *SMALL, "--plot", str(tmp_path / "pages.png"))
+    assert code == 0
+    assert (tmp_path / "pages.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_info_tells_machine_kernel_memory_and_ceiling(capsys):
+    code, shown = run(capsys, "info")
+    assert code == 0
+    for word in ("machine", "kernel        ", "memory", "read ceiling", "GB/s"):
+        assert word in shown.out

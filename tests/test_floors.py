@@ -19,7 +19,7 @@ FLOORS = [
     {"models.layers", "models.baselines"},
     {"models.bitnet"},
     {"models.generate"},
-    {"demo"},
+    {"demo", "info"},
     {"cli"},
     {"__main__"},
 ]
