@@ -165,7 +165,7 @@ class BitNetModel:
         cos, sin = self._cos[positions], self._sin[positions]
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, step, layer)
-        x = rms_norm(x[np.asarray(rows)], self.final_norm, self.config.rms_norm_eps)
+        x = rms_norm(x[np.asarray(rows, np.intp)], self.final_norm, self.config.rms_norm_eps)
         # A product per row: one of several rows would add in another order.
         logits = np.empty((len(x), self.config.vocab_size), np.float32)
         for i, row in enumerate(x):

@@ -83,6 +83,23 @@ def test_against_the_plain_reference_we_differ_as_it_does_from_itself(model, ref
     np.testing.assert_array_equal(got.argmax(1)[is_clear], plain.argmax(1)[is_clear])
 
 
+def test_the_logits_are_those_that_transformers_gave(model):
+    """Recorded by `python parity.py --record`, with what its own embedding off by 1e-6 changes there."""
+    with np.load(Path(__file__).parent / "transformers_logits.npz") as file:
+        recorded = dict(file)
+    jitter = float(recorded.pop("jitter"))
+    assert 0 < jitter < 0.3
+    prompts = [name for name in recorded if name.startswith("ids_")]
+    assert len(prompts) == 3
+    for name in prompts:
+        ids, expected = recorded[name], recorded[name.replace("ids", "logits")]
+        got = forward(model, ids, [len(ids)])[-len(expected) :]
+        assert np.abs(got - expected).max() <= jitter
+        second, first = np.sort(expected, axis=1)[:, -2:].T
+        is_clear = first - second > 2 * jitter
+        np.testing.assert_array_equal(got.argmax(1)[is_clear], expected.argmax(1)[is_clear])
+
+
 def test_bits_depend_on_neither_chunks_nor_the_rest_of_the_batch(model, held_out_ids):
     expected = forward(model, held_out_ids, [NUM_TOKENS])
     np.testing.assert_array_equal(forward(model, held_out_ids, [1, 2, 97, 200, 33, 67]), expected)
