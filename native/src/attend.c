@@ -24,6 +24,7 @@
 enum {
   ROW_BYTES_PER_BLOCK = 128 << 10, /* a block's accumulators: a share of the second-level cache */
   MAX_ROWS_PER_BLOCK = 64,
+  PIECES_PER_WORKER = 4,           /* at the end nobody waits longer than for one */
   BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
 };
 
@@ -229,8 +230,8 @@ static int64_t total_cost(const job *job) {
   return total;
 }
 
-/* Write the blocks (when there is room for them) and count them.  A block that is more than a worker's share
- * is cut into a piece for each. */
+/* Write the blocks (when there is room for them) and count them.  A block that costs more than `share` is cut
+ * into pieces of about that. */
 static work_size cut_work(const job *job, int32_t num_workers, int64_t share, block *blocks) {
   const pkv_batch *batch = job->batch;
   work_size size = {0, 0};
@@ -240,8 +241,9 @@ static work_size cut_work(const job *job, int32_t num_workers, int64_t share, bl
       if (num_rows > job->rows_per_block) num_rows = job->rows_per_block;
       int32_t seen = num_seen(batch, seq, row + num_rows - 1);
       int32_t num_spans = (int32_t)(((int64_t)seen + job->span_tokens - 1) / job->span_tokens);
-      bool is_cut = num_workers > 1 && num_spans > 1 && cost_of(batch, seq, row, num_rows) > share;
-      int32_t num_pieces = !is_cut ? 1 : num_spans < num_workers ? num_spans : num_workers;
+      int64_t num_shares = (cost_of(batch, seq, row, num_rows) + share - 1) / share;
+      bool is_cut = num_workers > 1 && num_spans > 1 && num_shares > 1;
+      int32_t num_pieces = !is_cut ? 1 : num_spans < num_shares ? num_spans : (int32_t)num_shares;
       for (int32_t piece = 0; piece < num_pieces; piece++, size.num_blocks++)
         if (blocks)
           blocks[size.num_blocks] = (block){seq,
@@ -268,7 +270,7 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   int64_t total = total_cost(job);
   int64_t token_bytes = (int64_t)2 * 4 * job->pages->num_kv_heads * job->pages->head_dim;
   if (total * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
-  int64_t share = total / num_workers;
+  int64_t share = total / (num_workers * PIECES_PER_WORKER) + 1;
   work_size size = cut_work(job, num_workers, share, NULL);
   if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;
 
