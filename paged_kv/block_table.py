@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import check, ffi, lib
+from ._binding import check, ffi, integer, lib
 from .errors import (
     ArgumentError,
     OutOfPages,
@@ -46,18 +46,24 @@ class BlockTables:
         self.page_ids = np.zeros((max_sequences, -(-max_seq_len // page_size)), np.int32)
         self.seq_lens = np.zeros(max_sequences, np.int32)
         self.reserved_lens = np.zeros(max_sequences, np.int32)
+        self.tail_copies = np.full(max_sequences, -1, np.int32)
+        self._page_marks = np.zeros(2 * pool.num_pages, np.int32)
         self._first_key = (next(_cache_ids) & 0x7FFFFFFF) << 32
         self._free_rows = list(range(max_sequences - 1, -1, -1))
-        arrays = (self.page_ids, self.seq_lens, self.reserved_lens)
-        self._pointers = [ffi.from_buffer("int32_t[]", array) for array in arrays]
+        arrays = {
+            "page_ids": self.page_ids,
+            "seq_lens": self.seq_lens,
+            "reserved_lens": self.reserved_lens,
+            "tail_copies": self.tail_copies,
+            "page_marks": self._page_marks,
+        }
+        self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
         # Filled and read under the cache's lock, so one of each is enough.
         self._size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
         self._tables = ffi.new(
             "pkv_tables *",
             {
-                "page_ids": self._pointers[0],
-                "seq_lens": self._pointers[1],
-                "reserved_lens": self._pointers[2],
+                **self._pointers,
                 "cache_id": self._first_key >> 32,
                 "max_sequences": max_sequences,
                 "ring_pages": self.page_ids.shape[1],
@@ -103,6 +109,25 @@ class BlockTables:
         self.reset(key)
         self._free_rows.append(self.row(key))
 
+    def fork(self, key: int, count: int) -> list[int]:
+        """Keys of `count` new rows that hold what a row holds; none when there are not so many."""
+        row = self.idle_row(key)
+        if count > len(self._free_rows):
+            raise OutOfSequences(
+                f"asked for {count} forks, {len(self._free_rows)} of {self.max_sequences} sequences are "
+                "free; free one, or build a cache with a larger max_sequences"
+            )
+        keys = [self.new_key() for _ in range(count)]
+        for new in keys:
+            check(lib.pkv_tables_fork(self.pool.handle, self._tables, row, self.row(new)), "fork")
+        return keys
+
+    def truncate(self, key: int, length: object) -> None:
+        """Forget a row's tokens from `length` on; ArgumentError when it has fewer."""
+        row = self.idle_row(key)
+        length = integer("length", length, 0, int(self.seq_lens[row]))
+        check(lib.pkv_tables_truncate(self.pool.handle, self._tables, row, length), "truncate")
+
     def slots(self, row: int) -> NDArray[np.int64]:
         """The slots of a row's committed tokens, in order."""
         positions = np.arange(self.seq_lens[row])
@@ -112,8 +137,8 @@ class BlockTables:
 
     @property
     def num_tokens(self) -> int:
-        """Committed tokens, of all sequences."""
-        return int(self.seq_lens.sum())
+        """Committed tokens, of all sequences; a slot that several share counts once."""
+        return int(lib.pkv_tables_num_tokens(self._tables, self.pool.num_pages))
 
     # ---- steps
 
@@ -133,7 +158,7 @@ class BlockTables:
         return plan
 
     def commit(self, plan: "Plan") -> None:
-        check(lib.pkv_step_commit(self._tables, plan.handle), "commit")
+        check(lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle), "commit")
 
     def rollback(self, plan: "Plan") -> None:
         check(lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle), "rollback")

@@ -6,11 +6,12 @@ Imports store.  Imported by step and cache.
 """
 
 from types import TracebackType
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import check, ffi, lib
+from ._binding import check, ffi, integer, lib
 from .store import Store
 
 #: The key of a sequence that was freed.
@@ -60,6 +61,35 @@ class Sequence:
             )
             check(status, "gather")
         return k, v
+
+    @overload
+    def fork(self, count: None = None) -> "Sequence": ...
+    @overload
+    def fork(self, count: int) -> "list[Sequence]": ...
+    def fork(self, count: int | None = None) -> "Sequence | list[Sequence]":
+        """A sequence that shares every page of this one, or a list of `count` such.
+
+        Nothing is copied now: whoever first appends to a page that is still shared gets a copy of that page,
+        reserved with its step.
+        Raises: OutOfSequences, ArgumentError, SequenceBusy, StaleSequence, CacheClosed.
+        Cost: O(pages); takes no page.
+        """
+        num_forks = 1 if count is None else integer("count", count, 0)
+        with self._store.lock:
+            self._store.require_open()
+            keys = self._store.tables.fork(self._key, num_forks)
+            forks = [Sequence(self._store, key) for key in keys]
+        return forks[0] if count is None else forks
+
+    def truncate(self, length: int) -> None:
+        """Forget the newest tokens, from position `length` on; their pages are given back.
+
+        Raises: ArgumentError when there are fewer; SequenceBusy, StaleSequence, CacheClosed.
+        Cost: O(pages given back).
+        """
+        with self._store.lock:
+            self._store.require_open()
+            self._store.tables.truncate(self._key, length)
 
     def reset(self) -> None:
         """Forget every token and give the pages back; the handle lives on, empty.

@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import append, attend, float32_pointer
+from ._binding import append, attend, float32_pointer, lib
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
 from .sequence import Sequence
@@ -109,6 +109,7 @@ class Step:
             layer = store.layer(layer)
             shape = (self._plan.num_tokens, store.layout.num_kv_heads, store.layout.head_dim)
             k_at, v_at = float32_pointer("k", k, shape), float32_pointer("v", v, shape)
+            self._copy_shared_tails(layer)
             slots = self._plan.handle.slot_mapping
             append(store.layer_pages + layer, self._plan.num_tokens, slots, k_at, v_at)
             self._written[layer] = 1
@@ -142,6 +143,7 @@ class Step:
         with self._store as store:
             self._require_open()
             layer = store.layer(layer)
+            self._copy_shared_tails(layer)
             new_rows = (self._plan.handle.slot_mapping, k, v)
             pages = store.layer_pages + layer
             out = attend(store.threads, pages, self._batch, self._plan.num_tokens, q, sm_scale, out, new_rows)
@@ -186,6 +188,13 @@ class Step:
             self.commit()
         else:
             self.rollback()
+
+    def _copy_shared_tails(self, layer: int) -> None:
+        """Before a layer is first written: the pages that others hold too and that we append to."""
+        plan = self._plan.handle
+        if plan.num_copies and not self._written[layer]:
+            pages = self._store.layer_pages + layer
+            lib.pkv_copy_blocks(pages, plan.num_copies, plan.copied_from, plan.copied_to)
 
     def _require_open(self) -> None:
         if not self._is_open:

@@ -4,6 +4,8 @@ After every rule: contents by gather, page counts, check().  Attention of a step
 reference.  Every byte that holds no token is NaN from the start.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import make_cache, rows
@@ -29,7 +31,12 @@ ANY = st.integers(0, 2**16)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """`held` maps each live handle to its tokens, (k, v) of each layer; `open` each open step to its rows."""
+    """What the cache must be, in dictionaries.
+
+    held    each live handle's tokens, (k, v) of each layer
+    pages   each live handle's pages, as names of our own: who shares what
+    open    each open step's handles and counts, and the pages that it reserved for each
+    """
 
     page_size = 16
 
@@ -46,12 +53,12 @@ class CacheMachine(RuleBasedStateMachine):
         )
         empty = np.empty((0, NUM_KV_HEADS, HEAD_DIM), np.float32)
         self.empty = [(empty, empty)] * NUM_LAYERS
-        self.held = {}
-        self.open = {}
+        self.names = itertools.count()
+        self.held, self.pages, self.open = {}, {}, {}
         self.handles = []  # the live ones, and a few that were freed; never empty
         self.create()
 
-    def pages_of(self, num_tokens):
+    def num_pages_of(self, num_tokens):
         return -(-num_tokens // self.page_size)
 
     def handle(self, choice):
@@ -62,11 +69,38 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def busy(self):
-        return {seq: count for seqs in self.open.values() for seq, count in seqs}
+        return {seq for entries in self.open.values() for seq, _, _ in entries}
 
     @property
-    def num_used_pages(self):
-        return sum(self.pages_of(self.length(seq) + self.busy.get(seq, 0)) for seq in self.held)
+    def used_pages(self):
+        reserved = {page for entries in self.open.values() for _, _, pages in entries for page in pages}
+        return reserved.union(*self.pages.values())
+
+    def tail(self, seq):
+        """The page that a sequence appends to, if it is partly filled."""
+        return self.pages[seq][-1] if self.length(seq) % self.page_size else None
+
+    def must_copy(self, seqs):
+        """Who of a step appends to a page that others hold too; the longest of all holders is spared."""
+        copies = []
+        for seq in seqs:
+            holders = [other for other in self.pages if self.tail(seq) in self.pages[other]]
+            appenders = [other for other in seqs if self.tail(other) == self.tail(seq)]
+            if self.tail(seq) is None or len(holders) == 1:
+                continue
+            longest = max(appenders, key=self.length)  # of equals, the first
+            if len(appenders) != len(holders) or seq is not longest:
+                copies.append(seq)
+        return copies
+
+    def reserve(self, seqs, counts):
+        """The pages that each sequence holds once its new tokens are there."""
+        copies, grown = self.must_copy(seqs), []
+        for seq, count in zip(seqs, counts, strict=True):
+            kept = self.pages[seq][:-1] if seq in copies else self.pages[seq]
+            num_new = self.num_pages_of(self.length(seq) + count) - len(kept)
+            grown.append([*kept, *(next(self.names) for _ in range(num_new))])
+        return grown
 
     @rule()
     def create(self):
@@ -75,8 +109,38 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.sequence()
             return
         seq = self.cache.sequence()
-        self.held[seq] = self.empty
+        self.held[seq], self.pages[seq] = self.empty, []
         self.handles.append(seq)
+
+    @rule(choice=ANY, count=st.integers(0, 3))
+    def fork(self, choice, count):
+        seq = self.handle(choice)
+        if seq not in self.held or seq in self.busy:
+            with pytest.raises(SequenceBusy if seq in self.held else StaleSequence):
+                seq.fork(count)
+            return
+        if len(self.held) + count > MAX_SEQUENCES:
+            with pytest.raises(OutOfSequences):
+                seq.fork(count)
+            return
+        for fork in seq.fork(count) if count != 1 else [seq.fork()]:
+            self.held[fork], self.pages[fork] = self.held[seq], list(self.pages[seq])
+            self.handles.append(fork)
+
+    @rule(choice=ANY, share=st.floats(0, 1), beyond=st.booleans())
+    def truncate(self, choice, share, beyond):
+        seq = self.handle(choice)
+        if seq not in self.held or seq in self.busy:
+            with pytest.raises(SequenceBusy if seq in self.held else StaleSequence):
+                seq.truncate(0)
+            return
+        if beyond:
+            with pytest.raises(ArgumentError):
+                seq.truncate(self.length(seq) + 1)
+        length = int(share * self.length(seq))
+        seq.truncate(length)
+        self.held[seq] = [(k[:length], v[:length]) for k, v in self.held[seq]]
+        self.pages[seq] = self.pages[seq][: self.num_pages_of(length)]
 
     @rule(
         choices=st.lists(ANY, min_size=1, max_size=4),
@@ -95,14 +159,15 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.stats() == before
             return
         step = self.cache.step(seqs, counts)
+        reserved = self.reserve(seqs, counts)
         if ending == "leave open":
-            self.open[step] = list(zip(seqs, counts, strict=True))
+            self.open[step] = list(zip(seqs, counts, reserved, strict=True))
             return
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
         if ending == "commit":
             step.commit()
-            for seq, layers in zip(seqs, new, strict=True):
-                self.held[seq] = layers
+            self.held |= dict(zip(seqs, new, strict=True))
+            self.pages |= dict(zip(seqs, reserved, strict=True))
         elif ending == "rollback":
             step.rollback()
         else:
@@ -113,7 +178,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     def expected_refusal(self, seqs, counts):
         """The first entry that cannot step decides; pages are counted when all can."""
-        num_new_pages = 0
         for i, (seq, count) in enumerate(zip(seqs, counts, strict=True)):
             if seq not in self.held:
                 return StaleSequence
@@ -123,8 +187,8 @@ class CacheMachine(RuleBasedStateMachine):
                 return ArgumentError
             if self.length(seq) + count > NUM_PAGES * self.page_size:
                 return SequenceTooLong
-            num_new_pages += self.pages_of(self.length(seq) + count) - self.pages_of(self.length(seq))
-        return OutOfPages if num_new_pages > NUM_PAGES - self.num_used_pages else None
+        new_pages = set().union(*self.reserve(seqs, counts)) - self.used_pages
+        return OutOfPages if len(new_pages) > NUM_PAGES - len(self.used_pages) else None
 
     def attend_all_layers(self, step, seqs, counts, rng):
         """Returns what each sequence holds if the step is committed, per layer."""
@@ -149,11 +213,12 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.open:
             return
         step, entries = self.open.popitem()
-        seqs, counts = zip(*entries, strict=True)
+        seqs, counts, reserved = zip(*entries, strict=True)
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
         if commits:
             step.commit()
             self.held |= dict(zip(seqs, new, strict=True))
+            self.pages |= dict(zip(seqs, reserved, strict=True))
         else:
             step.rollback()
 
@@ -165,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
                 seq.reset()
             return
         seq.reset()
-        self.held[seq] = self.empty
+        self.held[seq], self.pages[seq] = self.empty, []
 
     @rule(choice=ANY)
     def free(self, choice):
@@ -177,7 +242,7 @@ class CacheMachine(RuleBasedStateMachine):
                 seq.free()
             return
         seq.free()
-        del self.held[seq]
+        del self.held[seq], self.pages[seq]
         stale = [handle for handle in self.handles if handle not in self.held]
         self.handles = [*self.held, *stale[-2:]]
         for call in (seq.free, seq.reset, lambda: len(seq), lambda: self.cache.step([seq], [1])):
@@ -188,13 +253,22 @@ class CacheMachine(RuleBasedStateMachine):
     def everything_is_as_the_model_says(self):
         self.cache.check()
         stats = self.cache.stats()
-        assert stats.num_used_pages == self.num_used_pages
+        assert stats.num_used_pages == len(self.used_pages)
         assert stats.num_sequences == len(self.held)
-        assert stats.num_tokens == sum(map(self.length, self.held))
+        assert stats.num_tokens == sum(self.filled_slots().values())
         for seq, layers in self.held.items():
             assert len(seq) == self.length(seq)
             for layer, expected in enumerate(layers):
                 np.testing.assert_array_equal(seq.gather(layer), expected)
+
+    def filled_slots(self):
+        """Of each page, how many of its slots hold a committed token of anybody."""
+        filled = {}
+        for seq, pages in self.pages.items():
+            for j, page in enumerate(pages):
+                count = min(self.length(seq) - j * self.page_size, self.page_size)
+                filled[page] = max(filled.get(page, 0), count)
+        return filled
 
     def teardown(self):
         self.cache.close()
@@ -206,5 +280,5 @@ class CacheMachineWithLargePages(CacheMachine):
 
 TestPagesOf16 = CacheMachine.TestCase
 TestPagesOf64 = CacheMachineWithLargePages.TestCase
-TestPagesOf16.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPagesOf16.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestPagesOf64.settings = TestPagesOf16.settings

@@ -2,6 +2,8 @@
  *
  * A slot is page_id * page_size + offset; each head of a token is one dense row there.
  */
+#include <string.h>
+
 #include "../include/paged_kv.h"
 #include "kernels/kernel.h"
 
@@ -14,6 +16,12 @@ static slot_address address_of(const pkv_pages *pages, int64_t slot) {
   int64_t page = slot / pages->page_size, offset = slot % pages->page_size;
   return (slot_address){pages->k + page * pages->k_page_stride + offset * pages->k_token_stride,
                         pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
+}
+
+void pkv_copy_blocks(const pkv_pages *pages, int64_t count, const int32_t *from, const int32_t *to) {
+  for (int64_t i = 0; i < count; i++)
+    memcpy(pages->k + to[i] * pages->k_page_stride, pages->k + from[i] * pages->k_page_stride,
+           (size_t)pages->k_page_stride);
 }
 
 pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const float *k,

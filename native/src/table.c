@@ -4,6 +4,10 @@
  * (everything that can be refused is refused here, and nothing has changed), then reserves; commit copies
  * reserved_lens to seq_lens, rollback goes the other way and gives the pages between them back.
  *
+ * Copy-on-write: a row whose last page is partly filled and held by others too appends to a copy, which waits
+ * in tail_copies until commit. One row is spared: when all who hold the page append to it in this step, the
+ * longest of them writes in place, and the others, who end before it, have copies.
+ *
  * The caller holds the cache's lock: nothing here is thread-safe.
  */
 #include <stdbool.h>
@@ -59,12 +63,75 @@ static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *keys
   return PKV_OK;
 }
 
+/* ---- copy-on-write */
+
+enum { NUM_APPENDERS, LONGEST }; /* what is remembered of a page that is shared */
+
+static int32_t *marks_of(const pkv_tables *tables, int32_t page_id) {
+  return tables->page_marks + 2 * (int64_t)page_id;
+}
+
+/* The cell of the page that a row would append to and does not hold alone, or NULL. */
+static const int32_t *shared_tail(const pkv_pool *pool, const pkv_tables *tables, int64_t row) {
+  int32_t seq_len = tables->seq_lens[row];
+  if (seq_len % tables->page_size == 0) return NULL;
+  const int32_t *cell = cells_of(tables, row) + seq_len / tables->page_size;
+  return pkv_pool_ref_count(pool, *cell) > 1 ? cell : NULL;
+}
+
+/* Count who appends to each shared page, and find the longest of them (its index + 1); is there such a page?
+ */
+static bool mark_shared_tails(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
+                              const int64_t *keys) {
+  bool is_any_shared = false;
+  for (int64_t i = 0; i < num_seqs; i++) {
+    int64_t row = row_of(tables, keys[i]);
+    const int32_t *cell = shared_tail(pool, tables, row);
+    if (!cell) continue;
+    is_any_shared = true;
+    int32_t *marks = marks_of(tables, *cell);
+    int64_t longest = marks[LONGEST] ? row_of(tables, keys[marks[LONGEST] - 1]) : -1;
+    if (longest < 0 || tables->seq_lens[row] > tables->seq_lens[longest]) marks[LONGEST] = (int32_t)i + 1;
+    marks[NUM_APPENDERS]++;
+  }
+  return is_any_shared;
+}
+
+static bool appends_to_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t i, int64_t row) {
+  const int32_t *cell = shared_tail(pool, tables, row);
+  if (!cell) return false;
+  const int32_t *marks = marks_of(tables, *cell);
+  return marks[NUM_APPENDERS] != pkv_pool_ref_count(pool, *cell) || marks[LONGEST] != i + 1;
+}
+
+/* By cells, which are as they were when the pages were marked. */
+static void unmark_tails(const pkv_tables *tables, int64_t num_seqs, const int64_t *keys) {
+  for (int64_t i = 0; i < num_seqs; i++) {
+    int64_t row = row_of(tables, keys[i]);
+    if (tables->seq_lens[row] % tables->page_size == 0) continue;
+    int32_t *marks = marks_of(tables, cells_of(tables, row)[tables->seq_lens[row] / tables->page_size]);
+    marks[NUM_APPENDERS] = marks[LONGEST] = 0;
+  }
+}
+
+static int64_t count_copies(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
+                            const int64_t *keys) {
+  if (!mark_shared_tails(pool, tables, num_seqs, keys)) return 0;
+  int64_t num_copies = 0;
+  for (int64_t i = 0; i < num_seqs; i++)
+    num_copies += appends_to_copy(pool, tables, i, row_of(tables, keys[i]));
+  unmark_tails(tables, num_seqs, keys);
+  return num_copies;
+}
+
+/* ---- steps */
+
 pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
                             const int64_t *keys, const int64_t *counts, pkv_step_size *size,
                             pkv_refusal *refusal) {
   pkv_status status = PKV_OK;
   int64_t num_marked = 0;
-  *size = (pkv_step_size){0, 0, 0, 0};
+  *size = (pkv_step_size){0, 0, 0, 0, 0};
   while (num_marked < num_seqs && status == PKV_OK) {
     status = measure_sequence(tables, keys, counts, num_marked, size, refusal);
     num_marked += status == PKV_OK;
@@ -77,19 +144,22 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   /* positions, and whatever else counts tokens, are int32 */
   if (size->num_tokens > INT32_MAX || size->num_pages > INT32_MAX)
     return refuse(refusal, PKV_BAD_ARGUMENT, -1, size->num_tokens, INT32_MAX);
+  size->num_copies = count_copies(pool, tables, num_seqs, keys);
+  size->num_new_pages += size->num_copies;
+  int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 2 * num_seqs + size->num_pages;
+  num_int32 += 2 * size->num_copies;
+  size->plan_bytes = size->num_tokens * (int64_t)sizeof(int64_t) + num_int32 * (int64_t)sizeof(int32_t);
   int64_t num_free = pkv_pool_num_free(pool);
   if (size->num_new_pages > num_free)
     return refuse(refusal, PKV_OUT_OF_PAGES, -1, size->num_new_pages, num_free);
-  int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 2 * num_seqs + size->num_pages;
-  size->plan_bytes = size->num_tokens * (int64_t)sizeof(int64_t) + num_int32 * (int64_t)sizeof(int32_t);
   return PKV_OK;
 }
 
-/* Slots and positions of a sequence's new tokens. */
-static void place_tokens(const pkv_tables *tables, const int32_t *cells, int32_t old_len, int32_t new_len,
+/* Slots and positions of a sequence's new tokens, whose pages are given. */
+static void place_tokens(const pkv_tables *tables, const int32_t *page_ids, int32_t old_len, int32_t new_len,
                          int64_t *slots, int32_t *positions) {
   for (int32_t position = old_len; position < new_len; position++) {
-    int32_t page_id = cells[position / tables->page_size];
+    int32_t page_id = page_ids[position / tables->page_size];
     *slots++ = (int64_t)page_id * tables->page_size + position % tables->page_size;
     *positions++ = position;
   }
@@ -104,64 +174,158 @@ static pkv_plan lay_out(char *memory, int64_t num_seqs, const pkv_step_size *siz
   plan.batch.seq_lens = plan.batch.kv_indptr + num_seqs + 1;
   plan.rows = plan.batch.seq_lens + num_seqs;
   plan.batch.kv_indices = plan.rows + num_seqs;
+  plan.copied_from = plan.batch.kv_indices + size->num_pages;
+  plan.copied_to = plan.copied_from + size->num_copies;
   return plan;
 }
 
-pkv_status pkv_step_plan(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *keys,
-                         const int64_t *counts, const pkv_step_size *size, char *memory, pkv_plan *plan) {
-  *plan = lay_out(memory, num_seqs, size);
+/* Take what a row needs: a copy of its tail, if it must append to one, and pages up to new_len. */
+static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t row, bool on_copy,
+                              int32_t new_len) {
+  int32_t *cells = cells_of(tables, row), *copy = &tables->tail_copies[row];
+  int64_t num_held = pages_for(tables, tables->seq_lens[row]);
+  pkv_status status = on_copy ? pkv_pool_acquire(pool, 1, copy) : PKV_OK;
+  if (status != PKV_OK) return status;
+  status = pkv_pool_acquire(pool, pages_for(tables, new_len) - num_held, cells + num_held);
+  if (status == PKV_OK) {
+    tables->reserved_lens[row] = new_len;
+  } else if (on_copy) {
+    pkv_pool_release(pool, 1, copy);
+    *copy = -1;
+  }
+  return status;
+}
+
+static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int64_t *keys,
+                            const int64_t *counts, bool any_copies, pkv_plan *plan) {
   pkv_batch batch = plan->batch;
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
-  for (int64_t i = 0; i < num_seqs; i++) {
+  for (int64_t i = 0; i < batch.num_seqs; i++) {
     int64_t row = row_of(tables, keys[i]);
     int32_t *cells = cells_of(tables, row);
     int32_t old_len = tables->seq_lens[row], new_len = old_len + (int32_t)counts[i];
-    int64_t num_held = pages_for(tables, old_len), num_pages = pages_for(tables, new_len);
-    pkv_status status = pkv_pool_acquire(pool, num_pages - num_held, cells + num_held);
+    bool on_copy = any_copies && appends_to_copy(pool, tables, i, row);
+    pkv_status status = reserve_row(pool, tables, row, on_copy, new_len);
     if (status != PKV_OK) { /* not measured, or the lock was let go in between */
       plan->batch.num_seqs = i;
       pkv_step_rollback(pool, tables, plan);
       return status;
     }
-    tables->reserved_lens[row] = new_len;
-    int32_t first = batch.qo_indptr[i], first_page = batch.kv_indptr[i];
-    place_tokens(tables, cells, old_len, new_len, plan->slot_mapping + first, plan->positions + first);
-    memcpy(batch.kv_indices + first_page, cells, (size_t)num_pages * sizeof *cells);
+    int64_t num_pages = pages_for(tables, new_len);
+    int32_t first = batch.qo_indptr[i], *page_ids = batch.kv_indices + batch.kv_indptr[i];
+    memcpy(page_ids, cells, (size_t)num_pages * sizeof *cells);
+    if (on_copy) {
+      int32_t *tail = page_ids + old_len / tables->page_size;
+      plan->copied_from[plan->num_copies] = *tail;
+      plan->copied_to[plan->num_copies++] = *tail = tables->tail_copies[row];
+    }
+    place_tokens(tables, page_ids, old_len, new_len, plan->slot_mapping + first, plan->positions + first);
     batch.qo_indptr[i + 1] = first + (int32_t)counts[i];
-    batch.kv_indptr[i + 1] = first_page + (int32_t)num_pages;
+    batch.kv_indptr[i + 1] = batch.kv_indptr[i] + (int32_t)num_pages;
     batch.seq_lens[i] = new_len;
     plan->rows[i] = (int32_t)row;
   }
   return PKV_OK;
 }
 
-pkv_status pkv_step_commit(const pkv_tables *tables, const pkv_plan *plan) {
-  for (int64_t i = 0; i < plan->batch.num_seqs; i++)
-    tables->seq_lens[plan->rows[i]] = tables->reserved_lens[plan->rows[i]];
+pkv_status pkv_step_plan(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *keys,
+                         const int64_t *counts, const pkv_step_size *size, char *memory, pkv_plan *plan) {
+  *plan = lay_out(memory, num_seqs, size);
+  if (size->num_copies == 0) return plan_rows(pool, tables, keys, counts, false, plan);
+  mark_shared_tails(pool, tables, num_seqs, keys);
+  pkv_status status = plan_rows(pool, tables, keys, counts, true, plan);
+  unmark_tails(tables, num_seqs, keys);
+  return status;
+}
+
+pkv_status pkv_step_commit(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
+  for (int64_t i = 0; i < plan->batch.num_seqs; i++) {
+    int32_t row = plan->rows[i];
+    if (tables->tail_copies[row] >= 0) {
+      int32_t *cell = cells_of(tables, row) + tables->seq_lens[row] / tables->page_size;
+      if (pkv_pool_release(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
+      *cell = tables->tail_copies[row];
+      tables->tail_copies[row] = -1;
+    }
+    tables->seq_lens[row] = tables->reserved_lens[row];
+  }
+  return PKV_OK;
+}
+
+/* Release the pages `first` .. end - 1 of a row, the last one first. */
+static pkv_status release_pages(pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t first,
+                                int64_t end) {
+  int32_t *cells = cells_of(tables, row);
+  while (end > first)
+    if (pkv_pool_release(pool, 1, cells + --end) != PKV_OK) return PKV_INVARIANT;
   return PKV_OK;
 }
 
 pkv_status pkv_step_rollback(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
-  /* Backwards, and each row's pages in reverse, so that the free list is as it was before the step. */
+  /* Backwards, so that the free list is as it was before the step. */
   for (int64_t i = plan->batch.num_seqs - 1; i >= 0; i--) {
-    int32_t row = plan->rows[i], *cells = cells_of(tables, row);
+    int32_t row = plan->rows[i], *copy = &tables->tail_copies[row];
     int64_t num_held = pages_for(tables, tables->seq_lens[row]);
-    for (int64_t j = pages_for(tables, tables->reserved_lens[row]) - 1; j >= num_held; j--) {
-      pkv_status status = pkv_pool_release(pool, 1, cells + j);
-      if (status != PKV_OK) return PKV_INVARIANT;
-    }
+    pkv_status status =
+        release_pages(pool, tables, row, num_held, pages_for(tables, tables->reserved_lens[row]));
+    if (status == PKV_OK && *copy >= 0) status = pkv_pool_release(pool, 1, copy);
+    if (status != PKV_OK) return PKV_INVARIANT;
+    *copy = -1;
     tables->reserved_lens[row] = tables->seq_lens[row];
   }
   return PKV_OK;
 }
 
-pkv_status pkv_tables_reset(pkv_pool *pool, const pkv_tables *tables, int32_t row) {
-  if (row < 0 || row >= tables->max_sequences) return PKV_BAD_ARGUMENT;
-  if (tables->reserved_lens[row] != tables->seq_lens[row]) return PKV_SEQUENCE_BUSY;
-  pkv_status status = pkv_pool_release(pool, pages_for(tables, tables->seq_lens[row]), cells_of(tables, row));
-  if (status != PKV_OK) return PKV_INVARIANT;
-  tables->seq_lens[row] = tables->reserved_lens[row] = 0;
+/* ---- rows */
+
+static bool is_row(const pkv_tables *tables, int32_t row) { return row >= 0 && row < tables->max_sequences; }
+
+static bool is_busy(const pkv_tables *tables, int32_t row) {
+  return tables->reserved_lens[row] != tables->seq_lens[row];
+}
+
+pkv_status pkv_tables_fork(pkv_pool *pool, const pkv_tables *tables, int32_t from, int32_t to) {
+  if (!is_row(tables, from) || !is_row(tables, to) || tables->reserved_lens[to] != 0) return PKV_BAD_ARGUMENT;
+  if (is_busy(tables, from)) return PKV_SEQUENCE_BUSY;
+  int64_t num_held = pages_for(tables, tables->seq_lens[from]);
+  if (pkv_pool_share(pool, num_held, cells_of(tables, from)) != PKV_OK) return PKV_INVARIANT;
+  memcpy(cells_of(tables, to), cells_of(tables, from), (size_t)num_held * sizeof(int32_t));
+  tables->seq_lens[to] = tables->reserved_lens[to] = tables->seq_lens[from];
   return PKV_OK;
+}
+
+pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t row, int64_t length) {
+  if (!is_row(tables, row) || length < 0 || length > tables->seq_lens[row]) return PKV_BAD_ARGUMENT;
+  if (is_busy(tables, row)) return PKV_SEQUENCE_BUSY;
+  pkv_status status =
+      release_pages(pool, tables, row, pages_for(tables, length), pages_for(tables, tables->seq_lens[row]));
+  if (status == PKV_OK) tables->seq_lens[row] = tables->reserved_lens[row] = (int32_t)length;
+  return status;
+}
+
+pkv_status pkv_tables_reset(pkv_pool *pool, const pkv_tables *tables, int32_t row) {
+  return pkv_tables_truncate(pool, tables, row, 0);
+}
+
+/* ---- what there is */
+
+int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
+  for (int64_t row = 0; row < tables->max_sequences; row++) {
+    const int32_t *cells = cells_of(tables, row);
+    int64_t seq_len = tables->seq_lens[row];
+    for (int64_t j = 0; j < pages_for(tables, seq_len); j++) {
+      int64_t end = seq_len - j * tables->page_size;
+      int32_t filled = end < tables->page_size ? (int32_t)end : tables->page_size;
+      int32_t *mark = marks_of(tables, cells[j]);
+      if (*mark < filled) *mark = filled;
+    }
+  }
+  int64_t num_tokens = 0;
+  for (int32_t page_id = 0; page_id < num_pages; page_id++) {
+    num_tokens += *marks_of(tables, page_id);
+    *marks_of(tables, page_id) = 0;
+  }
+  return num_tokens;
 }
 
 /* Count the references that the tables explain, by page. */
@@ -174,6 +338,9 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
       if (cells[j] < 0 || cells[j] >= num_pages) return PKV_INVARIANT;
       references[cells[j]]++;
     }
+    int32_t copy = tables->tail_copies[row];
+    if (copy < -1 || copy >= num_pages || (copy >= 0 && seq_len == reserved_len)) return PKV_INVARIANT;
+    if (copy >= 0) references[copy]++;
   }
   return PKV_OK;
 }
@@ -184,8 +351,10 @@ pkv_status pkv_tables_check(const pkv_pool *pool, const pkv_tables *tables, int6
   int32_t *references = calloc((size_t)num_pages, sizeof *references);
   if (!references) return PKV_OUT_OF_MEMORY;
   status = count_references(tables, num_pages, references);
-  for (int32_t page = 0; page < num_pages && status == PKV_OK; page++)
-    if (references[page] != pkv_pool_ref_count(pool, page)) status = PKV_INVARIANT;
+  for (int32_t page = 0; page < num_pages && status == PKV_OK; page++) {
+    const int32_t *marks = marks_of(tables, page);
+    if (references[page] != pkv_pool_ref_count(pool, page) || marks[0] || marks[1]) status = PKV_INVARIANT;
+  }
   free(references);
   return status;
 }

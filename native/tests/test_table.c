@@ -14,9 +14,18 @@ enum {
   BLOCK = 2 * PAGE_SIZE * HEAD_DIM * 4
 };
 
-static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS];
-static const pkv_tables tables = {page_ids, seq_lens, reserved_lens, 7,
-                                  ROWS,     RING,     PAGE_SIZE,     RING * PAGE_SIZE};
+static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[2 * NUM_PAGES];
+static int32_t tail_copies[ROWS] = {-1, -1, -1};
+static const pkv_tables tables = {.page_ids = page_ids,
+                                  .seq_lens = seq_lens,
+                                  .reserved_lens = reserved_lens,
+                                  .tail_copies = tail_copies,
+                                  .page_marks = page_marks,
+                                  .cache_id = 7,
+                                  .max_sequences = ROWS,
+                                  .ring_pages = RING,
+                                  .page_size = PAGE_SIZE,
+                                  .max_seq_len = RING * PAGE_SIZE};
 
 static int64_t key(int64_t row) { return (int64_t)7 << 32 | row; }
 
@@ -42,7 +51,7 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
 
   assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
-  assert(pkv_step_commit(&tables, &plan) == PKV_OK);
+  assert(pkv_step_commit(pool, &tables, &plan) == PKV_OK);
   assert(seq_lens[2] == 17 && seq_lens[0] == 3);
   pkv_pages pages = {pkv_pool_data(pool),
                      pkv_pool_data(pool) + BLOCK / 2,
@@ -87,7 +96,7 @@ static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
   counts[0] = 2 * PAGE_SIZE + 1;
   int64_t memory[256]; /* planned all the same, it takes nothing */
   pkv_plan plan;
-  size = (pkv_step_size){34, 4, 3, sizeof memory};
+  size = (pkv_step_size){34, 4, 3, 0, sizeof memory};
   assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OUT_OF_PAGES);
   assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   assert(pkv_tables_reset(pool, &tables, -1) == PKV_BAD_ARGUMENT);
@@ -106,10 +115,42 @@ static void a_stray_write_into_the_tables_is_found(pkv_pool *pool) {
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
 }
 
+/* Row 2 has 17 tokens in two pages, row 0 has 3 in one, two pages are free. */
+static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
+  assert(pkv_tables_fork(pool, &tables, 2, 1) == PKV_OK && pkv_pool_num_free(pool) == 2);
+  assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 20);
+  int64_t keys[2] = {key(1), key(2)}, counts[2] = {1, 1}, memory[64];
+  pkv_step_size size;
+  pkv_refusal refusal;
+  pkv_plan plan;
+  /* Both who hold the page append: they are equally long, so the first one writes in place. */
+  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OK && size.num_copies == 1);
+  assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
+  assert(plan.num_copies == 1 && plan.copied_from[0] == page_ids[2 * RING + 1]);
+  assert(tail_copies[1] == -1 && tail_copies[2] == plan.copied_to[0]);
+  assert(plan.batch.kv_indices[1] == page_ids[RING + 1] && plan.batch.kv_indices[3] == plan.copied_to[0]);
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 1);
+  assert(pkv_step_rollback(pool, &tables, &plan) == PKV_OK && tail_copies[2] == -1);
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 2);
+  /* One of the two: it gets a copy, and after commit each has a page of its own. */
+  assert(pkv_step_measure(pool, &tables, 1, keys, counts, &size, &refusal) == PKV_OK && size.num_copies == 1);
+  assert(pkv_step_plan(pool, &tables, 1, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
+  assert(pkv_step_commit(pool, &tables, &plan) == PKV_OK);
+  assert(page_ids[RING] == page_ids[2 * RING] && page_ids[RING + 1] != page_ids[2 * RING + 1]);
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 1);
+  assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 16 + 2 + 1 + 3);
+  assert(pkv_tables_truncate(pool, &tables, 1, 18 + 1) == PKV_BAD_ARGUMENT);
+  assert(pkv_tables_truncate(pool, &tables, 1, -1) == PKV_BAD_ARGUMENT);
+  assert(pkv_tables_truncate(pool, &tables, 1, 16) == PKV_OK && pkv_pool_num_free(pool) == 2);
+  assert(pkv_tables_fork(pool, &tables, 2, 0) == PKV_BAD_ARGUMENT);
+  assert(pkv_tables_reset(pool, &tables, 1) == PKV_OK && pkv_pool_num_free(pool) == 2);
+}
+
 int main(void) {
   pkv_pool *pool = NULL;
   assert(pkv_pool_create(NUM_PAGES, BLOCK, &pool) == PKV_OK);
   a_step_commits_or_leaves_no_trace(pool);
+  who_appends_to_a_shared_page_gets_a_copy(pool);
   what_cannot_be_is_refused_by_name(pool);
   a_stray_write_into_the_tables_is_found(pool);
   assert(pkv_tables_reset(pool, &tables, 2) == PKV_OK && pkv_tables_reset(pool, &tables, 0) == PKV_OK);

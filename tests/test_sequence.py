@@ -1,0 +1,173 @@
+"""Fork and truncate: several sequences own a page, and whoever would change it for another gets a copy."""
+
+import numpy as np
+import pytest
+from conftest import fill, make_cache, rows
+
+from paged_kv import ArgumentError, OutOfPages, OutOfSequences, SequenceBusy, StaleSequence
+
+
+def contents(seq):
+    return [array.copy() for layer in range(2) for array in seq.gather(layer)]
+
+
+def assert_same(seq, expected):
+    for got, want in zip(contents(seq), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_fork_takes_no_page_and_holds_the_same(rng):
+    cache = make_cache()
+    a = cache.sequence()
+    fill(cache, [a], [40], rng)
+    used = cache.stats().num_used_pages
+    b = a.fork()
+    c, d = a.fork(2)
+    assert a.fork(0) == []
+    assert cache.stats().num_used_pages == used == 3
+    assert cache.stats().num_sequences == 4 and cache.stats().num_tokens == 40
+    for fork in (b, c, d):
+        assert len(fork) == 40
+        assert_same(fork, contents(a))
+    a.free()
+    assert_same(b, contents(c))
+    cache.check()
+
+
+@pytest.mark.parametrize("length", range(14, 19))
+@pytest.mark.parametrize("who", ["parent", "fork", "both", "both, the fork first"])
+def test_a_write_is_never_seen_by_a_sibling(length, who, rng):
+    """Forked at each offset round a page's edge, then one or both go on."""
+    cache = make_cache()
+    a = cache.sequence()
+    fill(cache, [a], [length], rng)
+    b = a.fork()
+    before = contents(a)
+    seqs = {"parent": [a], "fork": [b], "both": [a, b], "both, the fork first": [b, a]}[who]
+    new = fill(cache, seqs, [5] * len(seqs), rng)
+    for i, seq in enumerate(seqs):
+        added = [array[5 * i : 5 * i + 5] for layer in new for array in layer]
+        assert_same(seq, [np.concatenate(pair) for pair in zip(before, added, strict=True)])
+    for seq in {a, b} - set(seqs):
+        assert_same(seq, before)
+    cache.check()
+
+
+def test_a_truncated_fork_copies_the_page_it_appends_to(rng):
+    """A has 100 tokens, B is its fork of 40: B's next token lies in A's first page, A's own does not."""
+    cache = make_cache(page_size=64)
+    a = cache.sequence()
+    fill(cache, [a], [100], rng)
+    b = a.fork()
+    b.truncate(40)
+    of_a, of_b = contents(a), contents(b)
+    new = fill(cache, [a, b], [1, 1], rng)
+    assert_same(a, [np.concatenate([old, x[:1]]) for old, x in zip(of_a, sum(new, ()), strict=True)])
+    assert_same(b, [np.concatenate([old, x[1:]]) for old, x in zip(of_b, sum(new, ()), strict=True)])
+    assert cache.stats().num_used_pages == 3
+    cache.check()
+
+
+def test_the_longest_of_all_holders_writes_in_place(rng):
+    cache = make_cache(page_size=64)
+    a = cache.sequence()
+    fill(cache, [a], [50], rng)
+    b, c = a.fork(2)
+    b.truncate(20)
+    step = cache.step([b, a, c], [1, 1, 1])
+    first_pages = step.block_table[:, 0].tolist()
+    assert len(set(first_pages)) == 3
+    assert first_pages[1] == cache._store.tables.page_ids[0, 0]  # a, the first of the two longest
+    step.rollback()
+    assert cache.stats().num_used_pages == 1
+    # With one holder outside the step, everybody copies.
+    step = cache.step([a, b], [1, 1])
+    assert cache._store.tables.page_ids[0, 0] not in step.block_table[:, 0]
+    step.rollback()
+    cache.check()
+
+
+def test_rollback_gives_copies_back(rng):
+    cache = make_cache()
+    a = cache.sequence()
+    fill(cache, [a], [20], rng)
+    b = a.fork()
+    before = contents(a)
+    for _ in range(3):
+        step = cache.step([b, a], [1, 1])
+        k = rows(rng, 2, 2, 32)
+        step.write(0, k, k)
+        assert cache.stats().num_used_pages == 3
+        step.rollback()
+        assert cache.stats().num_used_pages == 2
+        assert_same(a, before)
+        assert_same(b, before)
+        cache.check()
+
+
+def test_a_copy_counts_as_a_page_that_must_be_free(rng):
+    cache = make_cache(num_pages=2)
+    a = cache.sequence()
+    fill(cache, [a], [20], rng)
+    b = a.fork()
+    with pytest.raises(OutOfPages, match="needs 1 new pages, 0 of 2"):
+        cache.step([b], [1])
+    b.free()
+    fill(cache, [a], [1], rng)
+    cache.check()
+
+
+def test_a_second_write_of_a_layer_keeps_the_copy(rng):
+    cache = make_cache(num_layers=1)
+    a = cache.sequence()
+    fill(cache, [a], [5], rng)
+    b = a.fork()
+    before = b.gather(0)[0]
+    k, v = rows(rng, 3, 2, 32), rows(rng, 3, 2, 32)
+    with cache.step([b], [3]) as step:
+        step.write(0, v, k)
+        step.attend(0, k, k, v)
+    np.testing.assert_array_equal(b.gather(0)[0], np.concatenate([before, k]))
+
+
+def test_truncate_gives_pages_back_and_the_next_token_follows(rng):
+    cache = make_cache()
+    seq = cache.sequence()
+    fill(cache, [seq], [50], rng)
+    before = contents(seq)
+    seq.truncate(50)
+    seq.truncate(np.int64(17))
+    assert len(seq) == 17 and cache.stats().num_used_pages == 2
+    assert_same(seq, [array[:17] for array in before])
+    new = fill(cache, [seq], [2], rng)
+    assert_same(seq, [np.concatenate([old[:17], x]) for old, x in zip(before, sum(new, ()), strict=True)])
+    seq.truncate(0)
+    assert cache.stats().num_used_pages == 0
+    cache.check()
+
+
+def test_what_cannot_be_forked_or_truncated_is_refused(rng):
+    cache = make_cache(max_sequences=3)
+    a, freed = cache.sequence(), cache.sequence()
+    fill(cache, [a], [20], rng)
+    freed.free()
+    before, stats = contents(a), cache.stats()
+    for bad in (-1, 21, 2**31, 2**63, True, 3.0, None, "3"):
+        with pytest.raises(ArgumentError, match="length"):
+            a.truncate(bad)
+    for bad in (-1, 2**31, True, 3.0, "3"):
+        with pytest.raises(ArgumentError, match="count"):
+            a.fork(bad)
+    with pytest.raises(OutOfSequences, match="asked for 3 forks, 2 of 3"):
+        a.fork(3)
+    for call in (freed.fork, lambda: freed.truncate(0)):
+        with pytest.raises(StaleSequence):
+            call()
+    step = cache.step([a], [1])
+    for call in (a.fork, lambda: a.fork(2), lambda: a.truncate(3)):
+        with pytest.raises(SequenceBusy):
+            call()
+    step.rollback()
+    assert_same(a, before)
+    assert cache.stats() == stats
+    cache.check()
