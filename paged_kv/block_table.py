@@ -12,6 +12,7 @@ Imports pool.  Imported by store.  The caller holds the cache's lock.
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -34,16 +35,40 @@ MOST_TOKENS = 2**31 - 1
 _cache_ids = itertools.count()
 
 
+@dataclass(frozen=True)
+class Window:
+    """What a token sees of its sequence: the last `size` tokens, itself among them, and the first sinks."""
+
+    size: int
+    num_sink_tokens: int
+    max_step_tokens: int
+
+    def ring_pages(self, page_size: int) -> int:
+        """Cells that never run out: the sinks' pages, window and step, and a page that is begun."""
+        sinks = num_pages(self.num_sink_tokens, page_size)
+        return sinks + num_pages(self.size + self.max_step_tokens, page_size) + 1
+
+
+def num_pages(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
+
+
 class BlockTables:
     """The rows of `max_sequences` sequences over one pool."""
 
-    def __init__(self, pool: PagePool, page_size: int, max_sequences: int, max_seq_len: int) -> None:
+    def __init__(
+        self, pool: PagePool, page_size: int, max_sequences: int, max_seq_len: int, window: Window | None
+    ) -> None:
         self.pool = pool
         self.page_size = page_size
         self.max_sequences = max_sequences
         self.max_seq_len = max_seq_len
+        self.window = window
+        ring_pages = num_pages(max_seq_len, page_size)
+        if window is not None:
+            ring_pages = min(ring_pages, window.ring_pages(page_size))
         # Untouched zeros: the rows of sequences that never come cost no memory.
-        self.page_ids = np.zeros((max_sequences, -(-max_seq_len // page_size)), np.int32)
+        self.page_ids = np.zeros((max_sequences, ring_pages), np.int32)
         self.seq_lens = np.zeros(max_sequences, np.int32)
         self.reserved_lens = np.zeros(max_sequences, np.int32)
         self.tail_copies = np.full(max_sequences, -1, np.int32)
@@ -69,6 +94,10 @@ class BlockTables:
                 "ring_pages": self.page_ids.shape[1],
                 "page_size": page_size,
                 "max_seq_len": max_seq_len,
+                "window": window.size if window else 0,
+                "num_sink_tokens": window.num_sink_tokens if window else 0,
+                "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
+                "max_step_tokens": window.max_step_tokens if window else MOST_TOKENS,
             },
         )
 
@@ -126,13 +155,30 @@ class BlockTables:
         """Forget a row's tokens from `length` on; ArgumentError when it has fewer."""
         row = self.idle_row(key)
         length = integer("length", length, 0, int(self.seq_lens[row]))
-        check(lib.pkv_tables_truncate(self.pool.handle, self._tables, row, length), "truncate")
+        status = lib.pkv_tables_truncate(self.pool.handle, self._tables, row, length)
+        if status == lib.PKV_TOKENS_GONE:
+            raise ArgumentError(
+                f"at length {length} the window would hold tokens that it has let go of; "
+                f"truncate fewer of the {self.seq_lens[row]}, or reset the sequence"
+            )
+        check(status, "truncate")
+
+    def held_positions(self, row: int) -> NDArray[np.int32]:
+        """Positions of a row's tokens that are there: the sinks and the window's, oldest first."""
+        seq_len = int(self.seq_lens[row])
+        if self.window is None or seq_len <= self.window.size:
+            return np.arange(seq_len, dtype=np.int32)
+        start = seq_len - self.window.size
+        sinks = np.arange(min(self.window.num_sink_tokens, start), dtype=np.int32)
+        return np.concatenate([sinks, np.arange(start, seq_len, dtype=np.int32)])
 
     def slots(self, row: int) -> NDArray[np.int64]:
-        """The slots of a row's committed tokens, in order."""
-        positions = np.arange(self.seq_lens[row])
-        pages, offsets = np.divmod(positions, self.page_size)
-        slots: NDArray[np.int64] = self.page_ids[row, pages] * np.int64(self.page_size) + offsets
+        """The slots of those, in the same order."""
+        pages, offsets = np.divmod(self.held_positions(row), self.page_size)
+        sinks = num_pages(self.window.num_sink_tokens, self.page_size) if self.window else 0
+        ring = self.page_ids.shape[1] - sinks
+        cells = np.where(pages < sinks, pages, sinks + (pages - sinks) % max(1, ring))
+        slots: NDArray[np.int64] = self.page_ids[row, cells] * np.int64(self.page_size) + offsets
         return slots
 
     @property
@@ -156,6 +202,15 @@ class BlockTables:
         plan = Plan(size)
         check(lib.pkv_step_plan(*batch, size, plan.memory, plan.handle), "plan")
         return plan
+
+    def pages_needed(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> int:
+        """What `plan` would take of the pool, be it there or not."""
+        keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int64_t[]", counts)
+        batch = (self.pool.handle, self._tables, len(keys), keys_at, counts_at)
+        status = lib.pkv_step_measure(*batch, self._size, self._refusal)
+        if status not in (lib.PKV_OK, lib.PKV_OUT_OF_PAGES):
+            self._refuse(status, self._refusal)
+        return int(self._size.num_new_pages)
 
     def commit(self, plan: "Plan") -> None:
         check(lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle), "commit")
@@ -191,7 +246,7 @@ class BlockTables:
             )
         if refusal.index < 0:
             raise ArgumentError(f"the step has {asked} new tokens or pages, {available} at most can be")
-        raise ArgumentError(f"new[{refusal.index}] is {asked} tokens, outside 1 to {MOST_TOKENS}")
+        raise ArgumentError(f"new[{refusal.index}] is {asked} tokens, outside 1 to {available}")
 
 
 class Plan:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from ._binding import integer, kernels
-from .block_table import MOST_TOKENS
+from .block_table import MOST_TOKENS, Window, counts_of
 from .errors import ArgumentError
 from .layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
 from .machine import num_cpus
 from .sequence import Sequence
-from .step import Step
+from .step import Step, keys_of
 from .store import Store
 
 
@@ -25,7 +25,7 @@ class CacheStats:
     num_used_pages: int  # owned by a sequence, or reserved by an open step
     num_free_pages: int
     num_sequences: int
-    num_tokens: int  # committed
+    num_tokens: int  # committed, in held pages; a slot that several share counts once
     utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
     pool_bytes: int
 
@@ -41,7 +41,10 @@ class PagedKVCache:
     num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), of which whole pages are taken
     page_size : tokens per page, a multiple of 16
     max_sequences : int, sequences at a time
-    max_seq_len : tokens of one sequence; None: as many as the pool holds
+    max_seq_len : tokens of one sequence; None: as many as the pool holds, without limit with a window
+    window, num_sink_tokens : a token sees the last `window` tokens, itself among them, and the first sinks;
+        pages that nobody will see again are given back at commit.  None: all tokens
+    max_step_tokens : of one sequence in one step; counts with a window only
     num_threads : threads of one attend; None: the CPUs that the process may use
 
     Raises: ArgumentError; MemoryError, naming both sizes, when there is too little of it.
@@ -60,6 +63,9 @@ class PagedKVCache:
         page_size: int | None = None,
         max_sequences: int = 256,
         max_seq_len: int | None = None,
+        max_step_tokens: int = 2048,
+        window: int | None = None,
+        num_sink_tokens: int = 0,
         num_threads: int | None = None,
     ) -> None:
         kernels()  # an unknown PAGED_KV_KERNEL is an error here, before memory is taken
@@ -72,15 +78,22 @@ class PagedKVCache:
             page_size=_multiple("page_size", page_size, 16, 2**20),
         )
         num_pages = _num_pages(layout, num_pages, memory)
-        pool_tokens = min(num_pages * layout.page_size, MOST_TOKENS)
+        # Without a window no sequence grows beyond what the pool holds; its row need not be longer.
+        most = MOST_TOKENS if window is not None else min(num_pages * layout.page_size, MOST_TOKENS)
         if max_seq_len is not None:
-            max_seq_len = integer("max_seq_len", max_seq_len, 1, MOST_TOKENS)
+            most = min(most, integer("max_seq_len", max_seq_len, 1, MOST_TOKENS))
+        num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MOST_TOKENS)
+        max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MOST_TOKENS)
+        seen = None
+        if window is not None:
+            window = integer("window", window, 1, MOST_TOKENS)
+            seen = Window(window, num_sink_tokens, max_step_tokens)
         self._store = Store(
             layout,
             num_pages,
             integer("max_sequences", max_sequences, 1, 2**24),
-            # Beyond what the pool holds no sequence can grow; the rows need not be longer.
-            min(pool_tokens, max_seq_len or pool_tokens),
+            most,
+            seen,
             num_cpus() if num_threads is None else integer("num_threads", num_threads, 1, 1024),
         )
 
@@ -108,6 +121,18 @@ class PagedKVCache:
         Cost: O(new tokens + pages of the batch).
         """
         return Step(self._store, seqs, new)
+
+    def pages_needed(self, seqs: Iterable[Sequence], new: object) -> int:
+        """How many free pages `step(seqs, new)` would take, copies of shared pages included.
+
+        It is told also when there are fewer.
+        Raises: what `step` raises, but for OutOfPages.  Cost: O(sequences); nothing changes.
+        """
+        _, keys = keys_of(seqs)
+        counts = counts_of(new, len(keys))
+        with self._store.lock:
+            self._store.require_open()
+            return self._store.tables.pages_needed(keys, counts)
 
     def stats(self) -> CacheStats:
         """Counts of this moment.  Raises: CacheClosed.  Cost: O(max_sequences)."""

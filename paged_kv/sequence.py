@@ -39,10 +39,18 @@ class Sequence:
     def __bool__(self) -> bool:
         return True
 
+    @property
+    def held_positions(self) -> NDArray[np.int32]:
+        """int32 [held]: positions of the tokens that are there: the sinks and the last `window`, in order."""
+        with self._store.lock:
+            self._store.require_open()
+            return self._store.tables.held_positions(self._store.tables.row(self._key))
+
     def gather(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A copy of one layer's keys and values.
 
-        Returns: (k, v), float32 [len(seq), num_kv_heads, head_dim], oldest first.
+        Returns: (k, v), float32 [held, num_kv_heads, head_dim], oldest first: of the positions that
+        `held_positions` tells, all of them without a window.
         Raises: ArgumentError, StaleSequence, CacheClosed.  Cost: copies every token.
         """
         store = self._store
@@ -84,7 +92,8 @@ class Sequence:
     def truncate(self, length: int) -> None:
         """Forget the newest tokens, from position `length` on; their pages are given back.
 
-        Raises: ArgumentError when there are fewer; SequenceBusy, StaleSequence, CacheClosed.
+        Raises: ArgumentError when there are fewer, and when a window has let go of tokens that it would hold
+        again; SequenceBusy, StaleSequence, CacheClosed.
         Cost: O(pages given back).
         """
         with self._store.lock:

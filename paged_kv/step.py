@@ -39,7 +39,7 @@ class Step:
     __slots__ = ("_batch", "_is_open", "_plan", "_seqs", "_store", "_written")
 
     def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
-        self._seqs, keys = _keys_of(seqs)
+        self._seqs, keys = keys_of(seqs)
         counts = counts_of(new, len(keys))
         with store.lock:
             store.require_open()
@@ -75,20 +75,28 @@ class Step:
 
     @property
     def first_page(self) -> NDArray[np.int32]:
-        """int32 [num_seqs]: the logical page at which each row of `block_table` begins."""
-        return np.zeros(self._plan.num_seqs, np.int32)
+        """int32 [num_seqs]: the logical page at which each row of `block_table` begins; 0 with sinks."""
+        first_pages = self._plan.int32(self._batch.first_pages, self._plan.num_seqs)
+        return first_pages if not self._batch.sink_pages else np.zeros_like(first_pages)
 
     @property
     def block_table(self) -> NDArray[np.int32]:
-        """int32 [num_seqs, max_pages]: page ids in logical order, -1 beyond a sequence's end.
+        """int32 [num_seqs, max_pages]: page ids in logical order from `first_page` on; -1 beyond a sequence's
+        end, and between sinks and window where nobody of the step sees a page.
 
         Cost: built each time it is asked for; attention does not need it.
         """
         plan, batch = self._plan, self._batch
         page_ids = plan.int32(batch.kv_indices, plan.num_pages)
         num_pages = np.diff(plan.int32(batch.kv_indptr, plan.num_seqs + 1))
-        table = np.full((len(num_pages), num_pages.max(initial=0)), -1, np.int32)
-        table[np.arange(table.shape[1]) < num_pages[:, None]] = page_ids
+        # The i-th page of a sequence's list stands in column i, or behind the gap when it is no sink's.
+        gaps = plan.int32(batch.first_pages, plan.num_seqs) - self.first_page - batch.sink_pages
+        gaps = np.where(num_pages > batch.sink_pages, np.maximum(gaps, 0), 0)
+        rows = np.repeat(np.arange(plan.num_seqs), num_pages)
+        columns = np.arange(plan.num_pages) - np.repeat(np.cumsum(num_pages) - num_pages, num_pages)
+        columns += np.where(columns >= batch.sink_pages, gaps[rows], 0)
+        table = np.full((plan.num_seqs, (num_pages + gaps).max(initial=0)), -1, np.int32)
+        table[rows, columns] = page_ids
         return table
 
     # ---- layer by layer
@@ -209,7 +217,8 @@ class Step:
         del self._store.open_steps[id(self)]
 
 
-def _keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], NDArray[np.int64]]:
+def keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], NDArray[np.int64]]:
+    """The handles, and their keys in one array; ArgumentError for anything that is no handle."""
     try:
         handles = tuple(seqs)
         return handles, np.fromiter(map(_key_of, handles), np.int64, len(handles))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from ._binding import ffi, integer, new_pages, new_threads
-from .block_table import BlockTables
+from .block_table import BlockTables, Window
 from .errors import CacheClosed
 from .layout import PageLayout
 from .pool import PagePool
@@ -25,12 +25,18 @@ class Store:
     """
 
     def __init__(
-        self, layout: PageLayout, num_pages: int, max_sequences: int, max_seq_len: int, num_threads: int
+        self,
+        layout: PageLayout,
+        num_pages: int,
+        max_sequences: int,
+        max_seq_len: int,
+        window: Window | None,
+        num_threads: int,
     ) -> None:
         self.layout = layout
         self.threads = new_threads(num_threads)
         self.pool = PagePool(num_pages, layout.page_bytes)
-        self.tables = BlockTables(self.pool, layout.page_size, max_sequences, max_seq_len)
+        self.tables = BlockTables(self.pool, layout.page_size, max_sequences, max_seq_len, window)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         for layer in range(layout.num_layers):
             self._describe_layer(layer, num_pages)

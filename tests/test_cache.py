@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_is_refused(options):
 
 
 def test_an_argument_that_is_not_there_is_a_type_error():
-    for name in ("window", "layer_groups", "prefix_caching", "lazy", "hardened", "layout"):
+    for name in ("layer_groups", "fingerprint", "prefix_caching", "lazy", "hardened", "layout"):
         with pytest.raises(TypeError):
             PagedKVCache(1, 1, 32, num_pages=1, **{name: 1})
 

@@ -10,6 +10,10 @@
  * be idle are cut between spans, and their spans merged at the end, in the same order.
  *
  * Within a run, all kv heads are walked in memory order, keys before values, and each is used for all rows.
+ *
+ * What a row sees of a run is a mask, a bit per token: those up to its own, and with a window the newest of
+ * these and the sinks. Tokens, runs and spans that nobody of a block sees are not looked at, so a step costs
+ * what its window costs however long the sequence is.
  */
 #include <math.h>
 #include <stdatomic.h>
@@ -32,7 +36,7 @@ typedef struct {
   int32_t seq;
   int32_t first_row; /* of all q rows */
   int32_t num_rows;
-  int32_t first_span;
+  int32_t first_span; /* of its list of spans */
   int32_t end_span;
   int64_t first_partial; /* of span 0's states, -1: the block is not cut */
 } block;
@@ -70,6 +74,28 @@ static int32_t num_seen(const pkv_batch *batch, int32_t seq, int32_t row) {
   return batch->seq_lens[seq] - (batch->qo_indptr[seq + 1] - 1 - row);
 }
 
+/* The first token behind the sinks that a row sees. */
+static int32_t window_start(const pkv_batch *batch, int32_t seq, int32_t row) {
+  int32_t seen = num_seen(batch, seq, row);
+  return batch->window && seen > batch->window ? seen - batch->window : 0;
+}
+
+/* Bits begin .. end - 1, of 64. */
+static uint64_t bits_between(int64_t begin, int64_t end) {
+  if (begin < 0) begin = 0;
+  if (end > 64) end = 64;
+  if (begin >= end) return 0;
+  return (end == 64 ? ~UINT64_C(0) : (UINT64_C(1) << end) - 1) & ~((UINT64_C(1) << begin) - 1);
+}
+
+/* Which of the tokens start .. end - 1 (64 at most) a row sees. */
+static uint64_t visible(const pkv_batch *batch, int32_t seq, int32_t row, int32_t start, int32_t end) {
+  int32_t seen = num_seen(batch, seq, row);
+  uint64_t before_own = bits_between(0, (seen < end ? seen : end) - start);
+  uint64_t in_window = bits_between(window_start(batch, seq, row) - start, 64);
+  return before_own & (in_window | bits_between(0, (int64_t)batch->num_sink_tokens - start));
+}
+
 static pkv_state state_at(const job *job, float *states, int64_t index) {
   float *floats = states + index * job->state_floats;
   return (pkv_state){floats, floats + job->num_q_heads, floats + job->state_floats - job->q_floats};
@@ -97,17 +123,57 @@ static int32_t end_of_run(const job *job, int32_t start, int32_t span_end) {
   return end < span_end ? end : span_end;
 }
 
-/* The addresses of the tokens start .. end - 1 of a sequence. */
-static void locate_tokens(const job *job, int32_t seq, int32_t start, int32_t end, pkv_run *run) {
+/* The addresses of those of the tokens from `start` on whose bit is set. */
+static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t mask, const char **k,
+                          const char **v) {
   const pkv_pages *pages = job->pages;
-  const int32_t *page_ids = job->batch->kv_indices + job->batch->kv_indptr[seq];
-  int32_t offset = start % pages->page_size;
-  const int32_t *page_id = page_ids + start / pages->page_size;
-  for (int32_t t = 0; t < end - start; t++) {
-    run->k[t] = pages->k + *page_id * pages->k_page_stride + offset * pages->k_token_stride;
-    run->v[t] = pages->v + *page_id * pages->v_page_stride + offset * pages->v_token_stride;
-    if (++offset == pages->page_size) offset = 0, page_id++;
+  const pkv_batch *batch = job->batch;
+  const int32_t *page_ids = batch->kv_indices + batch->kv_indptr[seq];
+  int32_t first_page = batch->first_pages ? batch->first_pages[seq] : 0;
+  for (; mask; mask &= mask - 1) {
+    int32_t t = __builtin_ctzll(mask), page = (start + t) / pages->page_size;
+    int32_t offset = start + t - page * pages->page_size;
+    int64_t page_id = page_ids[page < batch->sink_pages ? page : batch->sink_pages + page - first_page];
+    k[t] = pages->k + page_id * pages->k_page_stride + offset * pages->k_token_stride;
+    v[t] = pages->v + page_id * pages->v_page_stride + offset * pages->v_token_stride;
   }
+}
+
+/* The spans that a block looks at: those of the sinks, then those from the window of its first row on. */
+typedef struct {
+  int32_t num_sink_spans;
+  int32_t first_window_span;
+  int32_t count;
+} span_list;
+
+static span_list spans_of(const job *job, int32_t seq, int32_t first_row, int32_t num_rows) {
+  int32_t start = window_start(job->batch, seq, first_row), sinks = job->batch->num_sink_tokens;
+  int32_t end = num_seen(job->batch, seq, first_row + num_rows - 1);
+  if (sinks > start) sinks = start;
+  span_list spans = {(int32_t)(((int64_t)sinks + job->span_tokens - 1) / job->span_tokens),
+                     start / job->span_tokens, 0};
+  if (spans.num_sink_spans > spans.first_window_span) spans.num_sink_spans = spans.first_window_span;
+  int32_t end_span = (int32_t)(((int64_t)end + job->span_tokens - 1) / job->span_tokens);
+  spans.count = spans.num_sink_spans + end_span - spans.first_window_span;
+  return spans;
+}
+
+/* The first token of the i-th of them. */
+static int32_t start_of_span(const job *job, span_list spans, int32_t i) {
+  int32_t span = i < spans.num_sink_spans ? i : spans.first_window_span + i - spans.num_sink_spans;
+  return span * job->span_tokens;
+}
+
+/* Does a row see a token of the span that begins there, and is it the first such span? */
+static bool sees_span(const job *job, int32_t seq, int32_t row, int32_t start) {
+  int32_t seen = num_seen(job->batch, seq, row);
+  return start < seen && (start < job->batch->num_sink_tokens ||
+                          (int64_t)start + job->span_tokens > window_start(job->batch, seq, row));
+}
+
+static bool is_first_span(const job *job, int32_t seq, int32_t row, int32_t start) {
+  int32_t first = job->batch->num_sink_tokens ? 0 : window_start(job->batch, seq, row);
+  return start == first / job->span_tokens * job->span_tokens;
 }
 
 /* ---- a block */
@@ -124,31 +190,53 @@ static scratch scratch_of(const job *job, int32_t worker) {
   return (scratch){floats + 2 * states, floats, floats + states};
 }
 
-static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end, const float *q,
-                               float *states) {
-  const pkv_pages *pages = job->pages;
-  pkv_run run;
-  run.dtype = pages->dtype;
-  run.head_dim = pages->head_dim;
-  run.group = job->num_q_heads / pages->num_kv_heads;
-  locate_tokens(job, block->seq, start, end, &run);
-  for (int32_t head = 0; head < pages->num_kv_heads; head++)
-    for (int32_t row = 0; row < block->num_rows; row++) {
-      int32_t seen = num_seen(job->batch, block->seq, block->first_row + row);
-      if (seen <= start) continue;
-      run.num_tokens = (seen < end ? seen : end) - start;
-      job->kernel->fold_run(&run, head * pages->k_head_stride, head * pages->v_head_stride,
-                            q + row * job->q_floats + head * run.group * run.head_dim,
-                            state_of_head(job, state_at(job, states, row), head * run.group));
+/* Let the kernel fold the tokens of `mask` into a row's state; k and v hold their addresses, bit for bit. */
+static void fold_run_into_row(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
+                              const char *const *v, int32_t head, const float *q, pkv_state state) {
+  const char *seen_k[PKV_RUN_TOKENS], *seen_v[PKV_RUN_TOKENS];
+  int first = __builtin_ctzll(mask);
+  uint64_t shifted = mask >> first;
+  run->num_tokens = __builtin_popcountll(mask);
+  run->k = k + first;
+  run->v = v + first;
+  if (shifted & (shifted + 1)) { /* sinks and window with a gap between them: move up */
+    for (int32_t i = 0; mask; mask &= mask - 1, i++) {
+      seen_k[i] = k[__builtin_ctzll(mask)];
+      seen_v[i] = v[__builtin_ctzll(mask)];
     }
+    run->k = seen_k;
+    run->v = seen_v;
+  }
+  int64_t q_offset = (int64_t)head * run->group * run->head_dim;
+  job->kernel->fold_run(run, head * job->pages->k_head_stride, head * job->pages->v_head_stride, q + q_offset,
+                        state_of_head(job, state, head * run->group));
 }
 
-/* Fold the tokens of one span that the block's last row sees, for each of its rows as far as it sees. */
-static void fold_span(const job *job, const block *block, int32_t span, const float *q, float *states) {
+static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end, const float *q,
+                               float *states) {
+  const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
+  uint64_t masks[MAX_ROWS_PER_BLOCK], all = 0;
+  for (int32_t row = 0; row < block->num_rows; row++) {
+    masks[row] = visible(job->batch, block->seq, block->first_row + row, start, end);
+    all |= masks[row];
+  }
+  if (!all) return;
+  locate_tokens(job, block->seq, start, all, k, v);
+  pkv_run run = {.dtype = job->pages->dtype,
+                 .head_dim = job->pages->head_dim,
+                 .group = job->num_q_heads / job->pages->num_kv_heads};
+  for (int32_t head = 0; head < job->pages->num_kv_heads; head++)
+    for (int32_t row = 0; row < block->num_rows; row++)
+      if (masks[row])
+        fold_run_into_row(job, &run, masks[row], k, v, head, q + row * job->q_floats,
+                          state_at(job, states, row));
+}
+
+/* Fold the tokens of one span that anybody of the block sees, for each of its rows as far as it sees. */
+static void fold_span(const job *job, const block *block, int32_t start, const float *q, float *states) {
   for (int32_t row = 0; row < block->num_rows; row++) clear(job, state_at(job, states, row));
   int32_t end = num_seen(job->batch, block->seq, block->first_row + block->num_rows - 1);
-  int32_t start = span * job->span_tokens;
-  if (end > start + job->span_tokens) end = start + job->span_tokens;
+  if (end > (int64_t)start + job->span_tokens) end = start + job->span_tokens;
   while (start < end) {
     int32_t run_end = end_of_run(job, start, end);
     fold_run_into_rows(job, block, start, run_end, q, states);
@@ -156,12 +244,17 @@ static void fold_span(const job *job, const block *block, int32_t span, const fl
   }
 }
 
-/* Merge a span's states into those of the spans before it; the first seen span is the start. */
-static void merge_span(const job *job, const block *block, int32_t span, float *states, float *later) {
-  for (int32_t row = 0; row < block->num_rows; row++)
-    if (num_seen(job->batch, block->seq, block->first_row + row) > span * job->span_tokens)
-      job->kernel->merge(state_at(job, states, row), state_at(job, later, row), job->num_q_heads,
-                         job->pages->head_dim);
+/* Merge a span's states into those of the spans before it; the first span that a row sees is its start. */
+static void merge_span(const job *job, const block *block, int32_t start, float *states, float *later) {
+  for (int32_t row = 0; row < block->num_rows; row++) {
+    int32_t q_row = block->first_row + row;
+    pkv_state state = state_at(job, states, row), of_span = state_at(job, later, row);
+    if (!sees_span(job, block->seq, q_row, start)) continue;
+    if (is_first_span(job, block->seq, q_row, start))
+      memcpy(state.maximum, of_span.maximum, (size_t)job->state_floats * sizeof(float));
+    else
+      job->kernel->merge(state, of_span, job->num_q_heads, job->pages->head_dim);
+  }
 }
 
 static void finish_rows(const job *job, const block *block, float *states) {
@@ -176,19 +269,17 @@ static float *partial_states(const job *job, const block *block, int32_t span) {
 
 static void attend_block(const job *job, const block *block, int32_t worker) {
   scratch scratch = scratch_of(job, worker);
+  span_list spans = spans_of(job, block->seq, block->first_row, block->num_rows);
   job->kernel->prepare_q(scratch.q, job->q + block->first_row * job->q_floats, job->scale,
                          block->num_rows * job->q_floats);
-  if (block->first_partial >= 0) {
-    for (int32_t span = block->first_span; span < block->end_span; span++)
-      fold_span(job, block, span, scratch.q, partial_states(job, block, span));
-    return;
+  for (int32_t i = block->first_span; i < block->end_span; i++) {
+    bool is_cut = block->first_partial >= 0;
+    float *states = is_cut ? partial_states(job, block, i) : i == 0 ? scratch.states : scratch.span;
+    int32_t start = start_of_span(job, spans, i);
+    fold_span(job, block, start, scratch.q, states);
+    if (!is_cut && i > 0) merge_span(job, block, start, scratch.states, scratch.span);
   }
-  fold_span(job, block, 0, scratch.q, scratch.states);
-  for (int32_t span = 1; span < block->end_span; span++) {
-    fold_span(job, block, span, scratch.q, scratch.span);
-    merge_span(job, block, span, scratch.states, scratch.span);
-  }
-  finish_rows(job, block, scratch.states);
+  if (block->first_partial < 0) finish_rows(job, block, scratch.states);
 }
 
 static void attend_blocks(void *context, int32_t worker) {
@@ -205,8 +296,9 @@ static void merge_cut_blocks(const job *job) {
     bool is_last = i + 1 == job->num_blocks || job->blocks[i + 1].first_partial != block->first_partial;
     if (block->first_partial < 0 || !is_last) continue;
     float *states = partial_states(job, block, 0);
-    for (int32_t span = 1; span < block->end_span; span++)
-      merge_span(job, block, span, states, partial_states(job, block, span));
+    span_list spans = spans_of(job, block->seq, block->first_row, block->num_rows);
+    for (int32_t i = 1; i < block->end_span; i++)
+      merge_span(job, block, start_of_span(job, spans, i), states, partial_states(job, block, i));
     finish_rows(job, block, states);
   }
 }
@@ -220,13 +312,16 @@ typedef struct {
 
 /* Tokens that a row block meets: what its cost is counted in. */
 static int64_t cost_of(const pkv_batch *batch, int32_t seq, int32_t first_row, int32_t num_rows) {
-  return (int64_t)num_rows * num_seen(batch, seq, first_row + num_rows - 1);
+  int64_t met = num_seen(batch, seq, first_row + num_rows - 1);
+  if (batch->window && met > (int64_t)batch->window + batch->num_sink_tokens)
+    met = (int64_t)batch->window + batch->num_sink_tokens;
+  return num_rows * met;
 }
 
 static int64_t total_cost(const job *job) {
   int64_t total = 0;
   for (int32_t seq = 0; seq < job->batch->num_seqs; seq++)
-    total += (int64_t)num_rows_of(job->batch, seq) * job->batch->seq_lens[seq];
+    total += cost_of(job->batch, seq, job->batch->qo_indptr[seq], num_rows_of(job->batch, seq));
   return total;
 }
 
@@ -239,8 +334,7 @@ static work_size cut_work(const job *job, int32_t num_workers, int64_t share, bl
     for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += job->rows_per_block) {
       int32_t num_rows = batch->qo_indptr[seq + 1] - row;
       if (num_rows > job->rows_per_block) num_rows = job->rows_per_block;
-      int32_t seen = num_seen(batch, seq, row + num_rows - 1);
-      int32_t num_spans = (int32_t)(((int64_t)seen + job->span_tokens - 1) / job->span_tokens);
+      int32_t num_spans = spans_of(job, seq, row, num_rows).count;
       int64_t num_shares = (cost_of(batch, seq, row, num_rows) + share - 1) / share;
       bool is_cut = num_workers > 1 && num_spans > 1 && num_shares > 1;
       int32_t num_pieces = !is_cut ? 1 : num_spans < num_shares ? num_spans : (int32_t)num_shares;

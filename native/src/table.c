@@ -20,8 +20,32 @@ static int64_t pages_for(const pkv_tables *tables, int64_t num_tokens) {
   return (num_tokens + tables->page_size - 1) / tables->page_size;
 }
 
-static int32_t *cells_of(const pkv_tables *tables, int64_t row) {
-  return tables->page_ids + row * tables->ring_pages;
+/* The cell of a row's logical page. */
+static int32_t *cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
+  int64_t sinks = tables->sink_pages;
+  int64_t cell = page < tables->ring_pages ? page : sinks + (page - sinks) % (tables->ring_pages - sinks);
+  return tables->page_ids + row * tables->ring_pages + cell;
+}
+
+/* The first page that a row of this length holds behind its sinks. */
+static int64_t first_page_at(const pkv_tables *tables, int64_t seq_len) {
+  if (tables->window == 0) return 0;
+  int64_t first_seen = seq_len > tables->window ? seq_len - tables->window : 0;
+  int64_t page = first_seen / tables->page_size;
+  return page > tables->sink_pages ? page : tables->sink_pages;
+}
+
+/* The first page behind the sinks that the next token of such a row sees, and so all after it. */
+static int64_t first_page_seen(const pkv_tables *tables, int64_t seq_len) {
+  return first_page_at(tables, tables->window ? seq_len + 1 : seq_len);
+}
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* How many pages a step over old_len .. new_len reads. */
+static int64_t num_pages_seen(const pkv_tables *tables, int64_t old_len, int64_t new_len) {
+  int64_t end = pages_for(tables, new_len), first = first_page_seen(tables, old_len);
+  return min64(tables->sink_pages, end) + (end > first ? end - first : 0);
 }
 
 /* The row that a key names, or -1. */
@@ -54,11 +78,13 @@ static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *keys
     pkv_status status = stands_earlier(keys, i) ? PKV_SEQUENCE_TWICE : PKV_SEQUENCE_BUSY;
     return refuse(refusal, status, i, 0, 0);
   }
+  if (tables->window && counts[i] > tables->max_step_tokens)
+    return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], tables->max_step_tokens);
   if (new_len > tables->max_seq_len)
     return refuse(refusal, PKV_SEQUENCE_TOO_LONG, i, new_len, tables->max_seq_len);
   tables->reserved_lens[row] = (int32_t)new_len;
   size->num_tokens += counts[i];
-  size->num_pages += pages_for(tables, new_len);
+  size->num_pages += num_pages_seen(tables, old_len, new_len);
   size->num_new_pages += pages_for(tables, new_len) - pages_for(tables, old_len);
   return PKV_OK;
 }
@@ -75,7 +101,7 @@ static int32_t *marks_of(const pkv_tables *tables, int32_t page_id) {
 static const int32_t *shared_tail(const pkv_pool *pool, const pkv_tables *tables, int64_t row) {
   int32_t seq_len = tables->seq_lens[row];
   if (seq_len % tables->page_size == 0) return NULL;
-  const int32_t *cell = cells_of(tables, row) + seq_len / tables->page_size;
+  const int32_t *cell = cell_of(tables, row, seq_len / tables->page_size);
   return pkv_pool_ref_count(pool, *cell) > 1 ? cell : NULL;
 }
 
@@ -109,7 +135,7 @@ static void unmark_tails(const pkv_tables *tables, int64_t num_seqs, const int64
   for (int64_t i = 0; i < num_seqs; i++) {
     int64_t row = row_of(tables, keys[i]);
     if (tables->seq_lens[row] % tables->page_size == 0) continue;
-    int32_t *marks = marks_of(tables, cells_of(tables, row)[tables->seq_lens[row] / tables->page_size]);
+    int32_t *marks = marks_of(tables, *cell_of(tables, row, tables->seq_lens[row] / tables->page_size));
     marks[NUM_APPENDERS] = marks[LONGEST] = 0;
   }
 }
@@ -146,7 +172,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
     return refuse(refusal, PKV_BAD_ARGUMENT, -1, size->num_tokens, INT32_MAX);
   size->num_copies = count_copies(pool, tables, num_seqs, keys);
   size->num_new_pages += size->num_copies;
-  int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 2 * num_seqs + size->num_pages;
+  int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 3 * num_seqs + size->num_pages;
   num_int32 += 2 * size->num_copies;
   size->plan_bytes = size->num_tokens * (int64_t)sizeof(int64_t) + num_int32 * (int64_t)sizeof(int32_t);
   int64_t num_free = pkv_pool_num_free(pool);
@@ -155,38 +181,63 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   return PKV_OK;
 }
 
-/* Slots and positions of a sequence's new tokens, whose pages are given. */
-static void place_tokens(const pkv_tables *tables, const int32_t *page_ids, int32_t old_len, int32_t new_len,
-                         int64_t *slots, int32_t *positions) {
+/* Slots and positions of a sequence's new tokens; page_ids begins with logical page `first`. */
+static void place_tokens(const pkv_tables *tables, const int32_t *page_ids, int64_t first, int32_t old_len,
+                         int32_t new_len, int64_t *slots, int32_t *positions) {
   for (int32_t position = old_len; position < new_len; position++) {
-    int32_t page_id = page_ids[position / tables->page_size];
-    *slots++ = (int64_t)page_id * tables->page_size + position % tables->page_size;
+    int64_t page_id = page_ids[position / tables->page_size - first];
+    *slots++ = page_id * tables->page_size + position % tables->page_size;
     *positions++ = position;
   }
 }
 
 /* One array after the other, the widest first. */
-static pkv_plan lay_out(char *memory, int64_t num_seqs, const pkv_step_size *size) {
-  pkv_plan plan = {.slot_mapping = (int64_t *)memory, .batch.num_seqs = num_seqs};
+static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs, const pkv_step_size *size) {
+  pkv_plan plan = {.slot_mapping = (int64_t *)memory,
+                   .batch = {.num_seqs = num_seqs,
+                             .sink_pages = tables->sink_pages,
+                             .window = tables->window,
+                             .num_sink_tokens = tables->num_sink_tokens}};
   plan.positions = (int32_t *)(plan.slot_mapping + size->num_tokens);
   plan.batch.qo_indptr = plan.positions + size->num_tokens;
   plan.batch.kv_indptr = plan.batch.qo_indptr + num_seqs + 1;
   plan.batch.seq_lens = plan.batch.kv_indptr + num_seqs + 1;
-  plan.rows = plan.batch.seq_lens + num_seqs;
+  plan.batch.first_pages = plan.batch.seq_lens + num_seqs;
+  plan.rows = plan.batch.first_pages + num_seqs;
   plan.batch.kv_indices = plan.rows + num_seqs;
   plan.copied_from = plan.batch.kv_indices + size->num_pages;
   plan.copied_to = plan.copied_from + size->num_copies;
   return plan;
 }
 
+/* Release the logical pages first .. end - 1 of a row, the last one first. */
+static pkv_status release_pages(pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t first,
+                                int64_t end) {
+  while (end > first)
+    if (pkv_pool_release(pool, 1, cell_of(tables, row, --end)) != PKV_OK) return PKV_INVARIANT;
+  return PKV_OK;
+}
+
+/* Take pages for the logical pages first .. end - 1 of a row: all of them, or none. */
+static pkv_status acquire_pages(pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t first,
+                                int64_t end) {
+  for (int64_t page = first; page < end; page++) {
+    pkv_status status = pkv_pool_acquire(pool, 1, cell_of(tables, row, page));
+    if (status == PKV_OK) continue;
+    release_pages(pool, tables, row, first, page);
+    return status;
+  }
+  return PKV_OK;
+}
+
 /* Take what a row needs: a copy of its tail, if it must append to one, and pages up to new_len. */
 static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t row, bool on_copy,
                               int32_t new_len) {
-  int32_t *cells = cells_of(tables, row), *copy = &tables->tail_copies[row];
-  int64_t num_held = pages_for(tables, tables->seq_lens[row]);
+  int32_t *copy = &tables->tail_copies[row];
   pkv_status status = on_copy ? pkv_pool_acquire(pool, 1, copy) : PKV_OK;
   if (status != PKV_OK) return status;
-  status = pkv_pool_acquire(pool, pages_for(tables, new_len) - num_held, cells + num_held);
+  int64_t num_old = pages_for(tables, tables->seq_lens[row]);
+  status = acquire_pages(pool, tables, row, num_old, pages_for(tables, new_len));
   if (status == PKV_OK) {
     tables->reserved_lens[row] = new_len;
   } else if (on_copy) {
@@ -196,13 +247,25 @@ static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t 
   return status;
 }
 
+/* Write the pages that a row's step reads, in logical order: the sinks', then those from `first` on. */
+static int64_t list_pages(const pkv_tables *tables, int64_t row, int64_t first, int64_t end,
+                          int32_t *page_ids) {
+  if (first == 0) { /* the whole row, and in order */
+    memcpy(page_ids, cell_of(tables, row, 0), (size_t)end * sizeof *page_ids);
+    return end;
+  }
+  int64_t num_sinks = min64(tables->sink_pages, end), count = 0;
+  for (int64_t page = 0; page < num_sinks; page++) page_ids[count++] = *cell_of(tables, row, page);
+  for (int64_t page = first; page < end; page++) page_ids[count++] = *cell_of(tables, row, page);
+  return count;
+}
+
 static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int64_t *keys,
                             const int64_t *counts, bool any_copies, pkv_plan *plan) {
   pkv_batch batch = plan->batch;
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
   for (int64_t i = 0; i < batch.num_seqs; i++) {
     int64_t row = row_of(tables, keys[i]);
-    int32_t *cells = cells_of(tables, row);
     int32_t old_len = tables->seq_lens[row], new_len = old_len + (int32_t)counts[i];
     bool on_copy = any_copies && appends_to_copy(pool, tables, i, row);
     pkv_status status = reserve_row(pool, tables, row, on_copy, new_len);
@@ -211,15 +274,20 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
       pkv_step_rollback(pool, tables, plan);
       return status;
     }
-    int64_t num_pages = pages_for(tables, new_len);
+    int64_t first_page = first_page_seen(tables, old_len), end_page = pages_for(tables, new_len);
     int32_t first = batch.qo_indptr[i], *page_ids = batch.kv_indices + batch.kv_indptr[i];
-    memcpy(page_ids, cells, (size_t)num_pages * sizeof *cells);
+    int64_t num_pages = list_pages(tables, row, first_page, end_page, page_ids);
+    /* New tokens from the sinks on see all pages; behind them, those between sinks and window are left out.
+     */
+    int64_t skipped = first_page > tables->sink_pages ? first_page - tables->sink_pages : 0;
     if (on_copy) {
-      int32_t *tail = page_ids + old_len / tables->page_size;
+      int32_t *tail = page_ids + old_len / tables->page_size - skipped;
       plan->copied_from[plan->num_copies] = *tail;
       plan->copied_to[plan->num_copies++] = *tail = tables->tail_copies[row];
     }
-    place_tokens(tables, page_ids, old_len, new_len, plan->slot_mapping + first, plan->positions + first);
+    place_tokens(tables, page_ids, skipped, old_len, new_len, plan->slot_mapping + first,
+                 plan->positions + first);
+    batch.first_pages[i] = (int32_t)first_page;
     batch.qo_indptr[i + 1] = first + (int32_t)counts[i];
     batch.kv_indptr[i + 1] = batch.kv_indptr[i] + (int32_t)num_pages;
     batch.seq_lens[i] = new_len;
@@ -230,7 +298,7 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
 
 pkv_status pkv_step_plan(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *keys,
                          const int64_t *counts, const pkv_step_size *size, char *memory, pkv_plan *plan) {
-  *plan = lay_out(memory, num_seqs, size);
+  *plan = lay_out(tables, memory, num_seqs, size);
   if (size->num_copies == 0) return plan_rows(pool, tables, keys, counts, false, plan);
   mark_shared_tails(pool, tables, num_seqs, keys);
   pkv_status status = plan_rows(pool, tables, keys, counts, true, plan);
@@ -241,23 +309,19 @@ pkv_status pkv_step_plan(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
 pkv_status pkv_step_commit(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
   for (int64_t i = 0; i < plan->batch.num_seqs; i++) {
     int32_t row = plan->rows[i];
+    int64_t old_len = tables->seq_lens[row], new_len = tables->reserved_lens[row];
     if (tables->tail_copies[row] >= 0) {
-      int32_t *cell = cells_of(tables, row) + tables->seq_lens[row] / tables->page_size;
+      int32_t *cell = cell_of(tables, row, old_len / tables->page_size);
       if (pkv_pool_release(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
       *cell = tables->tail_copies[row];
       tables->tail_copies[row] = -1;
     }
-    tables->seq_lens[row] = tables->reserved_lens[row];
+    tables->seq_lens[row] = (int32_t)new_len;
+    /* What has left the window goes now and not before, so that the step could be rolled back. */
+    pkv_status status =
+        release_pages(pool, tables, row, first_page_at(tables, old_len), first_page_at(tables, new_len));
+    if (status != PKV_OK) return status;
   }
-  return PKV_OK;
-}
-
-/* Release the pages `first` .. end - 1 of a row, the last one first. */
-static pkv_status release_pages(pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t first,
-                                int64_t end) {
-  int32_t *cells = cells_of(tables, row);
-  while (end > first)
-    if (pkv_pool_release(pool, 1, cells + --end) != PKV_OK) return PKV_INVARIANT;
   return PKV_OK;
 }
 
@@ -287,18 +351,25 @@ static bool is_busy(const pkv_tables *tables, int32_t row) {
 pkv_status pkv_tables_fork(pkv_pool *pool, const pkv_tables *tables, int32_t from, int32_t to) {
   if (!is_row(tables, from) || !is_row(tables, to) || tables->reserved_lens[to] != 0) return PKV_BAD_ARGUMENT;
   if (is_busy(tables, from)) return PKV_SEQUENCE_BUSY;
-  int64_t num_held = pages_for(tables, tables->seq_lens[from]);
-  if (pkv_pool_share(pool, num_held, cells_of(tables, from)) != PKV_OK) return PKV_INVARIANT;
-  memcpy(cells_of(tables, to), cells_of(tables, from), (size_t)num_held * sizeof(int32_t));
-  tables->seq_lens[to] = tables->reserved_lens[to] = tables->seq_lens[from];
+  int64_t seq_len = tables->seq_lens[from], first = first_page_at(tables, seq_len);
+  for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
+    if (page == tables->sink_pages && page < first) page = first;
+    int32_t *cell = cell_of(tables, from, page);
+    if (pkv_pool_share(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
+    *cell_of(tables, to, page) = *cell;
+  }
+  tables->seq_lens[to] = tables->reserved_lens[to] = (int32_t)seq_len;
   return PKV_OK;
 }
 
 pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t row, int64_t length) {
   if (!is_row(tables, row) || length < 0 || length > tables->seq_lens[row]) return PKV_BAD_ARGUMENT;
   if (is_busy(tables, row)) return PKV_SEQUENCE_BUSY;
-  pkv_status status =
-      release_pages(pool, tables, row, pages_for(tables, length), pages_for(tables, tables->seq_lens[row]));
+  int64_t first_held = first_page_at(tables, tables->seq_lens[row]);
+  int64_t num_kept = pages_for(tables, length), end = pages_for(tables, tables->seq_lens[row]);
+  if (num_kept > tables->sink_pages && first_page_at(tables, length) < first_held) return PKV_TOKENS_GONE;
+  pkv_status status = release_pages(pool, tables, row, num_kept > first_held ? num_kept : first_held, end);
+  if (status == PKV_OK) status = release_pages(pool, tables, row, num_kept, min64(tables->sink_pages, end));
   if (status == PKV_OK) tables->seq_lens[row] = tables->reserved_lens[row] = (int32_t)length;
   return status;
 }
@@ -311,12 +382,11 @@ pkv_status pkv_tables_reset(pkv_pool *pool, const pkv_tables *tables, int32_t ro
 
 int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
   for (int64_t row = 0; row < tables->max_sequences; row++) {
-    const int32_t *cells = cells_of(tables, row);
-    int64_t seq_len = tables->seq_lens[row];
-    for (int64_t j = 0; j < pages_for(tables, seq_len); j++) {
-      int64_t end = seq_len - j * tables->page_size;
-      int32_t filled = end < tables->page_size ? (int32_t)end : tables->page_size;
-      int32_t *mark = marks_of(tables, cells[j]);
+    int64_t seq_len = tables->seq_lens[row], first = first_page_at(tables, seq_len);
+    for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
+      if (page == tables->sink_pages && page < first) page = first;
+      int32_t filled = (int32_t)min64(seq_len - page * tables->page_size, tables->page_size);
+      int32_t *mark = marks_of(tables, *cell_of(tables, row, page));
       if (*mark < filled) *mark = filled;
     }
   }
@@ -333,10 +403,12 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
   for (int64_t row = 0; row < tables->max_sequences; row++) {
     int64_t seq_len = tables->seq_lens[row], reserved_len = tables->reserved_lens[row];
     if (seq_len < 0 || seq_len > reserved_len || reserved_len > tables->max_seq_len) return PKV_INVARIANT;
-    const int32_t *cells = cells_of(tables, row);
-    for (int64_t j = 0; j < pages_for(tables, reserved_len); j++) {
-      if (cells[j] < 0 || cells[j] >= num_pages) return PKV_INVARIANT;
-      references[cells[j]]++;
+    int64_t first = first_page_at(tables, seq_len);
+    for (int64_t page = 0; page < pages_for(tables, reserved_len); page++) {
+      if (page == tables->sink_pages && page < first) page = first;
+      int32_t page_id = *cell_of(tables, row, page);
+      if (page_id < 0 || page_id >= num_pages) return PKV_INVARIANT;
+      references[page_id]++;
     }
     int32_t copy = tables->tail_copies[row];
     if (copy < -1 || copy >= num_pages || (copy >= 0 && seq_len == reserved_len)) return PKV_INVARIANT;

@@ -32,7 +32,11 @@ static void a_row_sees_the_tokens_up_to_its_own(const pkv_pages *pages, pkv_thre
   int32_t indices[PAGES + 1];
   memcpy(indices, page_ids, sizeof page_ids);
   indices[PAGES] = 7;
-  pkv_batch batch = {2, qo_indptr, kv_indptr, indices, seq_lens};
+  pkv_batch batch = {.num_seqs = 2,
+                     .qo_indptr = qo_indptr,
+                     .kv_indptr = kv_indptr,
+                     .kv_indices = indices,
+                     .seq_lens = seq_lens};
   for (size_t i = 0; i < sizeof q / sizeof *q; i++) q[i] = (float)(i % 7) - 3;
   memset(out, 0xff, sizeof out);
   assert(pkv_attend(threads, pages, &batch, NULL, NULL, NULL, HEADS * GROUP, 0.5f, q, out) == PKV_OK);
@@ -47,14 +51,18 @@ static void new_rows_are_written_first(const pkv_pages *pages, pkv_threads *thre
   int64_t slots[] = {3 * PAGE_SIZE};
   float k[HEADS * HEAD_DIM], v[HEADS * HEAD_DIM];
   for (int i = 0; i < HEADS * HEAD_DIM; i++) k[i] = v[i] = (float)i;
-  pkv_batch batch = {1, qo_indptr, kv_indptr, indices, seq_lens};
+  pkv_batch batch = {.num_seqs = 1,
+                     .qo_indptr = qo_indptr,
+                     .kv_indptr = kv_indptr,
+                     .kv_indices = indices,
+                     .seq_lens = seq_lens};
   assert(pkv_attend(threads, pages, &batch, slots, k, v, HEADS * GROUP, 1, q, out) == PKV_OK);
   for (int h = 0; h < HEADS * GROUP; h++) assert(out[h * HEAD_DIM + 1] == v[h / GROUP * HEAD_DIM + 1]);
 }
 
 static void shapes_that_cannot_be_are_refused(pkv_pages pages) {
   int32_t zero[] = {0};
-  pkv_batch batch = {0, zero, zero, NULL, NULL};
+  pkv_batch batch = {.num_seqs = 0, .qo_indptr = zero, .kv_indptr = zero};
   assert(pkv_attend(NULL, &pages, &batch, NULL, NULL, NULL, HEADS, 1, q, out) == PKV_OK);
   assert(pkv_attend(NULL, &pages, &batch, NULL, NULL, NULL, HEADS + 1, 1, q, out) == PKV_BAD_ARGUMENT);
   pages.head_dim = 12;

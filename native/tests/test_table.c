@@ -37,7 +37,7 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OK);
   assert(size.num_tokens == 20 && size.num_pages == 3 && size.num_new_pages == 3);
   assert(reserved_lens[2] == 0);
-  assert(size.plan_bytes == 20 * 8 + (20 + 3 + 3 + 2 + 2 + 3) * 4);
+  assert(size.plan_bytes == 20 * 8 + (20 + 3 + 3 + 2 + 2 + 2 + 3) * 4);
   int64_t memory[64];
   pkv_plan plan;
   assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OK);

@@ -13,11 +13,11 @@ enum { PKV_RUN_TOKENS = 64, PKV_SPAN_TOKENS = 256, PKV_MAX_HEAD_DIM = 256 };
 
 typedef struct {
   int32_t num_tokens;
-  int32_t dtype;                 /* pkv_dtype of k and v */
-  int32_t head_dim;              /* a multiple of 8, at most PKV_MAX_HEAD_DIM */
-  int32_t group;                 /* q heads that share a kv head */
-  const char *k[PKV_RUN_TOKENS]; /* the token's row, kv head 0 */
-  const char *v[PKV_RUN_TOKENS];
+  int32_t dtype;        /* pkv_dtype of k and v */
+  int32_t head_dim;     /* a multiple of 8, at most PKV_MAX_HEAD_DIM */
+  int32_t group;        /* q heads that share a kv head */
+  const char *const *k; /* [num_tokens]: the token's row, kv head 0 */
+  const char *const *v;
 } pkv_run;
 
 /* The state of some q heads of one row: softmax seen so far. */
