@@ -5,13 +5,14 @@ reference.  Every byte that holds no token is NaN from the start.
 """
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 from conftest import make_cache, rows
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from test_attend import tolerance
 
 from paged_kv import (
@@ -27,18 +28,21 @@ from paged_kv import (
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 2, 32
 NUM_PAGES, MAX_SEQUENCES = 12, 5
+#: Of windowed caches; others are as long as their pool.
+MAX_SEQ_LEN, MAX_STEP = 400, 60
 ANY = st.integers(0, 2**16)
 
 
 class CacheMachine(RuleBasedStateMachine):
     """What the cache must be, in dictionaries.
 
-    held    each live handle's tokens, (k, v) of each layer
-    pages   each live handle's pages, as names of our own: who shares what
+    held    each live handle's tokens, (k, v) of each layer, also those that a window has let go of
+    pages   each live handle's pages, as names of our own, by logical page: who shares what
     open    each open step's handles and counts, and the pages that it reserved for each
     """
 
     page_size = 16
+    window, sinks = None, 0
 
     def __init__(self):
         super().__init__()
@@ -49,6 +53,10 @@ class CacheMachine(RuleBasedStateMachine):
             num_pages=NUM_PAGES,
             page_size=self.page_size,
             max_sequences=MAX_SEQUENCES,
+            max_seq_len=None if self.window is None else MAX_SEQ_LEN,
+            window=self.window,
+            num_sink_tokens=self.sinks,
+            max_step_tokens=MAX_STEP,
             num_threads=2,
         )
         empty = np.empty((0, NUM_KV_HEADS, HEAD_DIM), np.float32)
@@ -73,18 +81,26 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def used_pages(self):
-        reserved = {page for entries in self.open.values() for _, _, pages in entries for page in pages}
-        return reserved.union(*self.pages.values())
+        steps = self.open.values()
+        reserved = {page for entries in steps for _, _, pages in entries for page in pages.values()}
+        return reserved.union(*(pages.values() for pages in self.pages.values()))
 
     def tail(self, seq):
         """The page that a sequence appends to, if it is partly filled."""
-        return self.pages[seq][-1] if self.length(seq) % self.page_size else None
+        is_open = self.length(seq) % self.page_size
+        return self.pages[seq][self.length(seq) // self.page_size] if is_open else None
+
+    def must_hold(self, logical_page, length):
+        """Does a sequence of this length keep that page: is it a sink's, or not wholly before the window?"""
+        if self.window is None or logical_page * self.page_size < self.sinks:
+            return True
+        return (logical_page + 1) * self.page_size > length - self.window
 
     def must_copy(self, seqs):
         """Who of a step appends to a page that others hold too; the longest of all holders is spared."""
         copies = []
         for seq in seqs:
-            holders = [other for other in self.pages if self.tail(seq) in self.pages[other]]
+            holders = [other for other in self.pages if self.tail(seq) in self.pages[other].values()]
             appenders = [other for other in seqs if self.tail(other) == self.tail(seq)]
             if self.tail(seq) is None or len(holders) == 1:
                 continue
@@ -94,13 +110,21 @@ class CacheMachine(RuleBasedStateMachine):
         return copies
 
     def reserve(self, seqs, counts):
-        """The pages that each sequence holds once its new tokens are there."""
+        """The pages that each sequence holds while its new tokens are not committed."""
         copies, grown = self.must_copy(seqs), []
         for seq, count in zip(seqs, counts, strict=True):
-            kept = self.pages[seq][:-1] if seq in copies else self.pages[seq]
-            num_new = self.num_pages_of(self.length(seq) + count) - len(kept)
-            grown.append([*kept, *(next(self.names) for _ in range(num_new))])
+            pages = dict(self.pages[seq])
+            if seq in copies:
+                pages[self.length(seq) // self.page_size] = next(self.names)
+            first, end = map(self.num_pages_of, (self.length(seq), self.length(seq) + count))
+            grown.append(pages | {page: next(self.names) for page in range(first, end)})
         return grown
+
+    def commit(self, seqs, new, reserved):
+        for seq, layers, pages in zip(seqs, new, reserved, strict=True):
+            self.held[seq] = layers
+            length = self.length(seq)
+            self.pages[seq] = {j: page for j, page in pages.items() if self.must_hold(j, length)}
 
     @rule()
     def create(self):
@@ -109,7 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.sequence()
             return
         seq = self.cache.sequence()
-        self.held[seq], self.pages[seq] = self.empty, []
+        self.held[seq], self.pages[seq] = self.empty, {}
         self.handles.append(seq)
 
     @rule(choice=ANY, count=st.integers(0, 3))
@@ -124,7 +148,7 @@ class CacheMachine(RuleBasedStateMachine):
                 seq.fork(count)
             return
         for fork in seq.fork(count) if count != 1 else [seq.fork()]:
-            self.held[fork], self.pages[fork] = self.held[seq], list(self.pages[seq])
+            self.held[fork], self.pages[fork] = self.held[seq], dict(self.pages[seq])
             self.handles.append(fork)
 
     @rule(choice=ANY, share=st.floats(0, 1), beyond=st.booleans())
@@ -138,9 +162,14 @@ class CacheMachine(RuleBasedStateMachine):
             with pytest.raises(ArgumentError):
                 seq.truncate(self.length(seq) + 1)
         length = int(share * self.length(seq))
+        needed = {j for j in range(self.num_pages_of(length)) if self.must_hold(j, length)}
+        if not needed <= self.pages[seq].keys():
+            with pytest.raises(ArgumentError, match="let go of"):
+                seq.truncate(length)
+            return
         seq.truncate(length)
         self.held[seq] = [(k[:length], v[:length]) for k, v in self.held[seq]]
-        self.pages[seq] = self.pages[seq][: self.num_pages_of(length)]
+        self.pages[seq] = {j: page for j, page in self.pages[seq].items() if j in needed}
 
     @rule(
         choices=st.lists(ANY, min_size=1, max_size=4),
@@ -166,8 +195,7 @@ class CacheMachine(RuleBasedStateMachine):
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
         if ending == "commit":
             step.commit()
-            self.held |= dict(zip(seqs, new, strict=True))
-            self.pages |= dict(zip(seqs, reserved, strict=True))
+            self.commit(seqs, new, reserved)
         elif ending == "rollback":
             step.rollback()
         else:
@@ -185,9 +213,14 @@ class CacheMachine(RuleBasedStateMachine):
                 return SequenceBusy
             if seq in seqs[:i]:
                 return ArgumentError
-            if self.length(seq) + count > NUM_PAGES * self.page_size:
+            if self.window is not None and count > MAX_STEP:
+                return ArgumentError
+            most = NUM_PAGES * self.page_size if self.window is None else MAX_SEQ_LEN
+            if self.length(seq) + count > most:
                 return SequenceTooLong
-        new_pages = set().union(*self.reserve(seqs, counts)) - self.used_pages
+        reserved = set().union(*(pages.values() for pages in self.reserve(seqs, counts)))
+        new_pages = reserved - self.used_pages
+        assert self.cache.pages_needed(seqs, counts) == len(new_pages)
         return OutOfPages if len(new_pages) > NUM_PAGES - len(self.used_pages) else None
 
     def attend_all_layers(self, step, seqs, counts, rng):
@@ -203,7 +236,8 @@ class CacheMachine(RuleBasedStateMachine):
                 old_k, old_v = self.held[seq][layer]
                 all_k, all_v = np.concatenate([old_k, k[own]]), np.concatenate([old_v, v[own]])
                 new[i].append((all_k, all_v))
-                expected = reference.attend(q[own], all_k, all_v)
+                seen = {"window": self.window, "num_sink_tokens": self.sinks}
+                expected = reference.attend(q[own], all_k, all_v, **seen)
                 atol = tolerance(q[own], all_k, all_v)
                 np.testing.assert_allclose(out[own], expected, rtol=0, atol=atol)
         return new
@@ -217,8 +251,7 @@ class CacheMachine(RuleBasedStateMachine):
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
         if commits:
             step.commit()
-            self.held |= dict(zip(seqs, new, strict=True))
-            self.pages |= dict(zip(seqs, reserved, strict=True))
+            self.commit(seqs, new, reserved)
         else:
             step.rollback()
 
@@ -230,7 +263,7 @@ class CacheMachine(RuleBasedStateMachine):
                 seq.reset()
             return
         seq.reset()
-        self.held[seq], self.pages[seq] = self.empty, []
+        self.held[seq], self.pages[seq] = self.empty, {}
 
     @rule(choice=ANY)
     def free(self, choice):
@@ -259,13 +292,14 @@ class CacheMachine(RuleBasedStateMachine):
         for seq, layers in self.held.items():
             assert len(seq) == self.length(seq)
             for layer, expected in enumerate(layers):
-                np.testing.assert_array_equal(seq.gather(layer), expected)
+                held = seq.held_positions
+                np.testing.assert_array_equal(seq.gather(layer), [side[held] for side in expected])
 
     def filled_slots(self):
         """Of each page, how many of its slots hold a committed token of anybody."""
         filled = {}
         for seq, pages in self.pages.items():
-            for j, page in enumerate(pages):
+            for j, page in pages.items():
                 count = min(self.length(seq) - j * self.page_size, self.page_size)
                 filled[page] = max(filled.get(page, 0), count)
         return filled
@@ -274,11 +308,38 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.close()
 
 
-class CacheMachineWithLargePages(CacheMachine):
+class LargePages(CacheMachine):
     page_size = 64
 
 
-TestPagesOf16 = CacheMachine.TestCase
-TestPagesOf64 = CacheMachineWithLargePages.TestCase
-TestPagesOf16.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
-TestPagesOf64.settings = TestPagesOf16.settings
+class Window(CacheMachine):
+    window = 50
+
+
+class WindowAndSinks(CacheMachine):
+    window, sinks = 23, 20
+
+
+class LargePagesWindowAndSinks(CacheMachine):
+    page_size, window, sinks = 64, 100, 3
+
+
+#: Rules in all: a few thousand; `make test-long` sets 200,000.
+NUM_RULES = int(os.environ.get("PAGED_KV_NUM_RULES", "6000"))
+MACHINES = (CacheMachine, LargePages, Window, WindowAndSinks, LargePagesWindowAndSinks)
+STEPS = 30
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_random_walk_is_what_the_dictionaries_say(machine):
+    num_examples = max(1, NUM_RULES // STEPS // len(MACHINES))
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=num_examples,
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck) if num_examples > 200 else [],
+            derandomize=num_examples > 200,
+        ),
+    )
