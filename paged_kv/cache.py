@@ -105,7 +105,7 @@ class PagedKVCache:
     def sequence(self) -> Sequence:
         """A new, empty sequence.  Raises: OutOfSequences, CacheClosed."""
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             return Sequence(self._store, self._store.tables.new_key())
 
     def step(self, seqs: Iterable[Sequence], new: object) -> Step:
@@ -131,14 +131,14 @@ class PagedKVCache:
         _, keys = keys_of(seqs)
         counts = counts_of(new, len(keys))
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             return self._store.tables.pages_needed(keys, counts)
 
     def stats(self) -> CacheStats:
         """Counts of this moment.  Raises: CacheClosed.  Cost: O(max_sequences)."""
         store = self._store
         with store.lock:
-            store.require_open()
+            store.settle()
             num_pages, num_free = store.pool.num_pages, store.pool.num_free
             num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
         slots = (num_pages - num_free) * store.layout.page_size
@@ -155,7 +155,7 @@ class PagedKVCache:
     def check(self) -> None:
         """Raise InvariantViolation unless every page is accounted for.  Cost: O(pages)."""
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             self._store.tables.check()
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ class Sequence:
     """Tokens of one sequence in a cache, made by `cache.sequence()`.
 
     ``len(seq)`` is the number of committed tokens, and so the next position.  A handle compares by identity
-    and is always true.  `with` frees at exit.
+    and is always true.  `with` frees at exit; a handle that is collected gives back what it holds, too.
     """
 
     __slots__ = ("__weakref__", "_key", "_store")
@@ -84,7 +84,7 @@ class Sequence:
         """
         num_forks = 1 if count is None else integer("count", count, 0)
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             keys = self._store.tables.fork(self._key, num_forks)
             forks = [Sequence(self._store, key) for key in keys]
         return forks[0] if count is None else forks
@@ -97,7 +97,7 @@ class Sequence:
         Cost: O(pages given back).
         """
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             self._store.tables.truncate(self._key, length)
 
     def reset(self) -> None:
@@ -106,7 +106,7 @@ class Sequence:
         Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
         """
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             self._store.tables.reset(self._key)
 
     def free(self) -> None:
@@ -115,9 +115,14 @@ class Sequence:
         Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
         """
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             self._store.tables.free(self._key)
             self._key = FREED
+
+    def __del__(self) -> None:
+        # Nothing but this: it may run while somebody holds the lock.
+        if self._key != FREED:
+            self._store.abandoned_keys.append(self._key)
 
     def __enter__(self) -> "Sequence":
         return self

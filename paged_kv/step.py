@@ -33,7 +33,7 @@ class Step:
 
     Rows of q, k and v are the new tokens of all sequences one after the other: sequence i has the rows
     ``qo_indptr[i]`` to ``qo_indptr[i + 1] - 1``.  The arrays below are read-only.  A step belongs to one
-    thread.
+    thread; one that is collected while it is open is rolled back.
     """
 
     __slots__ = ("_batch", "_is_open", "_plan", "_seqs", "_store", "_written")
@@ -42,9 +42,9 @@ class Step:
         self._seqs, keys = keys_of(seqs)
         counts = counts_of(new, len(keys))
         with store.lock:
-            store.require_open()
+            store.settle()
             self._plan = store.tables.plan(keys, counts)
-            store.open_steps[id(self)] = self._roll_back
+            store.open_plans[id(self._plan)] = self._plan
         self._store = store
         self._batch = self._plan.batch
         self._written = bytearray(store.layout.num_layers)
@@ -167,20 +167,21 @@ class Step:
         Cost: O(sequences).
         """
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             self._require_open()
             if 0 in self._written and self._plan.num_tokens:
                 self._roll_back()
                 raise LayerNotWritten(
                     f"layer {self._written.index(0)} has no keys and values; the step was rolled back"
                 )
+            self._is_open = False
+            del self._store.open_plans[id(self._plan)]
             self._store.tables.commit(self._plan)
-            self._close()
 
     def rollback(self) -> None:
         """As if the step had never been.  Raises: StepClosed, CacheClosed.  Cost: O(its new pages)."""
         with self._store.lock:
-            self._store.require_open()
+            self._store.settle()
             self._require_open()
             self._roll_back()
 
@@ -190,7 +191,7 @@ class Step:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._is_open:
+        if not self._is_open or self._store.closed:
             return
         if error is None:
             self.commit()
@@ -209,12 +210,13 @@ class Step:
             raise StepClosed("the step was committed or rolled back already; open another one")
 
     def _roll_back(self) -> None:
-        self._store.tables.rollback(self._plan)
-        self._close()
-
-    def _close(self) -> None:
         self._is_open = False
-        del self._store.open_steps[id(self)]
+        self._store.roll_back(self._plan)
+
+    def __del__(self) -> None:
+        # Nothing but this: it may run while somebody holds the lock.
+        if getattr(self, "_is_open", False):
+            self._store.abandoned_plans.append(self._plan)
 
 
 def keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], NDArray[np.int64]]:

@@ -7,12 +7,14 @@ wait for them.
 Imports block_table.  Imported by sequence, step and cache, which hold it and not each other.
 """
 
+import os
 import threading
-from collections.abc import Callable
+from collections import deque
 from types import TracebackType
+from weakref import WeakSet
 
 from ._binding import ffi, integer, new_pages, new_threads
-from .block_table import BlockTables, Window
+from .block_table import BlockTables, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
 from .pool import PagePool
@@ -40,12 +42,21 @@ class Store:
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         for layer in range(layout.num_layers):
             self._describe_layer(layer, num_pages)
-        self.lock = threading.Lock()
         self.closed = False
-        #: What to call for each open step when the cache is closed; the lock is held then.
-        self.open_steps: dict[object, Callable[[], None]] = {}
-        self._num_running = 0
+        #: Plans of open steps, by identity.
+        self.open_plans: dict[int, Plan] = {}
+        #: What collected handles leave behind.  Their finalisers may run anywhere, also while the lock is
+        #: held: they only append here, and whoever takes the lock next settles it.
+        self.abandoned_plans: deque[Plan] = deque()
+        self.abandoned_keys: deque[int] = deque()
+        self._renew_lock()
+        _stores.add(self)
+
+    def _renew_lock(self) -> None:
+        """A lock that nobody holds: at first, and in a forked child, whose other threads are not there."""
+        self.lock = threading.Lock()
         self._idle = threading.Condition(self.lock)
+        self._num_running = 0
 
     def _describe_layer(self, layer: int, num_pages: int) -> None:
         layout = self.layout
@@ -63,6 +74,18 @@ class Store:
     def require_open(self) -> None:
         if self.closed:
             raise CacheClosed("the cache was closed; build a new one")
+
+    def settle(self) -> None:
+        """First of what is done under the lock: CacheClosed, or give back what collected handles held."""
+        self.require_open()
+        while self.abandoned_plans:
+            self.roll_back(self.abandoned_plans.popleft())
+        while self.abandoned_keys:
+            self.tables.free(self.abandoned_keys.popleft())
+
+    def roll_back(self, plan: Plan) -> None:
+        del self.open_plans[id(plan)]
+        self.tables.rollback(plan)
 
     def layer(self, layer: object) -> int:
         """`layer` as an index; ArgumentError when there is no such layer."""
@@ -89,7 +112,19 @@ class Store:
                 return
             self.closed = True
             self._idle.wait_for(lambda: not self._num_running)
-            for roll_back in list(self.open_steps.values()):
-                roll_back()
+            for plan in list(self.open_plans.values()):
+                self.roll_back(plan)
             self.pool.close()
             ffi.release(self.threads)
+
+
+_stores: WeakSet[Store] = WeakSet()
+
+
+def _renew_locks() -> None:
+    for store in _stores:
+        store._renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
