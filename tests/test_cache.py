@@ -1,6 +1,9 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import fill, make_cache
+from conftest import fill, make_cache, rows
 
 from paged_kv import ArgumentError, OutOfSequences, PagedKVCache, StaleSequence
 
@@ -100,6 +103,32 @@ def test_an_argument_that_is_not_there_is_a_type_error():
     for name in ("layer_groups", "fingerprint", "prefix_caching", "lazy", "hardened", "layout"):
         with pytest.raises(TypeError):
             PagedKVCache(1, 1, 32, num_pages=1, **{name: 1})
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+#: A thousand; `make test-long` builds ten thousand.
+NUM_CACHES = int(os.environ.get("PAGED_KV_NUM_CACHES", "1000"))
+
+
+def test_caches_that_come_and_go_leave_resident_memory_flat(rng):
+    k = rows(rng, 1, 1, 8)
+
+    def live_and_die():
+        with PagedKVCache(1, 1, 8, num_pages=4, page_size=16, max_sequences=4, num_threads=2) as cache:
+            seq = cache.sequence()
+            with cache.step([seq], [1]) as step:
+                step.attend(0, k, k, k)
+
+    for _ in range(200):
+        live_and_die()
+    before = resident_bytes()
+    for _ in range(NUM_CACHES):
+        live_and_die()
+    # A page of the system, let alone a pool, left by each would be eight times that.
+    assert resident_bytes() - before < 2**20 + 512 * NUM_CACHES
 
 
 def test_too_much_memory_is_a_memory_error():
