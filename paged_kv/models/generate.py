@@ -8,7 +8,8 @@ and fills up with chunks of the prompts of others, so that nobody waits for a lo
     step 3   [a: token][b: ... prompt][c: prompt .]      one forward pass each
 
 A request is admitted when its prompt and all its new tokens fit whatever the others do: nothing that runs
-ever has to be sent back.
+ever has to be sent back.  Several samples of a prompt share it: the first one computes it, and the others are
+forks of that.
 
 Imports bitnet and sampling.  Imported by demo.
 """
@@ -52,6 +53,8 @@ class Request:
     seq: Any = None
     num_fed: int = 0
     new_ids: list[int] = field(default_factory=list)
+    #: Other samples of the same prompt, which begin as forks when it is computed.
+    siblings: list["Request"] = field(default_factory=list)
 
     def next_ids(self, room: int) -> list[int]:
         """What the next step takes of this request: its last token, or at most `room` of its prompt."""
@@ -99,7 +102,7 @@ class Batch:
         self.model, self.cache, self.admission = model, cache, admission
         self.stop_ids = frozenset(stop_ids)
         self.step_tokens = integer("step_tokens", step_tokens, 1)
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[Request] = deque()  # of several samples, the first
         self.running: list[Request] = []
         self.report = GenerationReport()
 
@@ -108,19 +111,27 @@ class Batch:
 
         Raises: ArgumentError for an empty prompt; OutOfPages when it would not fit an empty cache.
         """
+        return self.add_samples(prompt, max_new_tokens, [sampler or Sampler()])[0]
+
+    def add_samples(
+        self, prompt: ArrayLike, max_new_tokens: int, samplers: Sequence[Sampler]
+    ) -> list[Request]:
+        """Queue several samples of one prompt, which run together.  Raises: as `add`."""
         ids = [integer("a prompt's id", id, 0) for id in np.asarray(prompt).ravel().tolist()]
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         if not ids:
             raise ArgumentError("a prompt is empty; give at least one token, such as the begin token")
+        # What samples share is not taken off: when the first one ends early, the others hold it still.
         cost = self.admission.cost_of(len(ids) + max_new_tokens)
-        if cost > self.admission.capacity:
+        if cost * len(samplers) > self.admission.capacity:
             raise OutOfPages(
-                f"a prompt of {len(ids)} and {max_new_tokens} new tokens takes {cost}, "
-                f"the cache has {self.admission.capacity}; build a larger one"
+                f"{len(samplers)} x a prompt of {len(ids)} and {max_new_tokens} new tokens take "
+                f"{cost * len(samplers)}, the cache has {self.admission.capacity}; build a larger one"
             )
-        request = Request(ids, max_new_tokens, sampler or Sampler(), cost)
-        self.waiting.append(request)
-        return request
+        first, *siblings = (Request(ids, max_new_tokens, sampler, cost) for sampler in samplers)
+        first.siblings = siblings
+        self.waiting.append(first)
+        return [first, *siblings]
 
     def step(self) -> list[Request]:
         """Admit who fits, take one step, return the requests that are done.  Nothing to do: an empty list."""
@@ -137,13 +148,19 @@ class Batch:
         sampling = [i for i, (request, _) in enumerate(chosen) if request.is_past_prompt]
         with self.cache.step([request.seq for request, _ in chosen], [new for _, new in chosen]) as step:
             logits = self.model.forward(ids, step, ends[sampling])
+        num_sampled = 0
         for i, row in zip(sampling, logits, strict=True):
             request = chosen[i][0]
+            for sibling in request.siblings:
+                sibling.seq, sibling.num_fed = request.seq.fork(), request.num_fed
+                sibling.new_ids.append(sibling.sampler.sample(row))
+            num_sampled += 1 + len(request.siblings)
+            request.siblings = []
             request.new_ids.append(request.sampler.sample(row))
         done = [request for request in self.running if self._is_done(request)]
         for request in done:
             self._retire(request)
-        self.report.count_step(num_prompt_tokens, len(sampling), time.perf_counter_ns() - begin)
+        self.report.count_step(num_prompt_tokens, num_sampled, time.perf_counter_ns() - begin)
         return done
 
     def close(self) -> None:
@@ -153,11 +170,14 @@ class Batch:
 
     def _admit(self) -> None:
         taken = sum(request.cost for request in self.running)
-        while self.waiting and taken + self.waiting[0].cost <= self.admission.capacity:
-            request = self.waiting.popleft()
+        while self.waiting:
+            request = self.waiting[0]
+            cost = request.cost * (1 + len(request.siblings))
+            if taken + cost > self.admission.capacity:
+                return
             request.seq = self.cache.sequence()
-            taken += request.cost
-            self.running.append(request)
+            taken += cost
+            self.running += [self.waiting.popleft(), *request.siblings]
 
     def _choose(self) -> list[tuple[Request, list[int]]]:
         """Who steps, with which ids: tokens first, then prompts as far as there is room."""
@@ -165,7 +185,7 @@ class Batch:
         chosen = [(request, request.next_ids(1)) for request in past_prompt]
         room = self.step_tokens - len(chosen)
         for request in self.running:
-            if not request.is_past_prompt and room > 0:
+            if not request.is_past_prompt and room > 0 and request.seq is not None:
                 new = request.next_ids(room)
                 chosen.append((request, new))
                 room -= len(new)
@@ -177,8 +197,9 @@ class Batch:
         return len(request.new_ids) >= request.max_new_tokens or request.new_ids[-1] in self.stop_ids
 
     def _retire(self, request: Request) -> None:
-        request.seq.free()
-        request.seq = None
+        if request.seq is not None:  # a sibling may still wait for its prompt
+            request.seq.free()
+            request.seq = None
         self.running.remove(request)
 
 
@@ -198,6 +219,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    n: int = 1,
     stop_ids: Sequence[int] | None = None,
     cache: PagedKVCache | None = None,
     progress: Callable[[Batch], object] | None = None,
@@ -211,26 +233,30 @@ def generate(
     max_new_tokens : of each prompt
     temperature, top_p, seed : as Sampler; each prompt draws from a generator of its own, seeded by `seed` and
         its place in the list, so what it draws does not depend on the others
+    n : samples of each prompt, which share its pages
     stop_ids : tokens that end a text; None: the model's end token
     cache : one of `model.new_cache(...)`; None: one that holds all prompts at once
     progress : called with the Batch after each step
 
-    Returns: Generation, the new ids of each prompt in order, and what it took.
+    Returns: Generation, the new ids of each prompt in order (n of each in a row), and what it took.
     Raises: ArgumentError, OutOfPages (a prompt that would not fit an empty cache).
     """
-    own_cache = None
+    own_cache, n = None, integer("n", n, 1, 2**16)
     if cache is None:
-        num_tokens = [np.asarray(prompt).size + max_new_tokens for prompt in prompts]
-        num_pages = sum(-(-n // 64) for n in num_tokens)
+        lengths = [np.asarray(prompt).size + max_new_tokens for prompt in prompts]
+        num_pages = n * sum(-(-length // 64) for length in lengths)
         own_cache = cache = model.new_cache(
-            num_pages=max(1, num_pages), page_size=64, max_sequences=max(1, len(prompts))
+            num_pages=max(1, num_pages), page_size=64, max_sequences=max(1, n * len(prompts))
         )
     stop_ids = (model.config.eos_token_id,) if stop_ids is None else stop_ids
     batch = Batch(model, cache, Admission.pages_of(cache), stop_ids=stop_ids)
     try:
         requests = [
-            batch.add(prompt, max_new_tokens, Sampler(temperature, top_p, seed_of(seed, i)))
+            request
             for i, prompt in enumerate(prompts)
+            for request in batch.add_samples(
+                prompt, max_new_tokens, [Sampler(temperature, top_p, seed_of(seed, i, j)) for j in range(n)]
+            )
         ]
         while batch.waiting or batch.running:
             batch.step()
@@ -243,6 +269,7 @@ def generate(
     return Generation([np.array(request.new_ids, np.int32) for request in requests], batch.report)
 
 
-def seed_of(seed: int, index: int) -> int:
-    """A seed for each place in a list of prompts."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+def seed_of(seed: int, index: int, sample: int = 0) -> int:
+    """A seed for each place in a list of prompts, and each sample of one."""
+    entropy = [seed, index, sample] if sample else [seed, index]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

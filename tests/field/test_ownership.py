@@ -123,7 +123,7 @@ def test_row_8_a_sequence_is_sent_back_while_its_forks_go_on(rng):
 def test_row_10_pages_are_conserved_in_both_directions(rng):
     """SGLang #6888 and others: more free pages than there are, often with pages of several tokens."""
     for page_size in (16, 48, 64):
-        cache = make_cache(page_size=page_size, num_pages=20)
+        cache = make_cache(page_size=page_size, num_pages=44)  # of 16: 4 sequences of 20 x 8 tokens
         seqs = [cache.sequence() for _ in range(4)]
         for _ in range(20):
             fill(cache, seqs, rng.integers(1, 9, 4).tolist(), rng)
@@ -132,7 +132,7 @@ def test_row_10_pages_are_conserved_in_both_directions(rng):
             assert stats.num_used_pages + stats.num_free_pages == stats.num_pages
         for seq in seqs:
             seq.free()
-        assert cache.stats().num_free_pages == 20
+        assert cache.stats().num_free_pages == 44
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33])

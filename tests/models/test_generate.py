@@ -86,3 +86,46 @@ def test_an_interruption_gives_everything_back(model):
             generate(model, prompts_of(3, LENGTHS), cache=cache, progress=interrupt)
         assert cache.stats().num_used_pages == 0
         cache.check()
+
+
+def test_samples_share_their_prompt_and_are_those_of_single_runs(model):
+    """n samples take the prompt's pages once, and each draws what it would draw by itself."""
+    (prompt,) = prompts_of(5, [300])
+    used = []
+    with model.new_cache(num_pages=40, page_size=64) as cache:
+        together = generate(
+            model,
+            [prompt, [0, 7]],
+            max_new_tokens=6,
+            temperature=0.9,
+            seed=3,
+            n=4,
+            stop_ids=(),
+            cache=cache,
+            progress=lambda batch: used.append(cache.stats().num_used_pages),
+        )
+        cache.check()
+        assert cache.stats().num_used_pages == 0 and cache.stats().num_sequences == 0
+    assert len(together.ids) == 8 and together.report.num_new_tokens == 48
+    assert len({tuple(ids) for ids in together.ids[:4]}) > 1
+    # Four full pages of the prompt once, and of each sample the page that it appends to.
+    assert max(used) <= 4 + 4 + 4
+    for j in range(4):
+        with model.new_cache(num_pages=8) as cache:
+            batch = Batch(model, cache, Admission.pages_of(cache))
+            request = batch.add(prompt, 6, Sampler(0.9, 1.0, seed_of(3, 0, j)))
+            while batch.waiting or batch.running:
+                batch.step()
+        np.testing.assert_array_equal(together.ids[j], request.new_ids)
+
+
+def test_samples_that_wait_for_their_prompt_can_be_cancelled(model):
+    with model.new_cache(num_pages=40) as cache:
+        batch = Batch(model, cache, Admission.pages_of(cache), step_tokens=10)
+        batch.add_samples([0] * 50, 5, [Sampler(), Sampler()])
+        batch.step()
+        assert len(batch.running) == 2
+        batch.close()
+        assert cache.stats().num_used_pages == 0 and not batch.running
+    with pytest.raises(ArgumentError, match="n is 0"):
+        generate(model, [[0]], n=0)
