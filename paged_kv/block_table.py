@@ -1,6 +1,8 @@
 """Block tables: which pages hold a sequence's tokens, in order, and how a batch of sequences grows.
 
-Token t of the sequence in row r lives in page ``page_ids[r, t // page_size]`` at offset ``t % page_size``.
+Token t of a sequence lives in its logical page ``j = t // page_size`` at offset ``t % page_size``.  Page j
+sits in cell j of the sequence's row; with a window, the cells behind those of the sinks' ``s`` pages are a
+ring, and it sits in ``s + (j - s) % (ring_pages - s)``.
 The arrays lie here and C works on them in place, for a whole batch in one call.
 
     seq_lens[r]       tokens that are committed

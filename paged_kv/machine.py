@@ -3,7 +3,7 @@
 A container is killed, not refused, when it crosses its memory limit, so limits are read before memory is
 taken.  Where a file is missing (another system, no container) the limit it would state does not apply.
 
-Imported by pool (memory) and store (CPUs).
+Imported by pool (memory), cache and info (CPUs).
 """
 
 import math

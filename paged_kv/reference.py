@@ -17,7 +17,7 @@ def attend(
     num_sink_tokens: int = 0,
     sm_scale: float | None = None,
 ) -> NDArray[np.float64]:
-    """Causal attention of one sequence's newest tokens over all of its tokens.
+    """Causal attention of one sequence's newest tokens over those of its tokens that they see.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
 /* Block tables and steps: which pages hold a sequence's tokens, and how a whole batch grows at once.
  *
- * Token t of row r lies in page page_ids[r][t / page_size] at offset t % page_size.  A step first measures
- * (everything that can be refused is refused here, and nothing has changed), then reserves; commit copies
- * reserved_lens to seq_lens, rollback goes the other way and gives the pages between them back.
+ * Token t of a row lies in its logical page t / page_size at offset t % page_size (cell_of says where).  A
+ * step first measures (everything that can be refused is refused here, and nothing has changed), then
+ * reserves; commit copies reserved_lens to seq_lens, rollback goes the other way and gives the pages between
+ * them back.
  *
  * Copy-on-write: a row whose last page is partly filled and held by others too appends to a copy, which waits
  * in tail_copies until commit. One row is spared: when all who hold the page append to it in this step, the
