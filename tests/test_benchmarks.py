@@ -64,3 +64,11 @@ def test_pages_waste_what_the_last_page_must_and_fill_memory(utilization, trace)
     assert row["of_all_memory"] >= 0.95
     reserved, _ = utilization.measure(utilization.TRACES[trace], "reserved", 1, 10)
     assert reserved["of_all_memory"] < 0.4
+
+
+@pytest.mark.parametrize(("trace", "least"), [(3, 1.5), (4, 4.0), (5, 0.95)])
+def test_forks_and_windows_hold_more_than_arrays_do(utilization, trace, least):
+    """Shared prompts, held once, take what sequences see beyond what memory has; rings let go of the rest."""
+    row, _ = utilization.measure(utilization.TRACES[trace], "paged", 16, 10)
+    assert row["utilization"] == row["bound"]
+    assert row["of_all_memory"] >= least
