@@ -194,15 +194,19 @@ class BlockTables:
         """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
 
         Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
-        Cost: two C calls; O(tokens + pages of the batch).
+        Cost: one C call; O(tokens + pages of the batch).
         """
         keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int64_t[]", counts)
         batch, size = (self.pool.handle, self._tables, len(keys), keys_at, counts_at), self._size
-        status = lib.pkv_step_measure(*batch, size, self._refusal)
+        # As large as the last one and some pages more: enough for a batch that goes on, and no more calls.
+        plan = Plan(size.plan_bytes + 512)
+        status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
+        if status == lib.PKV_PLAN_TOO_SMALL:
+            plan = Plan(size.plan_bytes)
+            status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
         if status != lib.PKV_OK:
             self._refuse(status, self._refusal)
-        plan = Plan(size)
-        check(lib.pkv_step_plan(*batch, size, plan.memory, plan.handle), "plan")
+        plan.num_tokens, plan.num_pages = size.num_tokens, size.num_pages
         return plan
 
     def pages_needed(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> int:
@@ -246,21 +250,23 @@ class BlockTables:
                 f"the step needs {asked} new pages, {available} of {self.pool.num_pages} are free; "
                 "free a sequence, step fewer, or build a larger pool"
             )
+        if status != lib.PKV_BAD_ARGUMENT:
+            check(status, "step")
         if refusal.index < 0:
             raise ArgumentError(f"the step has {asked} new tokens or pages, {available} at most can be")
         raise ArgumentError(f"new[{refusal.index}] is {asked} tokens, outside 1 to {available}")
 
 
 class Plan:
-    """What a step reserved: the arrays of a `pkv_plan`, in one buffer of the step's own."""
+    """What a step reserved: a `pkv_plan` and its arrays, in one buffer of the step's own."""
 
-    __slots__ = ("_buffer", "handle", "memory", "num_pages", "num_tokens")
+    __slots__ = ("_buffer", "handle", "num_bytes", "num_pages", "num_tokens")
 
-    def __init__(self, size: Any) -> None:
-        self.num_tokens, self.num_pages = size.num_tokens, size.num_pages
-        self._buffer = np.empty((size.plan_bytes + 7) // 8, np.int64)
-        self.memory = ffi.from_buffer(self._buffer)
-        self.handle = ffi.new("pkv_plan *")
+    def __init__(self, num_bytes: int) -> None:
+        self._buffer = np.empty((num_bytes + 7) // 8, np.int64)
+        self.num_bytes = self._buffer.nbytes
+        self.handle = ffi.from_buffer("pkv_plan *", self._buffer)
+        self.num_tokens = self.num_pages = 0
 
     @property
     def num_seqs(self) -> int:
@@ -273,7 +279,7 @@ class Plan:
 
     def int32(self, pointer: Any, count: int) -> NDArray[np.int32]:
         """One of the plan's arrays as a read-only view."""
-        begin = ffi.cast("char *", pointer) - self.memory
+        begin = ffi.cast("char *", pointer) - ffi.cast("char *", self.handle)
         view = self._buffer.view(np.int32)[begin // 4 : begin // 4 + count]
         view.flags.writeable = False
         return view
@@ -288,7 +294,7 @@ def counts_of(new: object, num_seqs: int) -> NDArray[np.int64]:
     if isinstance(new, (list, tuple)):
         if len(new) != num_seqs:
             raise ArgumentError(f"new has {len(new)} entries for {num_seqs} sequences; give one for each")
-        if set(map(type, new)) != {int}:
+        if list(map(type, new)).count(int) != num_seqs:
             new = [_count_of(f"new[{i}]", entry) for i, entry in enumerate(new)]
         try:
             return np.fromiter(new, np.int64, num_seqs)

@@ -12,7 +12,6 @@ sequences are longer.  Until then nothing of it is visible, and rollback leaves 
 Imports sequence.  Imported by cache.
 """
 
-import operator
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -24,8 +23,6 @@ from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
 from .sequence import Sequence
 from .store import Store
-
-_key_of = operator.attrgetter("_key")
 
 
 class Step:
@@ -223,6 +220,6 @@ def keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], NDArray[np.
     """The handles, and their keys in one array; ArgumentError for anything that is no handle."""
     try:
         handles = tuple(seqs)
-        return handles, np.fromiter(map(_key_of, handles), np.int64, len(handles))
+        return handles, np.fromiter([seq._key for seq in handles], np.int64, len(handles))
     except (AttributeError, TypeError):
         raise ArgumentError(f"seqs is {seqs!r:.80}; give a list of what cache.sequence() returned") from None

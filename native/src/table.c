@@ -175,7 +175,8 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   size->num_new_pages += size->num_copies;
   int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 3 * num_seqs + size->num_pages;
   num_int32 += 2 * size->num_copies;
-  size->plan_bytes = size->num_tokens * (int64_t)sizeof(int64_t) + num_int32 * (int64_t)sizeof(int32_t);
+  size->plan_bytes = (int64_t)sizeof(pkv_plan) + size->num_tokens * (int64_t)sizeof(int64_t);
+  size->plan_bytes += num_int32 * (int64_t)sizeof(int32_t);
   int64_t num_free = pkv_pool_num_free(pool);
   if (size->num_new_pages > num_free)
     return refuse(refusal, PKV_OUT_OF_PAGES, -1, size->num_new_pages, num_free);
@@ -270,7 +271,7 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
     int32_t old_len = tables->seq_lens[row], new_len = old_len + (int32_t)counts[i];
     bool on_copy = any_copies && appends_to_copy(pool, tables, i, row);
     pkv_status status = reserve_row(pool, tables, row, on_copy, new_len);
-    if (status != PKV_OK) { /* not measured, or the lock was let go in between */
+    if (status != PKV_OK) { /* the pool has fewer pages than it says */
       plan->batch.num_seqs = i;
       pkv_step_rollback(pool, tables, plan);
       return status;
@@ -297,12 +298,16 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
   return PKV_OK;
 }
 
-pkv_status pkv_step_plan(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *keys,
-                         const int64_t *counts, const pkv_step_size *size, char *memory, pkv_plan *plan) {
-  *plan = lay_out(tables, memory, num_seqs, size);
+pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *keys,
+                         const int64_t *counts, pkv_plan *plan, int64_t plan_bytes, pkv_step_size *size,
+                         pkv_refusal *refusal) {
+  pkv_status status = pkv_step_measure(pool, tables, num_seqs, keys, counts, size, refusal);
+  if (status != PKV_OK) return status;
+  if (size->plan_bytes > plan_bytes) return PKV_PLAN_TOO_SMALL;
+  *plan = lay_out(tables, (char *)(plan + 1), num_seqs, size);
   if (size->num_copies == 0) return plan_rows(pool, tables, keys, counts, false, plan);
   mark_shared_tails(pool, tables, num_seqs, keys);
-  pkv_status status = plan_rows(pool, tables, keys, counts, true, plan);
+  status = plan_rows(pool, tables, keys, counts, true, plan);
   unmark_tails(tables, num_seqs, keys);
   return status;
 }

@@ -27,31 +27,45 @@ static const pkv_tables tables = {.page_ids = page_ids,
                                   .page_size = PAGE_SIZE,
                                   .max_seq_len = RING * PAGE_SIZE};
 
+static union {
+  pkv_plan plan;
+  char bytes[1024];
+} memory;
+static pkv_plan *const plan = &memory.plan;
+static pkv_step_size size;
+static pkv_refusal refusal;
+
 static int64_t key(int64_t row) { return (int64_t)7 << 32 | row; }
+
+static pkv_status measure(pkv_pool *pool, int64_t num_seqs, const int64_t *keys, const int64_t *counts) {
+  return pkv_step_measure(pool, &tables, num_seqs, keys, counts, &size, &refusal);
+}
+
+static pkv_status open_step(pkv_pool *pool, int64_t num_seqs, const int64_t *keys, const int64_t *counts) {
+  return pkv_step_open(pool, &tables, num_seqs, keys, counts, plan, (int64_t)sizeof memory, &size, &refusal);
+}
 
 static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   int64_t keys[2] = {key(2), key(0)};
   int64_t counts[2] = {17, 3};
-  pkv_step_size size;
-  pkv_refusal refusal;
-  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OK);
+  assert(measure(pool, 2, keys, counts) == PKV_OK);
   assert(size.num_tokens == 20 && size.num_pages == 3 && size.num_new_pages == 3);
   assert(reserved_lens[2] == 0);
-  assert(size.plan_bytes == 20 * 8 + (20 + 3 + 3 + 2 + 2 + 2 + 3) * 4);
-  int64_t memory[64];
-  pkv_plan plan;
-  assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
+  assert(size.plan_bytes == (int64_t)sizeof(pkv_plan) + 20 * 8 + (20 + 3 + 3 + 2 + 2 + 2 + 3) * 4);
+  assert(open_step(pool, 2, keys, counts) == PKV_OK);
   assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
-  assert(plan.slot_mapping[16] == (int64_t)page_ids[2 * RING + 1] * PAGE_SIZE);
-  assert(plan.rows[0] == 2 && plan.rows[1] == 0 && plan.positions[19] == 2);
-  pkv_step_size ignored;
-  assert(pkv_step_measure(pool, &tables, 1, keys, counts, &ignored, &refusal) == PKV_SEQUENCE_BUSY);
+  assert(plan->slot_mapping[16] == (int64_t)page_ids[2 * RING + 1] * PAGE_SIZE);
+  assert(plan->rows[0] == 2 && plan->rows[1] == 0 && plan->positions[19] == 2);
+  assert(measure(pool, 1, keys, counts) == PKV_SEQUENCE_BUSY);
   assert(pkv_tables_reset(pool, &tables, 2) == PKV_SEQUENCE_BUSY);
-  assert(pkv_step_rollback(pool, &tables, &plan) == PKV_OK);
+  assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
 
-  assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
-  assert(pkv_step_commit(pool, &tables, &plan) == PKV_OK);
+  assert(pkv_step_open(pool, &tables, 2, keys, counts, plan, size.plan_bytes - 1, &size, &refusal) ==
+         PKV_PLAN_TOO_SMALL);
+  assert(pkv_pool_num_free(pool) == NUM_PAGES && reserved_lens[2] == 0);
+  assert(open_step(pool, 2, keys, counts) == PKV_OK);
+  assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
   assert(seq_lens[2] == 17 && seq_lens[0] == 3);
   pkv_pages pages = {pkv_pool_data(pool),
                      pkv_pool_data(pool) + BLOCK / 2,
@@ -67,38 +81,30 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
                      HEAD_DIM};
   float k[20 * HEAD_DIM], v[20 * HEAD_DIM], k_back[20 * HEAD_DIM], v_back[20 * HEAD_DIM];
   for (int i = 0; i < 20 * HEAD_DIM; i++) k[i] = (float)i, v[i] = (float)-i;
-  assert(pkv_append(&pages, 20, plan.slot_mapping, k, v) == PKV_OK);
-  assert(pkv_gather(&pages, 20, plan.slot_mapping, k_back, v_back) == PKV_OK);
+  assert(pkv_append(&pages, 20, plan->slot_mapping, k, v) == PKV_OK);
+  assert(pkv_gather(&pages, 20, plan->slot_mapping, k_back, v_back) == PKV_OK);
   assert(memcmp(k, k_back, sizeof k) == 0 && memcmp(v, v_back, sizeof v) == 0);
 }
 
 static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
   int64_t keys[3] = {key(1), key(0), key(1)};
   int64_t counts[3] = {1, 1, 1};
-  pkv_step_size size;
-  pkv_refusal refusal;
-  assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_SEQUENCE_TWICE);
+  assert(measure(pool, 3, keys, counts) == PKV_SEQUENCE_TWICE);
   assert(refusal.index == 2 && reserved_lens[1] == 0 && reserved_lens[0] == 3);
   keys[2] = -1;
-  assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_STALE_SEQUENCE);
+  assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
   keys[2] = key(ROWS);
-  assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_STALE_SEQUENCE);
+  assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
   keys[2] = (int64_t)8 << 32;
-  assert(pkv_step_measure(pool, &tables, 3, keys, counts, &size, &refusal) == PKV_STALE_SEQUENCE);
+  assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
   counts[0] = RING * PAGE_SIZE + 1;
-  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_SEQUENCE_TOO_LONG);
+  assert(measure(pool, 2, keys, counts) == PKV_SEQUENCE_TOO_LONG);
   assert(refusal.index == 0 && refusal.asked == 65 && refusal.available == 64);
   counts[0] = 2 * PAGE_SIZE + 1;
-  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OUT_OF_PAGES);
+  assert(measure(pool, 2, keys, counts) == PKV_OUT_OF_PAGES);
   assert(refusal.asked == 3 && refusal.available == 2);
   counts[0] = (int64_t)INT32_MAX + 1;
-  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_BAD_ARGUMENT);
-  counts[0] = 2 * PAGE_SIZE + 1;
-  int64_t memory[256]; /* planned all the same, it takes nothing */
-  pkv_plan plan;
-  size = (pkv_step_size){34, 4, 3, 0, sizeof memory};
-  assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OUT_OF_PAGES);
-  assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  assert(measure(pool, 2, keys, counts) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_reset(pool, &tables, -1) == PKV_BAD_ARGUMENT);
 }
 
@@ -119,23 +125,20 @@ static void a_stray_write_into_the_tables_is_found(pkv_pool *pool) {
 static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
   assert(pkv_tables_fork(pool, &tables, 2, 1) == PKV_OK && pkv_pool_num_free(pool) == 2);
   assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 20);
-  int64_t keys[2] = {key(1), key(2)}, counts[2] = {1, 1}, memory[64];
-  pkv_step_size size;
-  pkv_refusal refusal;
-  pkv_plan plan;
+  int64_t keys[2] = {key(1), key(2)}, counts[2] = {1, 1};
   /* Both who hold the page append: they are equally long, so the first one writes in place. */
-  assert(pkv_step_measure(pool, &tables, 2, keys, counts, &size, &refusal) == PKV_OK && size.num_copies == 1);
-  assert(pkv_step_plan(pool, &tables, 2, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
-  assert(plan.num_copies == 1 && plan.copied_from[0] == page_ids[2 * RING + 1]);
-  assert(tail_copies[1] == -1 && tail_copies[2] == plan.copied_to[0]);
-  assert(plan.batch.kv_indices[1] == page_ids[RING + 1] && plan.batch.kv_indices[3] == plan.copied_to[0]);
+  assert(measure(pool, 2, keys, counts) == PKV_OK && size.num_copies == 1);
+  assert(open_step(pool, 2, keys, counts) == PKV_OK);
+  assert(plan->num_copies == 1 && plan->copied_from[0] == page_ids[2 * RING + 1]);
+  assert(tail_copies[1] == -1 && tail_copies[2] == plan->copied_to[0]);
+  assert(plan->batch.kv_indices[1] == page_ids[RING + 1] && plan->batch.kv_indices[3] == plan->copied_to[0]);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 1);
-  assert(pkv_step_rollback(pool, &tables, &plan) == PKV_OK && tail_copies[2] == -1);
+  assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && tail_copies[2] == -1);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 2);
   /* One of the two: it gets a copy, and after commit each has a page of its own. */
-  assert(pkv_step_measure(pool, &tables, 1, keys, counts, &size, &refusal) == PKV_OK && size.num_copies == 1);
-  assert(pkv_step_plan(pool, &tables, 1, keys, counts, &size, (char *)memory, &plan) == PKV_OK);
-  assert(pkv_step_commit(pool, &tables, &plan) == PKV_OK);
+  assert(measure(pool, 1, keys, counts) == PKV_OK && size.num_copies == 1);
+  assert(open_step(pool, 1, keys, counts) == PKV_OK);
+  assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
   assert(page_ids[RING] == page_ids[2 * RING] && page_ids[RING + 1] != page_ids[2 * RING + 1]);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 1);
   assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 16 + 2 + 1 + 3);
