@@ -15,39 +15,64 @@ def attend(
     *,
     window: int | None = None,
     num_sink_tokens: int = 0,
+    causal: bool = True,
     sm_scale: float | None = None,
-) -> NDArray[np.float64]:
-    """Causal attention of one sequence's newest tokens over those of its tokens that they see.
+    logits_soft_cap: float = 0.0,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    return_lse: bool = False,
+) -> NDArray[np.float64] | tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Attention of one sequence's newest tokens over those of its tokens that they see.
 
     Parameters
     ----------
     q : [num_tokens, num_q_heads, head_dim], of the last num_tokens tokens
-    k, v : [num_keys, num_kv_heads, head_dim], oldest first
+    k : [num_keys, num_kv_heads, head_dim], oldest first
+    v : [num_keys, num_kv_heads, head_dim_v]
     positions : int [num_keys], of the keys in their sequence; None: 0, 1, ...
     window, num_sink_tokens : a row at position i sees j <= i where j > i - window or j < num_sink_tokens;
         None: all j <= i
+    causal : False: every row sees every key; no window then
     sm_scale : factor of the scores; None: 1 / sqrt(head_dim)
+    logits_soft_cap : when above 0, a score s becomes cap * tanh(s / cap)
+    alibi_slopes : [num_q_heads]; then slope * (j - i) is added
+    sinks : [num_q_heads], logits that join the sum of the softmax, and have no value
+    return_lse : also the natural logarithm of that sum, float64 [num_tokens, num_q_heads]
 
-    q head h reads kv head ``h // (num_q_heads / num_kv_heads)``.
+    q head h reads kv head ``h // (num_q_heads / num_kv_heads)``.  A row whose sum is 0 gives 0 and -inf.
 
-    Returns: float64 [num_tokens, num_q_heads, head_dim].
-    Source: Vaswani et al., Attention is all you need, 2017; Ainslie et al., GQA, 2023.
+    Returns: float64 [num_tokens, num_q_heads, head_dim_v], or (it, lse).
+    Source: Vaswani et al., Attention is all you need, 2017; Ainslie et al., GQA, 2023; Press et al., ALiBi,
+    2022; Xiao et al., Attention sinks, 2024.
     """
     q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
     num_tokens, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
-    positions = np.arange(num_keys) if positions is None else np.asarray(positions)
+    positions = np.arange(num_keys) if positions is None else np.asarray(positions, np.int64)
     group = num_q_heads // num_kv_heads
     sm_scale = 1 / np.sqrt(head_dim) if sm_scale is None else sm_scale
-    out = np.empty((num_tokens, num_q_heads, v.shape[2]))
+    sinks = np.full(num_q_heads, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    out = np.zeros((num_tokens, num_q_heads, v.shape[2]))
+    lse = np.full((num_tokens, num_q_heads), -np.inf)
     for row in range(num_tokens):
-        own = positions[num_keys - num_tokens + row]
-        seen = positions <= own
-        if window is not None:
-            seen &= (positions > own - window) | (positions < num_sink_tokens)
+        seen = np.ones(num_keys, bool)
+        if causal:
+            own = positions[num_keys - num_tokens + row]
+            seen = positions <= own
+            if window is not None:
+                seen &= (positions > own - window) | (positions < num_sink_tokens)
         for head in range(num_q_heads):
             keys, values = k[seen, head // group], v[seen, head // group]
             scores = sm_scale * (keys @ q[row, head])
-            weights = np.exp(scores - scores.max())
-            out[row, head] = weights @ values / weights.sum()
-    return out
+            if logits_soft_cap > 0:
+                scores = logits_soft_cap * np.tanh(scores / logits_soft_cap)
+            if alibi_slopes is not None:
+                scores = scores + np.asarray(alibi_slopes, np.float64)[head] * (positions[seen] - own)
+            largest = scores.max(initial=sinks[head])
+            if largest == -np.inf:
+                continue
+            weights = np.exp(scores - largest)
+            total = weights.sum() + np.exp(sinks[head] - largest)
+            out[row, head] = weights @ values / total
+            lse[row, head] = largest + np.log(total)
+    return (out, lse) if return_lse else out
