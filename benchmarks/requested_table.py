@@ -20,10 +20,15 @@ import numpy as np
 from harness import arguments, progress, show
 
 import paged_kv
-from paged_kv import _binding
-from paged_kv.machine import num_cpus
 
 HEADS, HEAD_DIM, RING, BATCH, TOKENS = 32, 128, 2048, 8, 256
+ONE = np.array([0, 1])  # one sequence: one row, one page
+
+
+def attend_to(q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:
+    """Attention of one token over plain arrays [tokens, heads, head_dim], as one page."""
+    lists = {"qo_indptr": ONE, "kv_indptr": ONE, "kv_indices": ONE[:1], "kv_last_page_len": [len(k)]}
+    paged_kv.paged_attention(q, k[None], v[None], **lists, out=out)
 
 
 class Concatenated:
@@ -39,8 +44,8 @@ class Concatenated:
     def get_cache(self, b: int) -> tuple:
         return self.k[b], self.v[b]
 
-    def attend(self, threads, q: np.ndarray, b: int, out: np.ndarray) -> None:
-        _binding.attend_arrays(threads, q, *self.get_cache(b), 64, out)
+    def attend(self, q: np.ndarray, b: int, out: np.ndarray) -> None:
+        attend_to(q, *self.get_cache(b), out)
 
     @property
     def num_bytes(self) -> int:
@@ -87,12 +92,10 @@ class Ours:
         self.manager.allocate(ring, BATCH, HEADS * HEAD_DIM, HEADS)
         self.append, self.get_cache = self.manager.append, self.manager.get_cache
 
-    def attend(self, threads, q: np.ndarray, b: int, out: np.ndarray) -> None:
-        """The ring as one page of its length: the kernel reads it where it is."""
-        rings, seq_len = self.manager._ring, self.manager.state(b).seq_len
-        tables = [_binding.ffi.new("int32_t[]", x) for x in ([0, 1], [0, 1], [rings.page_ids[b]], [seq_len])]
-        batch = _binding.ffi.new("pkv_batch *", [1, *tables])
-        _binding.attend(threads, rings.pages, batch, 1, q, None, out)
+    def attend(self, q: np.ndarray, b: int, out: np.ndarray) -> None:
+        """Where the ring is: heads before tokens, seen the other way round."""
+        k, v, _ = self.get_cache(b)
+        attend_to(q, k.transpose(1, 0, 2), v.transpose(1, 0, 2), out)
 
     @property
     def num_bytes(self) -> int:
@@ -107,7 +110,6 @@ def measure(contender: type, tokens: int, ring: int, repeats: int) -> dict[str, 
     rng = np.random.default_rng(0)
     k, v = rng.standard_normal((2, tokens, HEADS, HEAD_DIM), np.float32)
     q, out = k[:1].copy(), np.empty((1, HEADS, HEAD_DIM), np.float32)
-    threads = _binding.new_threads(num_cpus())
     times: dict[str, list[float]] = {"append": [], "get_cache": [], "with_attention": []}
     for _ in range(repeats):
         # By itself, then with attention: reading the cache in between makes each append a cold one.
@@ -126,7 +128,7 @@ def measure(contender: type, tokens: int, ring: int, repeats: int) -> dict[str, 
         for position in range(tokens):
             for b in range(BATCH):
                 cache.append(k[position], v[position], position, b)
-                cache.attend(threads, q, b, out)
+                cache.attend(q, b, out)
         for part, seconds in zip(times, (append, get_cache, time.perf_counter() - begin), strict=True):
             times[part].append(seconds * 1e3)
         del cache

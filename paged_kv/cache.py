@@ -36,7 +36,7 @@ class PagedKVCache:
     Parameters
     ----------
     num_layers, num_kv_heads : int
-    head_dim : int, a multiple of 8 from 8 to 256
+    head_dim, head_dim_v : of keys and values, multiples of 8 from 8 to 256; None: values are as wide as keys
     dtype : what pages store: float32, float16 or bfloat16
     num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), of which whole pages are taken
     page_size : tokens per page, a multiple of 16
@@ -57,6 +57,7 @@ class PagedKVCache:
         num_kv_heads: int,
         head_dim: int,
         *,
+        head_dim_v: int | None = None,
         dtype: object = "bfloat16",
         num_pages: int | None = None,
         memory: int | str | None = None,
@@ -74,6 +75,7 @@ class PagedKVCache:
             num_layers=integer("num_layers", num_layers, 1, 2**16),
             num_kv_heads=integer("num_kv_heads", num_kv_heads, 1, 2**16),
             head_dim=_multiple("head_dim", head_dim, 8, 256),
+            head_dim_v=_multiple("head_dim_v", head_dim if head_dim_v is None else head_dim_v, 8, 256),
             dtype=dtype_name(dtype),
             page_size=_multiple("page_size", page_size, 16, 2**20),
         )

@@ -187,7 +187,7 @@ class Serving:
     def concatenated(self, pool_pages: int) -> Served:
         config = self.model.config
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-        cache = ConcatenatedCache(*shape, page_size=PAGE_SIZE, num_threads=num_cpus())
+        cache = ConcatenatedCache(*shape, num_threads=num_cpus())
         row_bytes = config.num_key_value_heads * config.head_dim * 4
         token_bytes = 2 * config.num_hidden_layers * row_bytes
         # One array of the longest sequence is there twice while it grows.
@@ -208,7 +208,7 @@ class Serving:
         for i, prompt in enumerate(self.prompts):
             ids, sampler = list(prompt.ids), self._sampler(i)
             for _ in range(num_tokens):
-                step = TimedStep(RecomputeStep([len(ids)], PAGE_SIZE, num_cpus()), clock)
+                step = TimedStep(RecomputeStep([len(ids)], num_cpus()), clock)
                 ids.append(sampler.sample(self.model.forward(ids, step, [-1])[0]))
             new_ids.append(ids[len(prompt.ids) :])
             self.live.update(f"no cache: {i + 1} of {len(self.prompts)} prompts, {num_tokens} tokens each")

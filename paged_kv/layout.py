@@ -30,18 +30,24 @@ class PageLayout:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    head_dim_v: int
     dtype: str
     page_size: int
 
     @property
-    def token_bytes(self) -> int:
-        """One head's key (or value) of one token."""
+    def key_bytes(self) -> int:
+        """One head's key of one token."""
         return self.head_dim * DTYPES[self.dtype]
+
+    @property
+    def value_bytes(self) -> int:
+        """And its value."""
+        return self.head_dim_v * DTYPES[self.dtype]
 
     @property
     def head_bytes(self) -> int:
         """One head's keys and values in a page."""
-        return 2 * self.page_size * self.token_bytes
+        return self.page_size * (self.key_bytes + self.value_bytes)
 
     @property
     def block_bytes(self) -> int:

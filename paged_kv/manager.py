@@ -24,7 +24,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import append, ffi, float32_pointer, integer, new_pages
+from ._binding import check, ffi, integer, lib
+from .arrays import float32_pointer
 from .errors import ArgumentError, CacheClosed
 from .pool import PagePool
 
@@ -223,14 +224,22 @@ class _Rings:
         entry, head, side, token, _ = storage.strides
         whole = np.asarray(_Window(self.pool, storage))
         self._k, self._v = whole[:, :, 0], whole[:, :, 1]
-        self.pages = new_pages(
-            self.pool.address,
-            self.pool.address + side,
-            (entry, head, token),
-            "float32",
-            self.max_seq_len,
-            self.num_heads,
-            self.head_dim,
+        strides = {"page_stride": entry, "head_stride": head, "token_stride": token}
+        self.pages = ffi.new(
+            "pkv_pages *",
+            {
+                "k": ffi.cast("char *", self.pool.address),
+                "v": ffi.cast("char *", self.pool.address + side),
+                **{f"{k_or_v}_{name}": stride for name, stride in strides.items() for k_or_v in "kv"},
+                "page_size": self.max_seq_len,
+                "num_kv_heads": self.num_heads,
+                "head_dim": self.head_dim,
+                "head_dim_v": self.head_dim,
+            },
+        )
+        # Of the token at hand: where its rows are.
+        self._k_rows, self._v_rows = (
+            ffi.new("pkv_rows *", {"head_stride": self.head_dim * 4}) for _ in range(2)
         )
         self._slots = ffi.new("int64_t[]", batch_size)  # of the token at hand, for each entry
         self._shapes = ((self.num_heads, self.head_dim), (self.num_heads * self.head_dim,))
@@ -245,8 +254,9 @@ class _Rings:
         if integer("seq_pos", seq_pos, 0, 2**63 - 1) != seq_len:
             raise ArgumentError(f"seq_pos is {seq_pos}; batch entry {entry} has {seq_len} tokens so far")
         k_at, v_at = float32_pointer("K", K, *self._shapes), float32_pointer("V", V, *self._shapes)
+        self._k_rows.data, self._v_rows.data = k_at, v_at
         self._slots[entry] = self.page_ids[entry] * self.max_seq_len + seq_len % self.max_seq_len
-        append(self.pages, 1, self._slots + entry, k_at, v_at)
+        check(lib.pkv_append(self.pages, 1, self._slots + entry, self._k_rows, self._v_rows), "append")
         self.seq_lens[entry] = seq_len + 1
         self.metrics.num_appends += 1
         self.metrics.appended_bytes += self._token_bytes

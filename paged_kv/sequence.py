@@ -49,8 +49,8 @@ class Sequence:
     def gather(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A copy of one layer's keys and values.
 
-        Returns: (k, v), float32 [held, num_kv_heads, head_dim], oldest first: of the positions that
-        `held_positions` tells, all of them without a window.
+        Returns: (k, v), float32 [held, num_kv_heads, head_dim] and [.., head_dim_v], oldest first: of the
+        positions that `held_positions` tells, all of them without a window.
         Raises: ArgumentError, StaleSequence, CacheClosed.  Cost: copies every token.
         """
         store = self._store
@@ -58,8 +58,9 @@ class Sequence:
             layer = store.layer(layer)
             with store.lock:
                 slots = store.tables.slots(store.tables.row(self._key))
-            shape = (len(slots), store.layout.num_kv_heads, store.layout.head_dim)
-            k, v = np.empty(shape, np.float32), np.empty(shape, np.float32)
+            layout, num_heads = store.layout, store.layout.num_kv_heads
+            k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)
+            v = np.empty((len(slots), num_heads, layout.head_dim_v), np.float32)
             status = lib.pkv_gather(
                 store.layer_pages + layer,
                 len(slots),

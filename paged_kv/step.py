@@ -14,11 +14,14 @@ Imports sequence.  Imported by cache.
 
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import append, attend, float32_pointer, lib
+from ._binding import lib
+from .arrays import Array, rows_of
+from .attention import Attention, append
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
 from .sequence import Sequence
@@ -98,13 +101,15 @@ class Step:
 
     # ---- layer by layer
 
-    def write(self, layer: int, k: NDArray[np.float32], v: NDArray[np.float32]) -> None:
+    def write(self, layer: int, k: Any, v: Any) -> None:
         """Store the new tokens' keys and values of one layer; a second write replaces the first.
 
         Parameters
         ----------
         layer : int
-        k, v : float32 [num_tokens, num_kv_heads, head_dim], C-contiguous
+        k : [num_tokens, num_kv_heads, head_dim], float32, float16 or bfloat16 (of ml_dtypes): a numpy array
+            or a torch CPU tensor, dense along the last axis
+        v : [num_tokens, num_kv_heads, head_dim_v], likewise
 
         Values are rounded to nearest even; finite ones beyond the stored range saturate, NaN and inf pass.
         Raises: ArgumentError, StepClosed, CacheClosed.
@@ -112,48 +117,72 @@ class Step:
         with self._store as store:
             self._require_open()
             layer = store.layer(layer)
-            shape = (self._plan.num_tokens, store.layout.num_kv_heads, store.layout.head_dim)
-            k_at, v_at = float32_pointer("k", k, shape), float32_pointer("v", v, shape)
+            rows = self._new_rows(k, v)
             self._copy_shared_tails(layer)
-            slots = self._plan.handle.slot_mapping
-            append(store.layer_pages + layer, self._plan.num_tokens, slots, k_at, v_at)
+            append(store.layer_pages + layer, self._plan.num_tokens, self._plan.handle.slot_mapping, **rows)
             self._written[layer] = 1
 
     def attend(
         self,
         layer: int,
-        q: NDArray[np.float32],
-        k: NDArray[np.float32],
-        v: NDArray[np.float32],
+        q: Any,
+        k: Any = None,
+        v: Any = None,
         *,
         sm_scale: float | None = None,
-        out: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
+        logits_soft_cap: float = 0.0,
+        sinks: Any = None,
+        alibi_slopes: Any = None,
+        out: Any = None,
+        return_lse: bool = False,
+    ) -> Any:
         """Store k and v as `write` does, then attend: each row of q to its sequence's tokens up to its own.
 
         Parameters
         ----------
         layer : int
-        q : float32 [num_tokens, num_q_heads, head_dim], C-contiguous; num_q_heads is a multiple of
-            num_kv_heads, and q head h reads kv head ``h // (num_q_heads / num_kv_heads)``
-        k, v : float32 [num_tokens, num_kv_heads, head_dim], C-contiguous
+        q : [num_tokens, num_q_heads, head_dim], of the dtypes and kinds that `write` takes; num_q_heads is a
+            multiple of num_kv_heads, and q head h reads kv head ``h // (num_q_heads / num_kv_heads)``
+        k, v : as for `write`; neither: what was written
         sm_scale : factor of the scores; None: 1 / sqrt(head_dim)
-        out : where the result goes, of q's shape; q itself will do
+        logits_soft_cap : above 0, a score s becomes ``cap * tanh(s / cap)``
+        sinks : [num_q_heads], logits that join the sum of the softmax and have no value
+        alibi_slopes : [num_q_heads]; ``slope * (j - i)`` is added to the score of query i and key j
+        out : where the result goes, of its shape and q's dtype; q itself will do
+        return_lse : also the natural logarithm of the softmax's sum
 
-        Returns: float32 of q's shape; `out` when it was given.  Keys and values count as they are stored.  A
-        row's bits depend on its q and its sequence only, not on the batch, the chunks or the threads.
-        Raises: ArgumentError, StepClosed, CacheClosed.
+        Returns: [num_tokens, num_q_heads, head_dim_v] of q's dtype and kind, `out` when it was given; or
+        (that, lse), lse float32 [num_tokens, num_q_heads] of q's kind.  Keys and values count as they are
+        stored.  A row's bits depend on its q and its sequence only, not on the batch, the chunks or the
+        threads.
+        Raises: ArgumentError, LayerNotWritten, StepClosed, CacheClosed.
         Cost: reads the keys and values of each sequence once for every block of its rows.
         """
         with self._store as store:
             self._require_open()
             layer = store.layer(layer)
+            if (k is None) != (v is None):
+                raise ArgumentError("give k and v, or neither, to attend to what was written")
+            if k is None and not self._written[layer]:
+                raise LayerNotWritten(f"layer {layer} has no keys and values yet; write them, or give them")
+            inputs = {} if k is None else self._new_rows(k, v)
+            call = Attention(
+                store.layer_pages + layer,
+                self._plan.num_tokens,
+                q,
+                inputs,
+                self._plan.handle.slot_mapping if inputs else None,
+                sm_scale=sm_scale,
+                logits_soft_cap=logits_soft_cap,
+                sinks=sinks,
+                alibi_slopes=alibi_slopes,
+                out=out,
+                return_lse=return_lse,
+            )
             self._copy_shared_tails(layer)
-            new_rows = (self._plan.handle.slot_mapping, k, v)
-            pages = store.layer_pages + layer
-            out = attend(store.threads, pages, self._batch, self._plan.num_tokens, q, sm_scale, out, new_rows)
+            result = call.run(store.threads, self._batch)
             self._written[layer] = 1
-            return out
+            return result
 
     # ---- the end
 
@@ -194,6 +223,13 @@ class Step:
             self.commit()
         else:
             self.rollback()
+
+    def _new_rows(self, k: object, v: object) -> dict[str, Array]:
+        layout, num_tokens = self._store.layout, self._plan.num_tokens
+        return {
+            "k": rows_of("k", k, (num_tokens, layout.num_kv_heads, layout.head_dim)),
+            "v": rows_of("v", v, (num_tokens, layout.num_kv_heads, layout.head_dim_v)),
+        }
 
     def _copy_shared_tails(self, layer: int) -> None:
         """Before a layer is first written: the pages that others hold too and that we append to."""

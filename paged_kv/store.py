@@ -13,7 +13,7 @@ from collections import deque
 from types import TracebackType
 from weakref import WeakSet
 
-from ._binding import ffi, integer, new_pages, new_threads
+from ._binding import DTYPE_CODES, ffi, integer, new_threads
 from .block_table import BlockTables, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
@@ -61,15 +61,22 @@ class Store:
     def _describe_layer(self, layer: int, num_pages: int) -> None:
         layout = self.layout
         k = self.pool.address + layer * num_pages * layout.block_bytes
-        self.layer_pages[layer] = new_pages(
-            k,
-            k + layout.head_bytes // 2,
-            (layout.block_bytes, layout.head_bytes, layout.token_bytes),
-            layout.dtype,
-            layout.page_size,
-            layout.num_kv_heads,
-            layout.head_dim,
-        )[0]
+        self.layer_pages[layer] = {
+            "k": ffi.cast("char *", k),
+            "v": ffi.cast("char *", k + layout.page_size * layout.key_bytes),
+            "k_page_stride": layout.block_bytes,
+            "k_head_stride": layout.head_bytes,
+            "k_token_stride": layout.key_bytes,
+            "v_page_stride": layout.block_bytes,
+            "v_head_stride": layout.head_bytes,
+            "v_token_stride": layout.value_bytes,
+            "k_dtype": DTYPE_CODES[layout.dtype],
+            "v_dtype": DTYPE_CODES[layout.dtype],
+            "page_size": layout.page_size,
+            "num_kv_heads": layout.num_kv_heads,
+            "head_dim": layout.head_dim,
+            "head_dim_v": layout.head_dim_v,
+        }
 
     def require_open(self) -> None:
         if self.closed:

@@ -8,7 +8,7 @@ from conftest import fill, make_cache, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_kv import ArgumentError, CacheClosed, StepClosed, reference
+from paged_kv import ArgumentError, CacheClosed, LayerNotWritten, StepClosed, reference
 
 
 def attend_step(cache, seqs, counts, rng, num_q_heads, **options):
@@ -191,24 +191,39 @@ def test_arguments_that_do_not_fit_are_refused_and_nothing_is_written(rng):
     before = cache._store.pool.data().tobytes()
     q, k = rows(rng, 3, 4, 32), rows(rng, 3, 2, 32)
     wide = rows(rng, 3, 8, 32)
-    bad_q = [q[:2], q[:, :3], q[:, :0], q.astype("f2"), wide[:, ::2], q[0], q.tolist(), None]
-    bad_q.append(rows(rng, 3, 4, 64))
-    bad_out = [q[:2], q.astype("f8"), q.tolist(), wide[:, ::2], 3, np.broadcast_to(q[:1], q.shape)]
+    gaps = rows(rng, 3, 4, 64)[..., ::2]
+    bad_q = [q[:2], q[:, :3], q[:, :0], q.astype("f8"), q.astype(">f4"), gaps, q[0], q.tolist(), None]
+    bad_q += [rows(rng, 3, 4, 64), q[None], q.view(np.int32), q.astype(complex), q.astype(object)]
+    bad_out = [q[:2], q.astype("f8"), q.astype("f2"), q.tolist(), gaps, wide, 3]
+    bad_out += [np.broadcast_to(q[:1], q.shape), np.lib.stride_tricks.as_strided(wide, q.shape, (128, 4, 4))]
+    bad_out += [wide[:, 1:5].view()[::-1][:2], k.repeat(2, 1)[:, ::-1].copy()[:2]]
     overlap = np.empty(500, np.float32)
     for arguments, options in [
         *(((0, bad, k, k), {}) for bad in bad_q),
-        *(((0, q, bad, k), {}) for bad in (None, k[:2], q, k.astype("f2"))),
-        *(((0, q, k, bad), {}) for bad in (None, k[:2], q, k.astype("f2"))),
+        *(((0, q, bad, k), {}) for bad in (None, k[:2], q, k.astype("f8"), k[0], 1)),
+        *(((0, q, k, bad), {}) for bad in (None, k[:2], q, k.astype("f8"), k[0], 1)),
         *(((bad, q, k, k), {}) for bad in (1, -1, None, 0.0)),
         *(((0, q, k, k), {"out": bad}) for bad in bad_out),
         *(((0, q, k, k), {"sm_scale": bad}) for bad in ("1", np.nan, np.inf, True, 1e300, [1], 1j)),
+        *(((0, q, k, k), {"logits_soft_cap": bad}) for bad in ("1", np.nan, np.inf, True, -1.0, None)),
+        *(((0, q, k, k), {"return_lse": bad}) for bad in (1, None, "yes")),
+        *(
+            ((0, q, k, k), {name: bad})
+            for name in ("sinks", "alibi_slopes")
+            for bad in ([1.0] * 3, 1.0, [np.nan] * 4, [np.inf] * 4, "1234", [True] * 4, [1j] * 4, [[1.0] * 4])
+        ),
+        ((0, q, k, k), {"alibi_slopes": [-np.inf] * 4}),
         ((0, overlap[:384].reshape(3, 4, 32), k, k), {"out": overlap[8:392].reshape(3, 4, 32)}),
+        ((0, q, overlap[:192].reshape(3, 2, 32), k), {"out": overlap[100:484].reshape(3, 4, 32)}),
+        ((0, q, k, overlap[:192].reshape(3, 2, 32)), {"out": overlap[100:484].reshape(3, 4, 32)}),
     ]:
         with pytest.raises(ArgumentError):
             step.attend(*arguments, **options)
-    for name in ("logits_soft_cap", "sinks", "alibi_slopes", "return_lse", "window"):
+    for name in ("window", "causal", "num_sink_tokens", "softcap"):
         with pytest.raises(TypeError):
             step.attend(0, q, k, k, **{name: 1})
+    with pytest.raises(LayerNotWritten):
+        step.attend(0, q)
     assert cache._store.pool.data().tobytes() == before
     cache.check()
     step.rollback()

@@ -9,6 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "paged_kv"
 FLOORS = [
     {"errors", "layout", "machine", "reference", "extras"},
     {"_binding"},
+    {"arrays"},
+    {"attention"},
+    {"foreign"},
     {"pool"},
     {"block_table"},
     {"store"},

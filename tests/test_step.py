@@ -218,14 +218,14 @@ def test_rows_that_do_not_fit_are_refused(rng):
         good[:, :1],
         good.reshape(3, 64),
         good.astype(np.float64),
-        good.astype(np.float16),
+        good.astype(">f4"),
         good.transpose(1, 0, 2),
         rows(rng, 3, 2, 64)[:, :, ::2],
         good.tolist(),
         None,
     ):
-        refused(cache, ArgumentError, "k must be", step.write, 0, bad, good)
-        refused(cache, ArgumentError, "v must be", step.write, 0, good, bad)
+        refused(cache, ArgumentError, "k .*must be|k has gaps", step.write, 0, bad, good)
+        refused(cache, ArgumentError, "v .*must be|v has gaps", step.write, 0, good, bad)
     for layer in (-1, 1, 2**31, 2**63, True, 0.0, "0", None):
         refused(cache, ArgumentError, "layer", step.write, layer, good, good)
     step.write(np.int64(0), good, good)

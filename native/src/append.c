@@ -1,4 +1,4 @@
-/* Writing the keys and values of new tokens into their slots, and reading them back.
+/* Writing the keys and values of new tokens into their slots, whatever their dtype, and reading them back.
  *
  * A slot is page_id * page_size + offset; each head of a token is one dense row there.
  */
@@ -24,17 +24,32 @@ void pkv_copy_blocks(const pkv_pages *pages, int64_t count, const int32_t *from,
            (size_t)pages->k_page_stride);
 }
 
-pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const float *k,
-                      const float *v) {
+/* One head's values, from any dtype to any other, rounded and saturated. */
+static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
+                    int32_t from_dtype, int32_t count) {
+  if (from_dtype == PKV_FLOAT32) {
+    kernel->narrow(to, (const float *)from, count, to_dtype);
+  } else if (from_dtype == to_dtype) {
+    memcpy(to, from, (size_t)count * 2);
+  } else {
+    float values[PKV_MAX_HEAD_DIM];
+    kernel->widen(values, from, count, from_dtype);
+    kernel->narrow(to, values, count, to_dtype);
+  }
+}
+
+pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const pkv_rows *k,
+                      const pkv_rows *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;
   for (int64_t token = 0; token < num_tokens; token++) {
     slot_address to = address_of(pages, slots[token]);
+    const char *from_k = k->data + token * k->token_stride, *from_v = v->data + token * v->token_stride;
     for (int32_t head = 0; head < pages->num_kv_heads; head++) {
-      kernel->narrow(to.k + head * pages->k_head_stride, k, pages->head_dim, pages->dtype);
-      kernel->narrow(to.v + head * pages->v_head_stride, v, pages->head_dim, pages->dtype);
-      k += pages->head_dim;
-      v += pages->head_dim;
+      convert(kernel, to.k + head * pages->k_head_stride, pages->k_dtype, from_k + head * k->head_stride,
+              k->dtype, pages->head_dim);
+      convert(kernel, to.v + head * pages->v_head_stride, pages->v_dtype, from_v + head * v->head_stride,
+              v->dtype, pages->head_dim_v);
     }
   }
   return PKV_OK;
@@ -46,10 +61,10 @@ pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t 
   for (int64_t token = 0; token < num_tokens; token++) {
     slot_address from = address_of(pages, slots[token]);
     for (int32_t head = 0; head < pages->num_kv_heads; head++) {
-      kernel->widen(k, from.k + head * pages->k_head_stride, pages->head_dim, pages->dtype);
-      kernel->widen(v, from.v + head * pages->v_head_stride, pages->head_dim, pages->dtype);
+      kernel->widen(k, from.k + head * pages->k_head_stride, pages->head_dim, pages->k_dtype);
+      kernel->widen(v, from.v + head * pages->v_head_stride, pages->head_dim_v, pages->v_dtype);
       k += pages->head_dim;
-      v += pages->head_dim;
+      v += pages->head_dim_v;
     }
   }
   return PKV_OK;

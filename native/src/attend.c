@@ -32,6 +32,9 @@ enum {
   BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
 };
 
+/* The kernels' exponentials are powers of 2. */
+static const float LOG2_E = 0x1.715476p+0f;
+
 typedef struct {
   int32_t seq;
   int32_t first_row; /* of all q rows */
@@ -45,15 +48,18 @@ typedef struct {
   const pkv_kernel *kernel;
   const pkv_pages *pages;
   const pkv_batch *batch;
-  const float *q;
-  float *out;
-  float scale;
+  const pkv_attention *attention;
+  float scale;    /* of scores, and what else is in units of log2 */
+  float soft_cap; /* 0: none */
+  float *slopes;  /* [num_q_heads], NULL: none */
+  float *sinks;   /* [num_q_heads], NULL: none */
   int32_t num_q_heads;
   int32_t run_tokens; /* of whole pages, or PKV_RUN_TOKENS of a larger one */
   int32_t span_tokens;
   int32_t rows_per_block;
-  int64_t q_floats;     /* of one row */
-  int64_t state_floats; /* of one row's state */
+  int64_t q_floats;     /* of one row, prepared */
+  int64_t state_floats; /* of one row's state: maxima, sums, accumulated values */
+  int64_t value_floats; /* the latter of these */
 
   block *blocks;
   int64_t num_blocks;
@@ -71,6 +77,7 @@ static int32_t num_rows_of(const pkv_batch *batch, int32_t seq) {
 
 /* How many tokens a row sees: all up to its own. */
 static int32_t num_seen(const pkv_batch *batch, int32_t seq, int32_t row) {
+  if (batch->sees_all) return batch->seq_lens[seq];
   return batch->seq_lens[seq] - (batch->qo_indptr[seq + 1] - 1 - row);
 }
 
@@ -98,18 +105,18 @@ static uint64_t visible(const pkv_batch *batch, int32_t seq, int32_t row, int32_
 
 static pkv_state state_at(const job *job, float *states, int64_t index) {
   float *floats = states + index * job->state_floats;
-  return (pkv_state){floats, floats + job->num_q_heads, floats + job->state_floats - job->q_floats};
+  return (pkv_state){floats, floats + job->num_q_heads, floats + job->state_floats - job->value_floats};
 }
 
 static pkv_state state_of_head(const job *job, pkv_state state, int32_t q_head) {
   return (pkv_state){state.maximum + q_head, state.sum + q_head,
-                     state.accumulated + q_head * job->pages->head_dim};
+                     state.accumulated + q_head * pkv_padded(job->pages->head_dim_v)};
 }
 
 static void clear(const job *job, pkv_state state) {
   for (int32_t h = 0; h < job->num_q_heads; h++) state.maximum[h] = -INFINITY;
   memset(state.sum, 0, (size_t)job->num_q_heads * sizeof(float));
-  memset(state.accumulated, 0, (size_t)job->q_floats * sizeof(float));
+  memset(state.accumulated, 0, (size_t)job->value_floats * sizeof(float));
 }
 
 /* The end of the run that begins at token `start`. */
@@ -190,9 +197,12 @@ static scratch scratch_of(const job *job, int32_t worker) {
   return (scratch){floats + 2 * states, floats, floats + states};
 }
 
-/* Let the kernel fold the tokens of `mask` into a row's state; k and v hold their addresses, bit for bit. */
+/* Let the kernel fold the tokens of `mask` into a row's state; k and v hold their addresses, bit for bit. The
+ * row's own token is to_own behind bit 0. */
 static void fold_run_into_row(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
-                              const char *const *v, int32_t head, const float *q, pkv_state state) {
+                              const char *const *v, int32_t to_own, int32_t head, const float *q,
+                              pkv_state state) {
+  float distances[PKV_RUN_TOKENS] = {0};
   const char *seen_k[PKV_RUN_TOKENS], *seen_v[PKV_RUN_TOKENS];
   int first = __builtin_ctzll(mask);
   uint64_t shifted = mask >> first;
@@ -207,9 +217,16 @@ static void fold_run_into_row(const job *job, pkv_run *run, uint64_t mask, const
     run->k = seen_k;
     run->v = seen_v;
   }
-  int64_t q_offset = (int64_t)head * run->group * run->head_dim;
-  job->kernel->fold_run(run, head * job->pages->k_head_stride, head * job->pages->v_head_stride, q + q_offset,
-                        state_of_head(job, state, head * run->group));
+  int32_t q_head = head * run->group;
+  if (job->slopes) {
+    int32_t i = 0;
+    for (uint64_t left = shifted; left; left &= left - 1)
+      distances[i++] = (float)(first + __builtin_ctzll(left) - to_own);
+    run->alibi_slopes = job->slopes + q_head;
+    run->distances = distances;
+  }
+  job->kernel->fold_run(run, head * job->pages->k_head_stride, head * job->pages->v_head_stride,
+                        q + (int64_t)q_head * pkv_padded(run->head_dim), state_of_head(job, state, q_head));
 }
 
 static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end, const float *q,
@@ -222,14 +239,18 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
   }
   if (!all) return;
   locate_tokens(job, block->seq, start, all, k, v);
-  pkv_run run = {.dtype = job->pages->dtype,
+  pkv_run run = {.k_dtype = job->pages->k_dtype,
+                 .v_dtype = job->pages->v_dtype,
                  .head_dim = job->pages->head_dim,
+                 .head_dim_v = job->pages->head_dim_v,
+                 .soft_cap = job->soft_cap,
                  .group = job->num_q_heads / job->pages->num_kv_heads};
   for (int32_t head = 0; head < job->pages->num_kv_heads; head++)
     for (int32_t row = 0; row < block->num_rows; row++)
       if (masks[row])
-        fold_run_into_row(job, &run, masks[row], k, v, head, q + row * job->q_floats,
-                          state_at(job, states, row));
+        fold_run_into_row(job, &run, masks[row], k, v,
+                          num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
+                          q + row * job->q_floats, state_at(job, states, row));
 }
 
 /* Fold the tokens of one span that anybody of the block sees, for each of its rows as far as it sees. */
@@ -253,25 +274,41 @@ static void merge_span(const job *job, const block *block, int32_t start, float 
     if (is_first_span(job, block->seq, q_row, start))
       memcpy(state.maximum, of_span.maximum, (size_t)job->state_floats * sizeof(float));
     else
-      job->kernel->merge(state, of_span, job->num_q_heads, job->pages->head_dim);
+      job->kernel->merge(state, of_span, job->num_q_heads, job->pages->head_dim_v);
   }
 }
 
 static void finish_rows(const job *job, const block *block, float *states) {
-  for (int32_t row = 0; row < block->num_rows; row++)
-    job->kernel->finish(job->out + (block->first_row + row) * job->q_floats, state_at(job, states, row),
-                        job->num_q_heads, job->pages->head_dim);
+  const pkv_rows *out = &job->attention->out;
+  for (int64_t row = 0; row < block->num_rows; row++)
+    for (int32_t head = 0; head < job->num_q_heads; head++) {
+      int64_t q_row = block->first_row + row;
+      double sum = job->kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride,
+                                       out->dtype, state_of_head(job, state_at(job, states, row), head),
+                                       job->sinks ? job->sinks + head : NULL, job->pages->head_dim_v);
+      if (job->attention->lse) job->attention->lse[q_row * job->num_q_heads + head] = (float)(sum * M_LN2);
+    }
 }
 
 static float *partial_states(const job *job, const block *block, int32_t span) {
   return job->partials + (block->first_partial + (int64_t)span * block->num_rows) * job->state_floats;
 }
 
+static void prepare_rows(const job *job, const block *block, float *prepared) {
+  const pkv_rows *q = &job->attention->q;
+  int32_t head_dim = job->pages->head_dim;
+  for (int64_t row = block->first_row; row < block->first_row + block->num_rows; row++)
+    for (int32_t head = 0; head < job->num_q_heads; head++, prepared += pkv_padded(head_dim))
+      job->kernel->prepare_q(prepared, q->data + row * q->token_stride + head * q->head_stride, q->dtype,
+                             job->scale, head_dim);
+}
+
 static void attend_block(const job *job, const block *block, int32_t worker) {
   scratch scratch = scratch_of(job, worker);
   span_list spans = spans_of(job, block->seq, block->first_row, block->num_rows);
-  job->kernel->prepare_q(scratch.q, job->q + block->first_row * job->q_floats, job->scale,
-                         block->num_rows * job->q_floats);
+  prepare_rows(job, block, scratch.q);
+  for (int32_t row = 0; spans.count == 0 && row < block->num_rows; row++)
+    clear(job, state_at(job, scratch.states, row));
   for (int32_t i = block->first_span; i < block->end_span; i++) {
     bool is_cut = block->first_partial >= 0;
     float *states = is_cut ? partial_states(job, block, i) : i == 0 ? scratch.states : scratch.span;
@@ -353,16 +390,29 @@ static work_size cut_work(const job *job, int32_t num_workers, int64_t share, bl
 
 static size_t aligned(size_t num_bytes) { return (num_bytes + 63) & ~(size_t)63; }
 
+static bool is_dim(int32_t dim) { return dim >= 8 && dim <= PKV_MAX_HEAD_DIM && dim % 8 == 0; }
+
 static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
-  return pages->head_dim >= 8 && pages->head_dim <= PKV_MAX_HEAD_DIM && pages->head_dim % 8 == 0 &&
-         pages->page_size >= 1 && pages->num_kv_heads >= 1 && num_q_heads >= 1 &&
-         num_q_heads % pages->num_kv_heads == 0;
+  return is_dim(pages->head_dim) && is_dim(pages->head_dim_v) && pages->page_size >= 1 &&
+         pages->num_kv_heads >= 1 && num_q_heads >= 1 && num_q_heads % pages->num_kv_heads == 0;
+}
+
+/* Slopes and sinks in units of log2, for as long as the call runs. */
+static void scale_options(job *job, float *memory) {
+  const float *slopes = job->attention->alibi_slopes, *sinks = job->attention->sinks;
+  job->slopes = slopes ? memory : NULL;
+  job->sinks = sinks ? memory + job->num_q_heads : NULL;
+  for (int32_t h = 0; h < job->num_q_heads; h++) {
+    if (slopes) job->slopes[h] = slopes[h] * LOG2_E;
+    if (sinks) job->sinks[h] = sinks[h] * LOG2_E;
+  }
 }
 
 /* Cut the work for up to num_workers, find memory for it, do it. */
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
   int64_t total = total_cost(job);
-  int64_t token_bytes = (int64_t)2 * 4 * job->pages->num_kv_heads * job->pages->head_dim;
+  int64_t token_bytes =
+      (int64_t)4 * job->pages->num_kv_heads * (job->pages->head_dim + job->pages->head_dim_v);
   if (total * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
   int64_t share = total / (num_workers * PIECES_PER_WORKER) + 1;
   work_size size = cut_work(job, num_workers, share, NULL);
@@ -372,9 +422,12 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
       aligned((size_t)job->rows_per_block * (size_t)(2 * job->state_floats + job->q_floats) * sizeof(float));
   size_t blocks_bytes = aligned((size_t)size.num_blocks * sizeof(block));
   size_t partial_bytes = aligned((size_t)(size.num_partials * job->state_floats) * sizeof(float));
-  size_t num_bytes = blocks_bytes + partial_bytes + (size_t)num_workers * job->worker_bytes;
+  size_t options_bytes = aligned(2 * (size_t)job->num_q_heads * sizeof(float));
+  size_t num_bytes = options_bytes + blocks_bytes + partial_bytes + (size_t)num_workers * job->worker_bytes;
   char *memory = threads ? pkv_threads_scratch(threads, num_bytes) : aligned_alloc(64, num_bytes);
   if (!memory) return PKV_OUT_OF_MEMORY;
+  scale_options(job, (float *)memory);
+  memory += options_bytes;
   job->blocks = (block *)memory;
   job->partials = (float *)(memory + blocks_bytes);
   job->worker_scratch = memory + blocks_bytes + partial_bytes;
@@ -386,29 +439,32 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   else
     attend_blocks(job, 0);
   merge_cut_blocks(job);
-  if (!threads) free(memory);
+  if (!threads) free(memory - options_bytes);
   return PKV_OK;
 }
 
 pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
-                      const int64_t *slots, const float *k, const float *v, int32_t num_q_heads,
-                      float sm_scale, const float *q, float *out) {
+                      const pkv_attention *attention) {
   const pkv_kernel *kernel = pkv_active_kernel();
-  if (!kernel || !is_valid(pages, num_q_heads)) return PKV_BAD_ARGUMENT;
-  if (slots) {
-    pkv_status status = pkv_append(pages, batch->qo_indptr[batch->num_seqs], slots, k, v);
+  int32_t num_q_heads = attention->num_q_heads;
+  if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
+  if (attention->slots) {
+    int64_t num_tokens = batch->qo_indptr[batch->num_seqs];
+    pkv_status status = pkv_append(pages, num_tokens, attention->slots, &attention->k, &attention->v);
     if (status != PKV_OK) return status;
   }
-  job job = {.kernel = kernel, .pages = pages, .batch = batch, .q = q, .out = out};
-  job.scale = sm_scale * 0x1.715476p+0f; /* log2(e): the kernels' exponentials are powers of 2 */
+  job job = {.kernel = kernel, .pages = pages, .batch = batch, .attention = attention};
+  job.scale = attention->sm_scale * LOG2_E;
+  job.soft_cap = attention->logits_soft_cap * LOG2_E;
   job.num_q_heads = num_q_heads;
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
   job.span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
-  job.q_floats = (int64_t)num_q_heads * pages->head_dim;
+  job.q_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim);
+  job.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
   /* Maxima and sums, padded so that accumulators are aligned. */
-  job.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + job.q_floats;
-  int64_t rows = ROW_BYTES_PER_BLOCK / (job.q_floats * (int64_t)sizeof(float));
+  job.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + job.value_floats;
+  int64_t rows = ROW_BYTES_PER_BLOCK / (job.value_floats * (int64_t)sizeof(float));
   job.rows_per_block = rows < 1 ? 1 : rows > MAX_ROWS_PER_BLOCK ? MAX_ROWS_PER_BLOCK : (int32_t)rows;
 
   int32_t num_workers = pkv_threads_claim(threads);

@@ -23,8 +23,29 @@ static pkv_pages plain_pages(void) {
     }
   for (int i = 0; i < PAGES; i++) page_ids[i] = i;
   int64_t head = HEAD_DIM * 4, token = HEADS * head, page = PAGE_SIZE * token;
-  return (pkv_pages){(char *)k_rows, (char *)v_rows, page,        head,      token, page,
-                     head,           token,          PKV_FLOAT32, PAGE_SIZE, HEADS, HEAD_DIM};
+  return (pkv_pages){.k = (char *)k_rows,
+                     .v = (char *)v_rows,
+                     .k_page_stride = page,
+                     .k_head_stride = head,
+                     .k_token_stride = token,
+                     .v_page_stride = page,
+                     .v_head_stride = head,
+                     .v_token_stride = token,
+                     .page_size = PAGE_SIZE,
+                     .num_kv_heads = HEADS,
+                     .head_dim = HEAD_DIM,
+                     .head_dim_v = HEAD_DIM};
+}
+
+static pkv_rows dense(float *rows, int num_heads) {
+  return (pkv_rows){(char *)rows, num_heads * HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+}
+
+static pkv_attention attention_of(int num_q_heads, float sm_scale) {
+  return (pkv_attention){.num_q_heads = num_q_heads,
+                         .sm_scale = sm_scale,
+                         .q = dense(q, num_q_heads),
+                         .out = dense(out, num_q_heads)};
 }
 
 static void a_row_sees_the_tokens_up_to_its_own(const pkv_pages *pages, pkv_threads *threads) {
@@ -39,7 +60,15 @@ static void a_row_sees_the_tokens_up_to_its_own(const pkv_pages *pages, pkv_thre
                      .seq_lens = seq_lens};
   for (size_t i = 0; i < sizeof q / sizeof *q; i++) q[i] = (float)(i % 7) - 3;
   memset(out, 0xff, sizeof out);
-  assert(pkv_attend(threads, pages, &batch, NULL, NULL, NULL, HEADS * GROUP, 0.5f, q, out) == PKV_OK);
+  pkv_attention attention = attention_of(HEADS * GROUP, 0.5f);
+  float lse[3 * HEADS * GROUP];
+  attention.lse = lse;
+  assert(pkv_attend(threads, pages, &batch, &attention) == PKV_OK);
+  for (int h = 0; h < HEADS * GROUP; h++) {
+    float score = 0;
+    for (int i = 0; i < HEAD_DIM; i++) score += 0.5f * q[h * HEAD_DIM + i];
+    assert(fabsf(lse[h] - (score + logf(TOKENS - 1))) < 1e-3f);
+  }
   const float means[] = {(TOKENS - 2) / 2.0f, (TOKENS - 1) / 2.0f, 7 * PAGE_SIZE};
   for (int row = 0; row < 3; row++)
     for (int i = 0; i < HEADS * GROUP * HEAD_DIM; i++)
@@ -56,19 +85,44 @@ static void new_rows_are_written_first(const pkv_pages *pages, pkv_threads *thre
                      .kv_indptr = kv_indptr,
                      .kv_indices = indices,
                      .seq_lens = seq_lens};
-  assert(pkv_attend(threads, pages, &batch, slots, k, v, HEADS * GROUP, 1, q, out) == PKV_OK);
+  pkv_attention attention = attention_of(HEADS * GROUP, 1);
+  attention.slots = slots;
+  attention.k = dense(k, HEADS);
+  attention.v = dense(v, HEADS);
+  assert(pkv_attend(threads, pages, &batch, &attention) == PKV_OK);
   for (int h = 0; h < HEADS * GROUP; h++) assert(out[h * HEAD_DIM + 1] == v[h / GROUP * HEAD_DIM + 1]);
+}
+
+static void rows_without_tokens_give_zeros(const pkv_pages *pages) {
+  int32_t qo_indptr[] = {0, 1}, kv_indptr[] = {0, 0}, seq_lens[] = {0};
+  pkv_batch batch = {
+      .num_seqs = 1, .qo_indptr = qo_indptr, .kv_indptr = kv_indptr, .seq_lens = seq_lens, .sees_all = 1};
+  pkv_attention attention = attention_of(HEADS, 1);
+  float lse[HEADS] = {0, 0};
+  attention.lse = lse;
+  memset(out, 0xff, sizeof out);
+  assert(pkv_attend(NULL, pages, &batch, &attention) == PKV_OK);
+  for (int i = 0; i < HEADS * HEAD_DIM; i++) assert(out[i] == 0);
+  assert(isinf(lse[0]) && lse[0] < 0);
+}
+
+static pkv_status status_of(const pkv_pages *pages, const pkv_batch *batch, int num_q_heads) {
+  pkv_attention attention = attention_of(num_q_heads, 1);
+  return pkv_attend(NULL, pages, batch, &attention);
 }
 
 static void shapes_that_cannot_be_are_refused(pkv_pages pages) {
   int32_t zero[] = {0};
   pkv_batch batch = {.num_seqs = 0, .qo_indptr = zero, .kv_indptr = zero};
-  assert(pkv_attend(NULL, &pages, &batch, NULL, NULL, NULL, HEADS, 1, q, out) == PKV_OK);
-  assert(pkv_attend(NULL, &pages, &batch, NULL, NULL, NULL, HEADS + 1, 1, q, out) == PKV_BAD_ARGUMENT);
+  assert(status_of(&pages, &batch, HEADS) == PKV_OK);
+  assert(status_of(&pages, &batch, HEADS + 1) == PKV_BAD_ARGUMENT);
+  batch.sees_all = batch.window = 1;
+  assert(status_of(&pages, &batch, HEADS) == PKV_BAD_ARGUMENT);
   pages.head_dim = 12;
-  assert(pkv_attend(NULL, &pages, &batch, NULL, NULL, NULL, HEADS, 1, q, out) == PKV_BAD_ARGUMENT);
-  pages.head_dim = 264;
-  assert(pkv_attend(NULL, &pages, &batch, NULL, NULL, NULL, HEADS, 1, q, out) == PKV_BAD_ARGUMENT);
+  assert(status_of(&pages, &batch, HEADS) == PKV_BAD_ARGUMENT);
+  pages.head_dim = HEAD_DIM;
+  pages.head_dim_v = 264;
+  assert(status_of(&pages, &batch, HEADS) == PKV_BAD_ARGUMENT);
   pkv_threads *threads = NULL;
   assert(pkv_threads_create(0, &threads) == PKV_BAD_ARGUMENT);
 }
@@ -90,6 +144,7 @@ int main(void) {
     }
   }
   new_rows_are_written_first(&pages, NULL);
+  rows_without_tokens_give_zeros(&pages);
   shapes_that_cannot_be_are_refused(pages);
   return 0;
 }

@@ -67,21 +67,23 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   assert(open_step(pool, 2, keys, counts) == PKV_OK);
   assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
   assert(seq_lens[2] == 17 && seq_lens[0] == 3);
-  pkv_pages pages = {pkv_pool_data(pool),
-                     pkv_pool_data(pool) + BLOCK / 2,
-                     BLOCK,
-                     BLOCK,
-                     HEAD_DIM * 4,
-                     BLOCK,
-                     BLOCK,
-                     HEAD_DIM * 4,
-                     PKV_FLOAT32,
-                     PAGE_SIZE,
-                     1,
-                     HEAD_DIM};
+  pkv_pages pages = {.k = pkv_pool_data(pool),
+                     .v = pkv_pool_data(pool) + BLOCK / 2,
+                     .k_page_stride = BLOCK,
+                     .k_head_stride = BLOCK,
+                     .k_token_stride = HEAD_DIM * 4,
+                     .v_page_stride = BLOCK,
+                     .v_head_stride = BLOCK,
+                     .v_token_stride = HEAD_DIM * 4,
+                     .page_size = PAGE_SIZE,
+                     .num_kv_heads = 1,
+                     .head_dim = HEAD_DIM,
+                     .head_dim_v = HEAD_DIM};
   float k[20 * HEAD_DIM], v[20 * HEAD_DIM], k_back[20 * HEAD_DIM], v_back[20 * HEAD_DIM];
   for (int i = 0; i < 20 * HEAD_DIM; i++) k[i] = (float)i, v[i] = (float)-i;
-  assert(pkv_append(&pages, 20, plan->slot_mapping, k, v) == PKV_OK);
+  pkv_rows k_rows = {(char *)k, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+  pkv_rows v_rows = {(char *)v, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+  assert(pkv_append(&pages, 20, plan->slot_mapping, &k_rows, &v_rows) == PKV_OK);
   assert(pkv_gather(&pages, 20, plan->slot_mapping, k_back, v_back) == PKV_OK);
   assert(memcmp(k, k_back, sizeof k) == 0 && memcmp(v, v_back, sizeof v) == 0);
 }

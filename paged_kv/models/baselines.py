@@ -1,10 +1,11 @@
 """What one does without a paged cache: grow arrays by concatenation, or keep nothing and compute all again.
 
 Both stand in for a cache's steps, so that the same model and the same serving loop run over them, and both
-call the same attention kernel over their plain arrays, described as pages of the cache's page size.  So all
-of them give the same bits, and a comparison is of where keys and values are kept and of nothing else.
+call the same attention kernel over their plain arrays, described as pages of one token.  Runs and spans are
+then those of pages of 16, 32, 64 and 128 tokens: so all of them give the same bits, and a comparison is of
+where keys and values are kept and of nothing else.
 
-Imports _binding.  Imported by demo.
+Imports foreign.  Imported by demo.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,25 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._binding import attend_arrays, new_threads
 from ..block_table import counts_of
+from ..foreign import paged_attention
 from .ternary import FloatArray
+
+
+def attend_rows(q: FloatArray, k: FloatArray, v: FloatArray, num_threads: int, out: FloatArray) -> None:
+    """Attention of one sequence's newest tokens over all of them, [seq_len, num_kv_heads, head_dim]."""
+    seq_len = len(k)
+    paged_attention(
+        q,
+        k[:, None],
+        v[:, None],
+        qo_indptr=np.array([0, len(q)]),
+        kv_indptr=np.array([0, seq_len]),
+        kv_indices=np.arange(seq_len),
+        kv_last_page_len=np.ones(1, np.int64),
+        out=out,
+        num_threads=num_threads,
+    )
 
 
 class ConcatenatedSequence:
@@ -47,12 +64,9 @@ class ConcatenatedCache:
     counted in.
     """
 
-    def __init__(
-        self, num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, num_threads: int
-    ) -> None:
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, num_threads: int) -> None:
         self.shape = (num_layers, num_kv_heads, head_dim)
-        self.page_size = page_size
-        self.threads = new_threads(num_threads)
+        self.num_threads = num_threads
         self.peak_bytes = self.copy_bytes = 0
         self.sequences: list[ConcatenatedSequence] = []
 
@@ -103,7 +117,7 @@ class ConcatenatedStep(RaggedStep):
             rows = self.rows(i)
             seq.k[layer] = np.concatenate([seq.k[layer], k[rows]])
             seq.v[layer] = np.concatenate([seq.v[layer], v[rows]])
-            attend_arrays(cache.threads, q[rows], seq.k[layer], seq.v[layer], cache.page_size, out[rows])
+            attend_rows(q[rows], seq.k[layer], seq.v[layer], cache.num_threads, out[rows])
         if layer + 1 == cache.shape[0]:
             # Old and new array of the longest sequence live at once while it is copied.
             cache.copy_bytes = max((seq.k[layer].nbytes for seq in self.seqs), default=0)
@@ -114,14 +128,13 @@ class ConcatenatedStep(RaggedStep):
 class RecomputeStep(RaggedStep):
     """Whole sequences, every time: keys and values are used where they were computed, and forgotten."""
 
-    def __init__(self, lengths: Sequence[int], page_size: int, num_threads: int) -> None:
+    def __init__(self, lengths: Sequence[int], num_threads: int) -> None:
         super().__init__(np.zeros(len(lengths)), np.asarray(lengths, np.int64))
-        self.page_size = page_size
-        self.threads = new_threads(num_threads)
+        self.num_threads = num_threads
 
     def attend(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /) -> FloatArray:
         out = np.empty_like(q)
         for i in range(len(self.qo_indptr) - 1):
             rows = self.rows(i)
-            attend_arrays(self.threads, q[rows], k[rows], v[rows], self.page_size, out[rows])
+            attend_rows(q[rows], k[rows], v[rows], self.num_threads, out[rows])
         return out

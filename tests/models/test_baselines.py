@@ -8,7 +8,7 @@ def test_all_three_ways_give_the_same_bits(kernel, rng):
     """Cache, concatenation and recomputation, over the same tokens in steps of several sequences."""
     q, k, v = rows(rng, 600, 4, 32), rows(rng, 600, 2, 32), rows(rng, 600, 2, 32)
     cache = make_cache(num_layers=1, page_size=64, num_pages=40)
-    other = ConcatenatedCache(1, 2, 32, page_size=64, num_threads=2)
+    other = ConcatenatedCache(1, 2, 32, num_threads=2)
     pairs = [(cache.sequence(), other.sequence()) for _ in range(2)]
     fed = [0, 0]
     for counts in ([130, 3], [1, 1], [60, 100], [1, 1], [1, 103]):
@@ -21,13 +21,13 @@ def test_all_three_ways_give_the_same_bits(kernel, rng):
             np.testing.assert_array_equal(ragged.attend(0, q[take], k[take], v[take]), paged)
         fed = [fed[i] + counts[i] for i in range(2)]
     whole = np.r_[0 : fed[0], 300 : 300 + fed[1]]
-    again = RecomputeStep(fed, page_size=64, num_threads=1).attend(0, q[whole], k[whole], v[whole])
+    again = RecomputeStep(fed, num_threads=1).attend(0, q[whole], k[whole], v[whole])
     ends = np.cumsum(fed) - 1
     np.testing.assert_array_equal(again[ends], paged[[0, -1]])
 
 
 def test_concatenation_counts_its_bytes_and_the_copy_under_way(rng):
-    cache = ConcatenatedCache(3, 2, 32, page_size=16, num_threads=1)
+    cache = ConcatenatedCache(3, 2, 32, num_threads=1)
     seq, _ = cache.sequence(), cache.sequence()
     token_bytes = 2 * 32 * 4
     k = rows(rng, 10, 2, 32)

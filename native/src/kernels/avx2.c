@@ -1,5 +1,7 @@
 /* The verbs in AVX2 with FMA and F16C. */
 #include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "../../include/paged_kv.h"

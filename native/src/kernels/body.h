@@ -7,8 +7,12 @@
  *   softmax   m' = max(m, s), p = 2^(s - m') online: what was summed before is scaled by 2^(m - m')
  *   values    a = a * 2^(m - m') + p v       one chain of multiply-adds over ascending tokens
  *
- * so how many heads and tokens a tile takes at once changes no bit.  Everything is static: a copy of a
- * function that is compiled for a newer machine must not be the one that the linker keeps for all.
+ * so how many heads and tokens a tile takes at once changes no bit.  Between scores and softmax, scores are
+ * capped and biased where a call asks for that.  Everything is static: a copy of a function that is compiled
+ * for a newer machine must not be the one that the linker keeps for all.
+ *
+ * Dims come in eights.  Where a vector is wider, the last one of a row may be half full (PART), with zeros
+ * behind: q and accumulated values have room for it.
  *
  * Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, algorithm 3.
  */
@@ -17,6 +21,7 @@
 enum {
   TILE_HEADS = 4,  /* q heads at once: with two tokens, eight sums, enough to hide a multiply-add's latency */
   TILE_VALUES = 8, /* vectors of accumulated values at once */
+  PART = WIDTH > 8 ? 8 : WIDTH, /* values in the last vector of a row of 8, 24, 40, ... */
 };
 
 ALWAYS_INLINE vec vec_load(const float *from) {
@@ -31,11 +36,18 @@ ALWAYS_INLINE vec vec_select(ivec mask, vec yes, vec no) {
   return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
-/* WIDTH stored values from element i of a row on. */
-ALWAYS_INLINE vec vec_load_stored(const char *row, int32_t i, int32_t dtype) {
-  if (dtype == PKV_FLOAT32) return vec_load((const float *)row + i);
-  halves x;
-  memcpy(&x, row + 2 * i, sizeof x);
+/* The first `count` of WIDTH values, zeros behind. */
+ALWAYS_INLINE vec vec_load_some(const float *from, int count) {
+  vec x = {};
+  memcpy(&x, from, (size_t)count * sizeof *from);
+  return x;
+}
+
+/* `count` stored values (WIDTH or PART) from element i of a row on, zeros behind. */
+ALWAYS_INLINE vec vec_load_stored(const char *row, int32_t i, int count, int32_t dtype) {
+  if (dtype == PKV_FLOAT32) return vec_load_some((const float *)row + i, count);
+  halves x = {};
+  memcpy(&x, row + 2 * i, (size_t)count * 2);
   return dtype == PKV_BFLOAT16 ? vec_from_bfloat16(x) : vec_from_float16(x);
 }
 
@@ -58,20 +70,44 @@ ALWAYS_INLINE vec vec_exp2(vec x) {
 
 static float exp2_of(float x) { return vec_exp2((vec){} + x)[0]; }
 
+/* tanh, times `factor`, of x / factor: x bent so that it stays within +-factor.
+ * Below 0.625 an odd polynomial (interpolated at Chebyshev's points, relative error 6e-10) is added to x
+ * itself, so that nothing is lost where the factor is large; above, (1 - t) / (1 + t) with t = e^(-2 |y|). */
+ALWAYS_INLINE vec vec_soft_cap(vec x, float factor) {
+  vec y = x / factor, z = y * y;
+  ivec sign = (ivec)y & ~0x7fffffff;
+  vec magnitude = (vec)((ivec)y & 0x7fffffff);
+  vec p = vec_fma(z, (vec){} + 0x1.2c83c0p-9f, (vec){} - 0x1.116a16p-7f);
+  p = vec_fma(p, z, (vec){} + 0x1.64a976p-6f);
+  p = vec_fma(p, z, (vec){} - 0x1.ba08c4p-5f);
+  p = vec_fma(p, z, (vec){} + 0x1.1110eap-3f);
+  p = vec_fma(p, z, (vec){} - 0x1.555556p-2f);
+  vec small = vec_fma(x, p * z, x);
+  vec t = vec_exp2(magnitude * -0x1.715476p+1f);
+  vec large = (1.0f - t) / (1.0f + t) * factor;
+  return vec_select((ivec)(magnitude < 0.625f), small, (vec)((ivec)large | sign));
+}
+
 /* ---- scores */
 
 /* Scores of num_heads q heads and num_tokens tokens from `first` on. */
 ALWAYS_INLINE void score_tile(const pkv_run *run, int64_t k_offset, int32_t dtype, const float *q,
                               int num_heads, int first, int num_tokens, float scores[][PKV_RUN_TOKENS]) {
-  int32_t head_dim = run->head_dim;
+  int32_t head_dim = run->head_dim, padded = pkv_padded(head_dim), d = 0;
   vec sums[8] = {};
   const char *k[8];
   for (int t = 0; t < num_tokens; t++) k[t] = run->k[first + t] + k_offset;
-  for (int32_t d = 0; d < head_dim; d += WIDTH)
+  for (; d + WIDTH <= head_dim; d += WIDTH)
     for (int t = 0; t < num_tokens; t++) {
-      vec key = vec_load_stored(k[t], d, dtype);
+      vec key = vec_load_stored(k[t], d, WIDTH, dtype);
       for (int h = 0; h < num_heads; h++)
-        sums[h * num_tokens + t] = vec_fma(vec_load(q + h * head_dim + d), key, sums[h * num_tokens + t]);
+        sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
+    }
+  if (PART < WIDTH && d < head_dim)
+    for (int t = 0; t < num_tokens; t++) {
+      vec key = vec_load_stored(k[t], d, PART, dtype);
+      for (int h = 0; h < num_heads; h++)
+        sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
     }
   for (int h = 0; h < num_heads; h++)
     for (int t = 0; t < num_tokens; t++) scores[h][first + t] = vec_sum(sums[h * num_tokens + t]);
@@ -85,6 +121,26 @@ ALWAYS_INLINE void score_heads(const pkv_run *run, int64_t k_offset, int32_t dty
   for (; t + step <= run->num_tokens; t += step)
     score_tile(run, k_offset, dtype, q, num_heads, t, step, scores);
   for (; t < run->num_tokens; t++) score_tile(run, k_offset, dtype, q, num_heads, t, 1, scores);
+}
+
+ALWAYS_INLINE void score_stored(const pkv_run *run, int64_t k_offset, const float *q, int num_heads,
+                                float scores[][PKV_RUN_TOKENS]) {
+  switch (run->k_dtype) {
+    case PKV_FLOAT32: score_heads(run, k_offset, PKV_FLOAT32, q, num_heads, scores); break;
+    case PKV_FLOAT16: score_heads(run, k_offset, PKV_FLOAT16, q, num_heads, scores); break;
+    case PKV_BFLOAT16: score_heads(run, k_offset, PKV_BFLOAT16, q, num_heads, scores); break;
+  }
+}
+
+/* What a call asks of scores beyond their scale: bend them, and let them fall with distance. */
+static void adjust(const pkv_run *run, const float *slopes, int num_heads, float scores[][PKV_RUN_TOKENS]) {
+  for (int h = 0; h < num_heads; h++)
+    for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
+      vec s = vec_load(scores[h] + t);
+      if (run->soft_cap > 0) s = vec_soft_cap(s, run->soft_cap);
+      if (slopes) s = vec_fma((vec){} + slopes[h], vec_load(run->distances + t), s);
+      vec_store(scores[h] + t, s);
+    }
 }
 
 /* ---- softmax */
@@ -112,25 +168,26 @@ static float weigh(const pkv_run *run, float *scores, float *maximum, float *sum
 
 /* ---- values */
 
-/* Accumulate num_vectors vectors of dims from d on, for num_heads q heads. */
+/* Accumulate num_vectors vectors of dims from d on, for num_heads q heads; `count` values are in each. */
 ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtype,
                               float weights[][PKV_RUN_TOKENS], const float *shrink, int num_heads, int32_t d,
-                              int num_vectors, float *accumulated) {
+                              int num_vectors, int count, float *accumulated) {
+  int32_t padded = pkv_padded(run->head_dim_v);
   vec sums[TILE_VALUES];
   for (int h = 0; h < num_heads; h++)
     for (int i = 0; i < num_vectors; i++)
-      sums[h * num_vectors + i] = vec_load(accumulated + h * run->head_dim + d + i * WIDTH) * shrink[h];
+      sums[h * num_vectors + i] = vec_load(accumulated + h * padded + d + i * WIDTH) * shrink[h];
   for (int32_t t = 0; t < run->num_tokens; t++) {
     const char *row = run->v[t] + v_offset;
     for (int i = 0; i < num_vectors; i++) {
-      vec value = vec_load_stored(row, d + i * WIDTH, dtype);
+      vec value = vec_load_stored(row, d + i * WIDTH, count, dtype);
       for (int h = 0; h < num_heads; h++)
         sums[h * num_vectors + i] = vec_fma((vec){} + weights[h][t], value, sums[h * num_vectors + i]);
     }
   }
   for (int h = 0; h < num_heads; h++)
     for (int i = 0; i < num_vectors; i++)
-      vec_store(accumulated + h * run->head_dim + d + i * WIDTH, sums[h * num_vectors + i]);
+      vec_store(accumulated + h * padded + d + i * WIDTH, sums[h * num_vectors + i]);
 }
 
 ALWAYS_INLINE void accumulate_heads(const pkv_run *run, int64_t v_offset, int32_t dtype,
@@ -138,70 +195,85 @@ ALWAYS_INLINE void accumulate_heads(const pkv_run *run, int64_t v_offset, int32_
                                     float *accumulated) {
   const int step = num_heads == 1 ? 4 : 2;
   int32_t d = 0;
-  for (; d + step * WIDTH <= run->head_dim; d += step * WIDTH)
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, accumulated);
-  for (; d < run->head_dim; d += WIDTH)
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, accumulated);
+  for (; d + step * WIDTH <= run->head_dim_v; d += step * WIDTH)
+    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, WIDTH, accumulated);
+  for (; d + WIDTH <= run->head_dim_v; d += WIDTH)
+    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, WIDTH, accumulated);
+  if (PART < WIDTH && d < run->head_dim_v)
+    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, PART, accumulated);
+}
+
+ALWAYS_INLINE void accumulate_stored(const pkv_run *run, int64_t v_offset, float weights[][PKV_RUN_TOKENS],
+                                     const float *shrink, int num_heads, float *accumulated) {
+  switch (run->v_dtype) {
+    case PKV_FLOAT32:
+      accumulate_heads(run, v_offset, PKV_FLOAT32, weights, shrink, num_heads, accumulated);
+      break;
+    case PKV_FLOAT16:
+      accumulate_heads(run, v_offset, PKV_FLOAT16, weights, shrink, num_heads, accumulated);
+      break;
+    case PKV_BFLOAT16:
+      accumulate_heads(run, v_offset, PKV_BFLOAT16, weights, shrink, num_heads, accumulated);
+      break;
+  }
 }
 
 /* ---- the four steps */
 
-ALWAYS_INLINE void fold_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, int32_t dtype,
-                              const float *q, int num_heads, pkv_state state) {
-  float scores[TILE_HEADS][PKV_RUN_TOKENS], shrink[TILE_HEADS];
-  score_heads(run, k_offset, dtype, q, num_heads, scores);
-  for (int h = 0; h < num_heads; h++) shrink[h] = weigh(run, scores[h], &state.maximum[h], &state.sum[h]);
-  accumulate_heads(run, v_offset, dtype, scores, shrink, num_heads, state.accumulated);
+static void prepare_q(float *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim) {
+  int32_t d = 0;
+  for (; d + WIDTH <= head_dim; d += WIDTH)
+    vec_store(prepared + d, vec_load_stored(q, d, WIDTH, dtype) * scale);
+  if (PART < WIDTH && d < head_dim) vec_store(prepared + d, vec_load_stored(q, d, PART, dtype) * scale);
 }
 
-ALWAYS_INLINE void fold_group(const pkv_run *run, int64_t k_offset, int64_t v_offset, int32_t dtype,
-                              const float *q, pkv_state state) {
-  int32_t h = 0;
-  while (h < run->group) {
-    const float *q_heads = q + h * run->head_dim;
-    pkv_state heads = {state.maximum + h, state.sum + h, state.accumulated + h * run->head_dim};
-    int32_t left = run->group - h;
-    if (left >= 4)
-      fold_heads(run, k_offset, v_offset, dtype, q_heads, 4, heads), h += 4;
-    else if (left >= 2)
-      fold_heads(run, k_offset, v_offset, dtype, q_heads, 2, heads), h += 2;
-    else
-      fold_heads(run, k_offset, v_offset, dtype, q_heads, 1, heads), h += 1;
-  }
+ALWAYS_INLINE void fold_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
+                              const float *slopes, int num_heads, pkv_state state) {
+  float scores[TILE_HEADS][PKV_RUN_TOKENS], shrink[TILE_HEADS];
+  score_stored(run, k_offset, q, num_heads, scores);
+  if (run->soft_cap > 0 || slopes) adjust(run, slopes, num_heads, scores);
+  for (int h = 0; h < num_heads; h++) shrink[h] = weigh(run, scores[h], &state.maximum[h], &state.sum[h]);
+  accumulate_stored(run, v_offset, scores, shrink, num_heads, state.accumulated);
 }
 
 static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
                      pkv_state state) {
-  switch (run->dtype) {
-    case PKV_FLOAT32: fold_group(run, k_offset, v_offset, PKV_FLOAT32, q, state); break;
-    case PKV_FLOAT16: fold_group(run, k_offset, v_offset, PKV_FLOAT16, q, state); break;
-    case PKV_BFLOAT16: fold_group(run, k_offset, v_offset, PKV_BFLOAT16, q, state); break;
+  int32_t h = 0;
+  while (h < run->group) {
+    const float *q_heads = q + h * pkv_padded(run->head_dim);
+    const float *slopes = run->alibi_slopes ? run->alibi_slopes + h : NULL;
+    pkv_state heads = {state.maximum + h, state.sum + h, state.accumulated + h * pkv_padded(run->head_dim_v)};
+    int32_t left = run->group - h;
+    if (left >= 4)
+      fold_heads(run, k_offset, v_offset, q_heads, slopes, 4, heads), h += 4;
+    else if (left >= 2)
+      fold_heads(run, k_offset, v_offset, q_heads, slopes, 2, heads), h += 2;
+    else
+      fold_heads(run, k_offset, v_offset, q_heads, slopes, 1, heads), h += 1;
   }
 }
 
-static void merge(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim) {
+/* By how much each of two sums shrinks when they are brought to their common maximum. */
+typedef struct {
+  float maximum, ours, theirs;
+} common;
+
+static common in_common(float a, float b) {
+  float largest = a > b ? a : b;
+  float subtracted = largest == -__builtin_inff() ? 0.0f : largest;
+  return (common){largest, exp2_of(a - subtracted), exp2_of(b - subtracted)};
+}
+
+static void merge(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v) {
   for (int32_t h = 0; h < num_heads; h++) {
-    float a = state.maximum[h], b = later.maximum[h];
-    float largest = a > b ? a : b;
-    float subtracted = largest == -__builtin_inff() ? 0.0f : largest;
-    float shrink = exp2_of(a - subtracted), weight = exp2_of(b - subtracted);
-    state.maximum[h] = largest;
-    state.sum[h] = state.sum[h] * shrink + later.sum[h] * weight;
-    float *ours = state.accumulated + h * head_dim;
-    const float *theirs = later.accumulated + h * head_dim;
-    for (int32_t d = 0; d < head_dim; d += WIDTH)
-      vec_store(ours + d, vec_load(ours + d) * shrink + vec_load(theirs + d) * weight);
+    common scale = in_common(state.maximum[h], later.maximum[h]);
+    state.maximum[h] = scale.maximum;
+    state.sum[h] = state.sum[h] * scale.ours + later.sum[h] * scale.theirs;
+    float *ours = state.accumulated + h * pkv_padded(head_dim_v);
+    const float *theirs = later.accumulated + h * pkv_padded(head_dim_v);
+    for (int32_t d = 0; d < head_dim_v; d += WIDTH)
+      vec_store(ours + d, vec_load(ours + d) * scale.ours + vec_load(theirs + d) * scale.theirs);
   }
-}
-
-static void finish(float *out, pkv_state state, int32_t num_heads, int32_t head_dim) {
-  for (int32_t h = 0; h < num_heads; h++)
-    for (int32_t d = 0; d < head_dim; d += WIDTH)
-      vec_store(out + h * head_dim + d, vec_load(state.accumulated + h * head_dim + d) / state.sum[h]);
-}
-
-static void prepare_q(float *prepared, const float *q, float scale, int64_t count) {
-  for (int64_t i = 0; i < count; i += WIDTH) vec_store(prepared + i, vec_load(q + i) * scale);
 }
 
 /* ---- conversions */
@@ -223,13 +295,17 @@ ALWAYS_INLINE halves vec_to_bfloat16(vec x) {
   return vec_low_halves((result >> 16) & 0xffff);
 }
 
+ALWAYS_INLINE void narrow_some(char *stored, const float *values, int count, int32_t dtype) {
+  vec x = vec_load_some(values, count);
+  halves h = dtype == PKV_BFLOAT16 ? vec_to_bfloat16(saturate(x, 0x1.fep127f))
+                                   : vec_to_float16(saturate(x, 65504.0f));
+  memcpy(stored, &h, (size_t)count * 2);
+}
+
 ALWAYS_INLINE void narrow_as(char *stored, const float *values, int64_t count, int32_t dtype) {
-  for (int64_t i = 0; i < count; i += WIDTH) {
-    vec x = vec_load(values + i);
-    halves h = dtype == PKV_BFLOAT16 ? vec_to_bfloat16(saturate(x, 0x1.fep127f))
-                                     : vec_to_float16(saturate(x, 65504.0f));
-    memcpy(stored + 2 * i, &h, sizeof h);
-  }
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) narrow_some(stored + 2 * i, values + i, WIDTH, dtype);
+  if (PART < WIDTH && i < count) narrow_some(stored + 2 * i, values + i, PART, dtype);
 }
 
 static void narrow(char *stored, const float *values, int64_t count, int32_t dtype) {
@@ -241,8 +317,31 @@ static void narrow(char *stored, const float *values, int64_t count, int32_t dty
 }
 
 static void widen(float *values, const char *stored, int64_t count, int32_t dtype) {
-  for (int64_t i = 0; i < count; i += WIDTH)
-    vec_store(values + i, vec_load_stored(stored, (int32_t)i, dtype));
+  int32_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) vec_store(values + i, vec_load_stored(stored, i, WIDTH, dtype));
+  if (PART < WIDTH && i < count) {
+    vec x = vec_load_stored(stored, i, PART, dtype);
+    memcpy(values + i, &x, PART * sizeof *values);
+  }
+}
+
+/* ---- the result */
+
+static double finish(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v) {
+  float values[PKV_MAX_HEAD_DIM], sum = *state.sum, maximum = *state.maximum, shrink = 1.0f;
+  if (sink) {
+    common scale = in_common(maximum, *sink);
+    shrink = scale.ours;
+    sum = sum * scale.ours + scale.theirs;
+    maximum = scale.maximum;
+  }
+  if (sum == 0.0f) /* nothing was seen, or only scores of -inf */
+    memset(values, 0, sizeof values);
+  else
+    for (int32_t d = 0; d < head_dim_v; d += WIDTH)
+      vec_store(values + d, vec_load(state.accumulated + d) * shrink / sum);
+  narrow(out, values, head_dim_v, dtype);
+  return sum == 0.0f ? -__builtin_inf() : maximum + log2((double)sum);
 }
 
 const pkv_kernel KERNEL = {KERNEL_NAME, prepare_q, fold_run, merge, finish, narrow, widen};

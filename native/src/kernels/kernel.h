@@ -3,7 +3,9 @@
  * A kernel knows neither pages nor sequences.  It gets a run, up to PKV_RUN_TOKENS token addresses that its q
  * row sees, and folds it into the row's state: per q head the maximum of its scores, the sum of their
  * exponentials and the accumulated values.  Scores are in units of log2, so that exponentials are powers
- * of 2.
+ * of 2; so are soft_cap, alibi_slopes and sinks.
+ *
+ * Prepared q and accumulated values take whole vectors of the widest kernel for each head: pkv_padded(dim).
  */
 #ifndef PKV_KERNEL_H
 #define PKV_KERNEL_H
@@ -11,32 +13,40 @@
 
 enum { PKV_RUN_TOKENS = 64, PKV_SPAN_TOKENS = 256, PKV_MAX_HEAD_DIM = 256 };
 
+static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
+
 typedef struct {
   int32_t num_tokens;
-  int32_t dtype;        /* pkv_dtype of k and v */
-  int32_t head_dim;     /* a multiple of 8, at most PKV_MAX_HEAD_DIM */
+  int32_t k_dtype; /* pkv_dtype */
+  int32_t v_dtype;
+  int32_t head_dim;     /* of keys, a multiple of 8, at most PKV_MAX_HEAD_DIM */
+  int32_t head_dim_v;   /* of values */
   int32_t group;        /* q heads that share a kv head */
   const char *const *k; /* [num_tokens]: the token's row, kv head 0 */
   const char *const *v;
+  float soft_cap;            /* 0: none */
+  const float *alibi_slopes; /* [group], NULL: none */
+  const float *distances;    /* [num_tokens]: position minus the q row's; counts with slopes */
 } pkv_run;
 
 /* The state of some q heads of one row: softmax seen so far. */
 typedef struct {
   float *maximum;     /* [heads], -inf before the first run */
   float *sum;         /* [heads], of 2^(score - maximum) */
-  float *accumulated; /* [heads, head_dim], of 2^(score - maximum) * v */
+  float *accumulated; /* [heads, padded head_dim_v], of 2^(score - maximum) * v */
 } pkv_state;
 
 typedef struct {
   const char *name;
-  /* q times scale, count values. */
-  void (*prepare_q)(float *prepared, const float *q, float scale, int64_t count);
+  /* One head of q times scale, from dtype, padded with zeros. */
+  void (*prepare_q)(float *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim);
   /* Fold a run of one kv head, k_offset and v_offset bytes into its tokens, into its group's state. */
   void (*fold_run)(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q, pkv_state state);
   /* Fold `later`, the state over tokens that come after, into `state`. */
-  void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim);
-  /* out[head] = accumulated / sum. */
-  void (*finish)(float *out, pkv_state state, int32_t num_heads, int32_t head_dim);
+  void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v);
+  /* One head: out = accumulated / (sum and the sink's weight), as dtype; 0 where that is 0.  `sink` may be
+   * NULL.  Returns the logarithm of the sum, in units of log2. */
+  double (*finish)(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v);
   /* float32 to what is stored and back; count is a multiple of 8. */
   void (*narrow)(char *stored, const float *values, int64_t count, int32_t dtype);
   void (*widen)(float *values, const char *stored, int64_t count, int32_t dtype);

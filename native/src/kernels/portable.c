@@ -1,5 +1,7 @@
 /* The verbs in plain C over vectors of four floats: the kernel to read first, and the one that runs anywhere.
  */
+#include <math.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "../../include/paged_kv.h"
