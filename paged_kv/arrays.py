@@ -70,7 +70,9 @@ def array_of(name: str, array: object) -> Array:
         described = _tensor(name, array)
     else:
         raise ArgumentError(f"{name} must be a numpy array or a torch tensor, not {type(array).__name__}")
-    if described.shape and described.shape[-1] > 1 and described.strides[-1] != _ITEM_BYTES[described.dtype]:
+    shape = described.shape
+    is_dense = 0 in shape or shape[-1:] in ((), (1,)) or described.strides[-1] == _ITEM_BYTES[described.dtype]
+    if not is_dense:
         raise ArgumentError(f"{name} has gaps along its last axis; pass a contiguous copy")
     return described
 
@@ -155,7 +157,9 @@ def output(
 
 
 def _overlaps_itself(array: Array) -> bool:
-    reach = 0  # bytes that the axes so far take
+    if 0 in array.shape:
+        return False
+    reach = _ITEM_BYTES[array.dtype]  # bytes that the axes so far take
     for stride, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
         if size > 1 and stride < reach:
             return True
@@ -165,7 +169,7 @@ def _overlaps_itself(array: Array) -> bool:
 
 def _overlap(a: Array, b: Array) -> bool:
     (a_low, a_high), (b_low, b_high) = a.extent, b.extent
-    if a_low >= b_high or b_low >= a_high:
+    if a_low >= b_high or b_low >= a_high or 0 in a.shape or 0 in b.shape:
         return False
     # Slices of one array may lie between each other.
     return bool(np.shares_memory(a.item_bytes, b.item_bytes))

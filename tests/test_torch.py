@@ -1,0 +1,146 @@
+"""torch tensors wherever arrays are, without a copy; and torch's own attention gives the same."""
+
+import numpy as np
+import pytest
+from conftest import make_cache, rows
+from test_attention import tolerances
+
+import paged_kv
+from paged_kv import ArgumentError
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
+
+
+def tensors(rng, *shapes, dtype=torch.float32):
+    return [torch.from_numpy(rows(rng, *shape)).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_kv_heads", "group"), [(2, 1), (2, 3)])
+def test_scaled_dot_product_attention_gives_the_same(kernel, dtype, num_kv_heads, group, rng):
+    heads = num_kv_heads * group
+    q, k, v = tensors(rng, (300, heads, 64), (300, num_kv_heads, 64), (300, num_kv_heads, 64), dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    shape = {"num_kv_heads": num_kv_heads, "head_dim": 64, "dtype": name, "num_pages": 20}
+    with make_cache(num_layers=1, **shape) as cache:
+        seq = cache.sequence()
+        with cache.step([seq], [300]) as step:
+            out, lse = step.attend(0, q, k, v, return_lse=True)
+    assert out.dtype == dtype and isinstance(lse, torch.Tensor) and lse.dtype == torch.float32
+    wide = [x.double().transpose(0, 1)[None] for x in (q, k, v)]
+    expected = functional.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
+    expected = expected[0].transpose(0, 1)
+    atol, _ = tolerances(q.double().numpy(), k.double().numpy(), v.double().numpy(), dtype=name)
+    np.testing.assert_allclose(out.double().numpy(), expected.numpy(), rtol=0, atol=atol)
+
+
+def scored(q, k, v, score_mod, sinks=None):
+    """Attention as flex_attention defines it: score_mod(score, head, q_idx, kv_idx) on each causal score."""
+    group, shift = q.shape[1] // k.shape[1], len(k) - len(q)
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
+    head = torch.arange(q.shape[1])[:, None, None]
+    q_idx, kv_idx = torch.arange(len(q))[None, :, None] + shift, torch.arange(len(k))[None, None]
+    scores = torch.where(kv_idx <= q_idx, score_mod(scores, head, q_idx, kv_idx), -torch.inf)
+    if sinks is not None:
+        column = sinks.double()[:, None, None].expand(-1, len(q), 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+@pytest.mark.parametrize("option", ["soft cap", "alibi", "both", "sinks"])
+def test_score_mods_of_flex_attention_give_the_same(kernel, option, rng):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0])
+    mods = {
+        "soft cap": lambda s, h, i, j: 2 * torch.tanh(s / 2),
+        "alibi": lambda s, h, i, j: s + slopes.double()[h] * (j - i),
+        "both": lambda s, h, i, j: 2 * torch.tanh(s / 2) + slopes.double()[h] * (j - i),
+        "sinks": lambda s, h, i, j: s,
+    }
+    options = {"logits_soft_cap": 2.0} if option in ("soft cap", "both") else {}
+    options |= {"alibi_slopes": slopes} if option in ("alibi", "both") else {}
+    options |= {"sinks": slopes.to(torch.bfloat16)} if option == "sinks" else {}
+    q, k, v = tensors(rng, (50, 4, 64), (200, 2, 64), (200, 2, 64))
+    with make_cache(num_layers=1, head_dim=64, num_pages=20) as cache:
+        seq = cache.sequence()
+        with cache.step([seq], [150]) as step:
+            step.write(0, k[:150], v[:150])
+        with cache.step([seq], [50]) as step:
+            out = step.attend(0, q, k[150:], v[150:], **options)
+    expected = scored(q.double(), k.double(), v.double(), mods[option], options.get("sinks"))
+    atol, _ = tolerances(q.numpy(), k.numpy(), v.numpy(), alibi_slopes=[0.5])
+    np.testing.assert_allclose(out.numpy(), expected.numpy(), rtol=0, atol=atol)
+
+
+def test_slices_of_a_fused_projection_are_taken_where_they_are(rng):
+    fused, plain = tensors(rng, (40, 8, 32), (40, 4, 32))
+    q, k, v = fused[:, :4], fused[:, 4:6], fused[:, 6:]
+    with make_cache(num_layers=1) as cache:
+        step = cache.step([cache.sequence()], [40])
+        expected = step.attend(0, q.contiguous(), k.contiguous(), v.contiguous())
+        assert torch.equal(step.attend(0, q, k, v), expected)
+        result = step.attend(0, q, k, v, out=plain)
+        assert result is plain and torch.equal(plain, expected)
+        with pytest.raises(ArgumentError, match="overlaps k"):
+            step.attend(0, q, k, v, out=fused[:, 4:])
+        assert step.attend(0, q, k, v, out=q) is q
+        assert torch.equal(q, expected)
+
+
+def test_the_bits_of_tensors_are_those_of_arrays(kernel, rng):
+    q, k, v = (rows(rng, 40, heads, 32) for heads in (4, 2, 2))
+    with make_cache(num_layers=1, dtype="bfloat16") as cache:
+        step = cache.step([cache.sequence()], [40])
+        expected = step.attend(0, q, k, v)
+        got = step.attend(0, *(torch.from_numpy(x) for x in (q, k, v)))
+        np.testing.assert_array_equal(got.numpy(), expected)
+        mixed = step.attend(0, q, torch.from_numpy(k), v)
+        np.testing.assert_array_equal(mixed, expected)
+
+
+def test_tensors_that_cannot_be_taken_are_refused(rng):
+    q, k, v = tensors(rng, (3, 4, 32), (3, 2, 32), (3, 2, 32))
+    with make_cache(num_layers=1) as cache:
+        step = cache.step([cache.sequence()], [3])
+        for bad in (
+            q.clone().requires_grad_(),
+            q.double(),
+            q.to(torch.complex64),
+            q.int(),
+            q.to_sparse(),
+            q.to("meta"),
+            q[:2],
+            q.transpose(1, 2),
+        ):
+            with pytest.raises(ArgumentError):
+                step.attend(0, bad, k, v)
+        with pytest.raises(ArgumentError, match="several elements in one place"):
+            step.attend(0, q, k, v, out=torch.empty(1, 4, 32).expand(3, 4, 32))
+        with torch.no_grad():
+            step.attend(0, q.clone().requires_grad_(), k, v)
+        step.commit()
+
+
+def test_foreign_pages_and_indices_may_be_tensors(rng):
+    q, k, v = tensors(rng, (2, 4, 32), (5, 2, 16, 32), (5, 2, 16, 32), dtype=torch.bfloat16)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    lists = {"qo_indptr": [0, 1, 2], "kv_indptr": [0, 3, 5], "kv_indices": [4, 0, 2, 1, 3]}
+    lists["kv_last_page_len"] = [7, 16]
+    given = {name: torch.tensor(values, dtype=torch.int32) for name, values in lists.items()}
+    out = paged_kv.paged_attention(q, k, v, **given)
+    wide = paged_kv.paged_attention(q.float().numpy(), k.float().numpy(), v.float().numpy(), **lists)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.from_numpy(wide).to(torch.bfloat16))
+
+
+def test_parts_may_be_tensors(rng):
+    outputs, lses = tensors(rng, (2, 5, 3, 16), (2, 5, 3))
+    out, lse = paged_kv.merge_states(outputs.to(torch.bfloat16), lses)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    torch.testing.assert_close(lse, lses.logsumexp(0))
+    weights = (lses - lses.logsumexp(0)).exp()[..., None]
+    expected = (weights * outputs.to(torch.bfloat16).float()).sum(0)
+    torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
