@@ -74,6 +74,7 @@ class BlockTables:
         self.seq_lens = np.zeros(max_sequences, np.int32)
         self.reserved_lens = np.zeros(max_sequences, np.int32)
         self.tail_copies = np.full(max_sequences, -1, np.int32)
+        self.num_copies = 0  # of shared pages, by steps that were committed
         self._page_marks = np.zeros(2 * pool.num_pages, np.int32)
         self._first_key = (next(_cache_ids) & 0x7FFFFFFF) << 32
         self._free_rows = list(range(max_sequences - 1, -1, -1))
@@ -220,6 +221,7 @@ class BlockTables:
 
     def commit(self, plan: "Plan") -> None:
         check(lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle), "commit")
+        self.num_copies += plan.handle.num_copies
 
     def rollback(self, plan: "Plan") -> None:
         check(lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle), "rollback")

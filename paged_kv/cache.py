@@ -28,6 +28,7 @@ class CacheStats:
     num_tokens: int  # committed, in held pages; a slot that several share counts once
     utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
     pool_bytes: int
+    num_copies: int  # of shared pages, for those who appended to them; since the cache was built
 
 
 class PagedKVCache:
@@ -152,6 +153,7 @@ class PagedKVCache:
             num_tokens=num_tokens,
             utilization=num_tokens / slots if slots else 0.0,
             pool_bytes=store.pool.num_bytes,
+            num_copies=store.tables.num_copies,
         )
 
     def check(self) -> None:

@@ -127,7 +127,11 @@ def test_a_second_write_of_a_layer_keeps_the_copy(rng):
     with cache.step([b], [3]) as step:
         step.write(0, v, k)
         step.attend(0, k, k, v)
+        assert cache.stats().num_copies == 0
     np.testing.assert_array_equal(b.gather(0)[0], np.concatenate([before, k]))
+    assert cache.stats().num_copies == 1
+    cache.step([b], [1]).rollback()
+    assert cache.stats().num_copies == 1
 
 
 def test_truncate_gives_pages_back_and_the_next_token_follows(rng):

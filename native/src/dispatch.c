@@ -24,10 +24,24 @@ static int has_avx2(void) {
 }
 #endif
 
+#ifdef PKV_HAVE_AVX512
+static int has_avx512(void) {
+#ifdef PKV_EMULATED
+  return has_avx2();
+#else
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+}
+#endif
+
 static const struct {
   const pkv_kernel *kernel;
   int (*is_available)(void);
 } kernels[] = {
+#ifdef PKV_HAVE_AVX512
+    {&pkv_kernel_avx512, has_avx512},
+#endif
 #ifdef PKV_HAVE_AVX2
     {&pkv_kernel_avx2, has_avx2},
 #endif

@@ -21,6 +21,7 @@
 enum {
   TILE_HEADS = 4,  /* q heads at once: with two tokens, eight sums, enough to hide a multiply-add's latency */
   TILE_VALUES = 8, /* vectors of accumulated values at once */
+  HAS_PART = WIDTH > 8,
   PART = WIDTH > 8 ? 8 : WIDTH, /* values in the last vector of a row of 8, 24, 40, ... */
 };
 
@@ -36,18 +37,28 @@ ALWAYS_INLINE vec vec_select(ivec mask, vec yes, vec no) {
   return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
-/* The first `count` of WIDTH values, zeros behind. */
-ALWAYS_INLINE vec vec_load_some(const float *from, int count) {
-  vec x = {};
-  memcpy(&x, from, (size_t)count * sizeof *from);
+#ifndef LOADS_PARTS /* a verb of those that are wider than eight; the others have whole vectors only */
+ALWAYS_INLINE vec vec_load_part(const float *from) { return vec_load(from); }
+ALWAYS_INLINE halves halves_load_part(const char *from) {
+  halves x;
+  memcpy(&x, from, sizeof x);
   return x;
 }
+#endif
 
-/* `count` stored values (WIDTH or PART) from element i of a row on, zeros behind. */
+/* `count` values, WIDTH or PART; zeros behind. */
+ALWAYS_INLINE vec vec_load_some(const float *from, int count) {
+  return count == WIDTH ? vec_load(from) : vec_load_part(from);
+}
+
+/* `count` stored values from element i of a row on. */
 ALWAYS_INLINE vec vec_load_stored(const char *row, int32_t i, int count, int32_t dtype) {
   if (dtype == PKV_FLOAT32) return vec_load_some((const float *)row + i, count);
-  halves x = {};
-  memcpy(&x, row + 2 * i, (size_t)count * 2);
+  halves x;
+  if (count == WIDTH)
+    memcpy(&x, row + 2 * i, sizeof x);
+  else
+    x = halves_load_part(row + 2 * i);
   return dtype == PKV_BFLOAT16 ? vec_from_bfloat16(x) : vec_from_float16(x);
 }
 
@@ -103,7 +114,7 @@ ALWAYS_INLINE void score_tile(const pkv_run *run, int64_t k_offset, int32_t dtyp
       for (int h = 0; h < num_heads; h++)
         sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
     }
-  if (PART < WIDTH && d < head_dim)
+  if (HAS_PART && d < head_dim)
     for (int t = 0; t < num_tokens; t++) {
       vec key = vec_load_stored(k[t], d, PART, dtype);
       for (int h = 0; h < num_heads; h++)
@@ -199,7 +210,7 @@ ALWAYS_INLINE void accumulate_heads(const pkv_run *run, int64_t v_offset, int32_
     value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, WIDTH, accumulated);
   for (; d + WIDTH <= run->head_dim_v; d += WIDTH)
     value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, WIDTH, accumulated);
-  if (PART < WIDTH && d < run->head_dim_v)
+  if (HAS_PART && d < run->head_dim_v)
     value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, PART, accumulated);
 }
 
@@ -224,7 +235,7 @@ static void prepare_q(float *prepared, const char *q, int32_t dtype, float scale
   int32_t d = 0;
   for (; d + WIDTH <= head_dim; d += WIDTH)
     vec_store(prepared + d, vec_load_stored(q, d, WIDTH, dtype) * scale);
-  if (PART < WIDTH && d < head_dim) vec_store(prepared + d, vec_load_stored(q, d, PART, dtype) * scale);
+  if (HAS_PART && d < head_dim) vec_store(prepared + d, vec_load_stored(q, d, PART, dtype) * scale);
 }
 
 ALWAYS_INLINE void fold_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
@@ -305,7 +316,7 @@ ALWAYS_INLINE void narrow_some(char *stored, const float *values, int count, int
 ALWAYS_INLINE void narrow_as(char *stored, const float *values, int64_t count, int32_t dtype) {
   int64_t i = 0;
   for (; i + WIDTH <= count; i += WIDTH) narrow_some(stored + 2 * i, values + i, WIDTH, dtype);
-  if (PART < WIDTH && i < count) narrow_some(stored + 2 * i, values + i, PART, dtype);
+  if (HAS_PART && i < count) narrow_some(stored + 2 * i, values + i, PART, dtype);
 }
 
 static void narrow(char *stored, const float *values, int64_t count, int32_t dtype) {
@@ -319,7 +330,7 @@ static void narrow(char *stored, const float *values, int64_t count, int32_t dty
 static void widen(float *values, const char *stored, int64_t count, int32_t dtype) {
   int32_t i = 0;
   for (; i + WIDTH <= count; i += WIDTH) vec_store(values + i, vec_load_stored(stored, i, WIDTH, dtype));
-  if (PART < WIDTH && i < count) {
+  if (HAS_PART && i < count) {
     vec x = vec_load_stored(stored, i, PART, dtype);
     memcpy(values + i, &x, PART * sizeof *values);
   }
@@ -328,16 +339,14 @@ static void widen(float *values, const char *stored, int64_t count, int32_t dtyp
 /* ---- the result */
 
 static double finish(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v) {
-  float values[PKV_MAX_HEAD_DIM], sum = *state.sum, maximum = *state.maximum, shrink = 1.0f;
+  float values[PKV_MAX_HEAD_DIM] = {0}, sum = *state.sum, maximum = *state.maximum, shrink = 1.0f;
   if (sink) {
     common scale = in_common(maximum, *sink);
     shrink = scale.ours;
     sum = sum * scale.ours + scale.theirs;
     maximum = scale.maximum;
   }
-  if (sum == 0.0f) /* nothing was seen, or only scores of -inf */
-    memset(values, 0, sizeof values);
-  else
+  if (sum != 0.0f) /* else nothing was seen, or only scores of -inf */
     for (int32_t d = 0; d < head_dim_v; d += WIDTH)
       vec_store(values + d, vec_load(state.accumulated + d) * shrink / sum);
   narrow(out, values, head_dim_v, dtype);

@@ -56,6 +56,9 @@ extern const pkv_kernel pkv_kernel_portable;
 #ifdef PKV_HAVE_AVX2
 extern const pkv_kernel pkv_kernel_avx2;
 #endif
+#ifdef PKV_HAVE_AVX512
+extern const pkv_kernel pkv_kernel_avx512;
+#endif
 
 /* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available. */
 const pkv_kernel *pkv_active_kernel(void);

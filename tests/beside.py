@@ -1,6 +1,6 @@
-"""The Python tests over a module that was built with sanitizers: what `make sanitize` runs.
+"""The Python tests over a module that was built otherwise: what `make sanitize` and `make test-emulated` run.
 
-    python tests/sanitized.py FOLDER [pytest's arguments]
+    python tests/beside.py FOLDER [pytest's arguments]
 
 FOLDER holds the package with that module; the editable install, which would come first, is set aside.
 """

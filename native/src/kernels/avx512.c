@@ -1,0 +1,57 @@
+/* The verbs in AVX-512 (F, BW, DQ, VL), as all CPUs have had them since Skylake-SP. */
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+#ifdef PKV_EMULATED
+#include "emulated.h"
+#else
+#include <immintrin.h>
+#endif
+
+#include "../../include/paged_kv.h"
+#include "kernel.h"
+
+#define KERNEL pkv_kernel_avx512
+#define KERNEL_NAME "avx512"
+enum { WIDTH = 16 };
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+static inline vec vec_fma(vec a, vec b, vec c) {
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+/* The sum as a tree: halves onto each other, until one is left. */
+static inline float vec_sum(vec x) {
+  __m256 low = _mm512_castps512_ps256((__m512)x);
+  __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1));
+  __m256 eight = _mm256_add_ps(low, high);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+/* The last eight values of a row, zeros behind. */
+#define LOADS_PARTS
+static inline vec vec_load_part(const float *from) { return (vec)_mm512_maskz_loadu_ps(0xff, from); }
+static inline halves halves_load_part(const char *from) {
+  return (halves)_mm256_maskz_loadu_epi16(0xff, from);
+}
+
+static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
+
+static inline vec vec_from_bfloat16(halves x) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+}
+
+static inline vec vec_from_float16(halves x) { return (vec)_mm512_cvtph_ps((__m256i)x); }
+
+static inline halves vec_to_float16(vec x) {
+  return (halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* The low 16 bits of each. */
+static inline halves vec_low_halves(ivec bits) { return (halves)_mm512_cvtepi32_epi16((__m512i)bits); }
+
+#include "body.h"

@@ -1,0 +1,77 @@
+/* AVX-512 on a machine that has AVX2 only: SIMDe's emulation, and what its release 0.7.4 lacks: four
+ * conversions, each as two halves, and two masked loads.  For tests: it is slow. */
+#ifndef PKV_EMULATED_H
+#define PKV_EMULATED_H
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/fma.h>
+#include <string.h>
+
+typedef union {
+  simde__m512 floats;
+  simde__m512i ints;
+  __m256 float_halves[2];
+  __m256i int_halves[2];
+} pkv_512;
+
+typedef union {
+  __m256i all;
+  __m128i halves[2];
+} pkv_256;
+
+#undef _mm512_cvtepu16_epi32
+static inline simde__m512i _mm512_cvtepu16_epi32(__m256i x) {
+  pkv_256 from = {x};
+  pkv_512 to;
+  for (int i = 0; i < 2; i++) to.int_halves[i] = _mm256_cvtepu16_epi32(from.halves[i]);
+  return to.ints;
+}
+
+#undef _mm512_cvtph_ps
+static inline simde__m512 _mm512_cvtph_ps(__m256i x) {
+  pkv_256 from = {x};
+  pkv_512 to;
+  for (int i = 0; i < 2; i++) to.float_halves[i] = _mm256_cvtph_ps(from.halves[i]);
+  return to.floats;
+}
+
+/* Rounding is an immediate: to nearest even, the one that is asked for. */
+static inline __m256i pkv_nearest_halves(simde__m512 x) {
+  pkv_512 from = {x};
+  pkv_256 to;
+  for (int i = 0; i < 2; i++)
+    to.halves[i] = _mm256_cvtps_ph(from.float_halves[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return to.all;
+}
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(x, rounding) pkv_nearest_halves(x)
+
+/* Of eight values: the mask that is asked for. */
+static inline simde__m512 pkv_eight_floats(const float *from) {
+  pkv_512 to = {0};
+  memcpy(&to, from, 8 * sizeof *from);
+  return to.floats;
+}
+#undef _mm512_maskz_loadu_ps
+#define _mm512_maskz_loadu_ps(mask, from) pkv_eight_floats(from)
+
+static inline __m256i pkv_eight_halves(const void *from) {
+  pkv_256 to = {0};
+  memcpy(&to, from, 16);
+  return to.all;
+}
+#undef _mm256_maskz_loadu_epi16
+#define _mm256_maskz_loadu_epi16(mask, from) pkv_eight_halves(from)
+
+#undef _mm512_cvtepi32_epi16
+static inline __m256i _mm512_cvtepi32_epi16(simde__m512i x) {
+  int32_t from[16];
+  int16_t to[16];
+  __m256i result;
+  memcpy(from, &x, sizeof from);
+  for (int i = 0; i < 16; i++) to[i] = (int16_t)from[i];
+  memcpy(&result, to, sizeof to);
+  return result;
+}
+
+#endif
