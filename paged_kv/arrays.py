@@ -32,11 +32,13 @@ class Array(NamedTuple):
     def extent(self) -> tuple[int, int]:
         """The first byte, and the one behind the last."""
         address = int(ffi.cast("intptr_t", self.data))
-        if 0 in self.shape:
-            return address, address
-        reaches = [stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True)]
-        low, high = (sum(bound(reach, 0) for reach in reaches) for bound in (min, max))
-        return address + low, address + high + _ITEM_BYTES[self.dtype]
+        low, high = address, address + _ITEM_BYTES[self.dtype]
+        for stride, size in zip(self.strides, self.shape, strict=True):
+            if stride > 0:
+                high += stride * (size - 1)
+            else:
+                low += stride * (size - 1)
+        return low, high
 
     @property
     def item_bytes(self) -> NDArray[np.void]:
@@ -147,11 +149,15 @@ def output(
         raise ArgumentError(f"{name} is {_NAMES[out.dtype]}; it must be {_NAMES[like.dtype]}, as q is")
     if _overlaps_itself(out):
         raise ArgumentError(f"{name} has several elements in one place; pass an array of its own")
+    low, high = out.extent
     for other_name, other in inputs.items():
-        is_same = out.extent == other.extent and out.strides == other.strides and out.dtype == other.dtype
-        if other is like and is_same:
+        other_low, other_high = other.extent
+        if low >= other_high or other_low >= high or 0 in out.shape or 0 in other.shape:
             continue
-        if _overlap(out, other):
+        if other is like and (low, high) == other.extent and out.strides == other.strides:
+            continue
+        # Slices of one array may lie between each other.
+        if np.shares_memory(out.item_bytes, other.item_bytes):
             raise ArgumentError(f"{name} overlaps {other_name}; pass q itself, or memory apart from it")
     return out
 
@@ -165,14 +171,6 @@ def _overlaps_itself(array: Array) -> bool:
             return True
         reach = max(reach, stride * (size - 1) + _ITEM_BYTES[array.dtype])
     return False
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    (a_low, a_high), (b_low, b_high) = a.extent, b.extent
-    if a_low >= b_high or b_low >= a_high or 0 in a.shape or 0 in b.shape:
-        return False
-    # Slices of one array may lie between each other.
-    return bool(np.shares_memory(a.item_bytes, b.item_bytes))
 
 
 def float32_pointer(name: str, array: object, *shapes: tuple[int, ...]) -> Any:
@@ -219,7 +217,7 @@ def index_vector(name: str, values: object) -> NDArray[np.int64]:
     if vector.ndim != 1 or vector.dtype not in (np.int32, np.int64):
         found = f"{vector.dtype} {list(vector.shape)}"
         raise ArgumentError(f"{name} is {found}; it must be a vector of int32 or int64")
-    return vector.astype(np.int64, copy=False)
+    return np.ascontiguousarray(vector, np.int64)
 
 
 def dense_float32(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:

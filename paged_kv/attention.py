@@ -32,8 +32,9 @@ def append(pages: Any, num_tokens: int, slots: Any, k: Array, v: Array) -> None:
 class Attention:
     """One call of attention, checked and ready to run: `pkv_attention` and what it points to.
 
-    pages is one layer's `pkv_pages *`; num_tokens is how many rows q has.  With slots, an `int64_t *`, the
-    rows `inputs["k"]` and `inputs["v"]` are written there first; out must not overlap any of the inputs.
+    pages is one layer's `pkv_pages *`; q is an array and its description, of num_tokens rows.  With slots, an
+    `int64_t *`, the rows `inputs["k"]` and `inputs["v"]` are written there first; out must not overlap any of
+    the inputs.
     The other parameters are those of `Step.attend`.
     """
 
@@ -43,7 +44,7 @@ class Attention:
         self,
         pages: Any,
         num_tokens: int,
-        q: Any,
+        q: tuple[Any, Array],
         inputs: dict[str, Array],
         slots: Any = None,
         *,
@@ -55,7 +56,7 @@ class Attention:
         return_lse: object,
     ) -> None:
         num_kv_heads, head_dim, head_dim_v = pages.num_kv_heads, pages.head_dim, pages.head_dim_v
-        q_rows = array_of("q", q)
+        q_array, q_rows = q
         num_q_heads = _num_q_heads(q_rows, num_tokens, num_kv_heads, head_dim)
         arguments = self._arguments = ffi.new("pkv_attention *")
         arguments.num_q_heads = num_q_heads
@@ -76,7 +77,7 @@ class Attention:
             set_rows(arguments.v, inputs["v"])
         shape = (num_tokens, num_q_heads, head_dim_v)
         if out is None:
-            self.out = empty_like(q, shape)
+            self.out = empty_like(q_array, shape)
             out_rows = array_of("out", self.out)
         else:
             self.out = out
@@ -88,7 +89,7 @@ class Attention:
             raise ArgumentError(f"return_lse must be True or False, not {return_lse!r:.60}")
         self.lse = None
         if return_lse:
-            self.lse = empty_like(q, shape[:2], "float32")
+            self.lse = empty_like(q_array, shape[:2], "float32")
             arguments.lse = ffi.cast("float *", self._keep(array_of("lse", self.lse).data))
 
     def _keep(self, pointer: Any) -> Any:

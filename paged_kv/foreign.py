@@ -6,10 +6,7 @@ Imports attention and machine.  Imported by the baselines, and by whoever brings
 import functools
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ._binding import ffi, integer, new_threads
+from ._binding import ffi, integer, lib, new_threads
 from .arrays import Array, array_of, index_vector
 from .attention import Attention
 from .errors import ArgumentError
@@ -66,17 +63,17 @@ def paged_attention(
             raise ArgumentError(f"{name} must be True or False, not {flag!r:.60}")
     if not causal and (window is not None or alibi_slopes is not None):
         raise ArgumentError("with causal=False a row has no position for a window or alibi_slopes")
-    batch = {
-        "window": 0 if window is None else integer("window", window, 1),
-        "num_sink_tokens": integer("num_sink_tokens", num_sink_tokens, 0),
-        "sees_all": not causal,
-    }
+    batch = ffi.new("pkv_batch *")
+    batch.window = 0 if window is None else integer("window", window, 1)
+    batch.num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0)
+    batch.sees_all = not causal
     num_tokens = q_rows.shape[0] if q_rows.shape else 0
-    lists = _PageLists(num_tokens, qo_indptr, kv_indptr, kv_indices, kv_last_page_len, keys.shape, causal)
+    lists = (qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
+    held = _batch_of_lists(batch, num_tokens, keys.shape, lists)
     call = Attention(
         pages,
         num_tokens,
-        q,
+        (q, q_rows),
         {"k_pages": keys, "v_pages": values},
         sm_scale=sm_scale,
         logits_soft_cap=logits_soft_cap,
@@ -85,14 +82,17 @@ def paged_attention(
         out=out,
         return_lse=return_lse,
     )
-    threads = _threads(num_cpus() if num_threads is None else integer("num_threads", num_threads, 1, 1024))
-    return call.run(threads, ffi.new("pkv_batch *", batch | lists.pointers))
+    if num_threads is not None:
+        num_threads = integer("num_threads", num_threads, 1, 1024)
+    result = call.run(_threads(num_threads), batch)
+    del held  # until here
+    return result
 
 
 @functools.cache
-def _threads(num_threads: int) -> Any:
+def _threads(num_threads: int | None) -> Any:
     """One set of each size for the process; a call that finds it busy computes alone."""
-    return new_threads(num_threads)
+    return new_threads(num_cpus() if num_threads is None else num_threads)
 
 
 def _foreign_pages(k: Array, v: Array) -> Any:
@@ -108,67 +108,41 @@ def _foreign_pages(k: Array, v: Array) -> Any:
     integer("num_pages", num_pages, 0)
     integer("page_size", page_size, 1)
     integer("num_kv_heads", num_kv_heads, 1, 2**16)
-    return ffi.new(
-        "pkv_pages *",
-        {
-            **{"k": k.data, "k_page_stride": k.strides[0], "k_token_stride": k.strides[1]},
-            **{"v": v.data, "v_page_stride": v.strides[0], "v_token_stride": v.strides[1]},
-            **{"k_head_stride": k.strides[2], "v_head_stride": v.strides[2]},
-            **{"k_dtype": k.dtype, "v_dtype": v.dtype, "page_size": page_size, "num_kv_heads": num_kv_heads},
-            **{"head_dim": k.shape[3], "head_dim_v": v.shape[3]},
-        },
-    )
+    # In the order of pkv_pages: addresses, strides to the next page, head and token, dtypes, shape.
+    strides = (k.strides[0], k.strides[2], k.strides[1], v.strides[0], v.strides[2], v.strides[1])
+    shape = (page_size, num_kv_heads, k.shape[3], v.shape[3])
+    return ffi.new("pkv_pages *", (k.data, v.data, *strides, k.dtype, v.dtype, *shape))
 
 
-class _PageLists:
-    """Which rows and pages each sequence has, held against each other, as fields of a `pkv_batch`."""
-
-    def __init__(
-        self,
-        num_tokens: int,
-        qo_indptr: object,
-        kv_indptr: object,
-        kv_indices: object,
-        kv_last_page_len: object,
-        pages_shape: tuple[int, ...],
-        causal: bool,
-    ) -> None:
-        rows, pages = index_vector("qo_indptr", qo_indptr), index_vector("kv_indptr", kv_indptr)
-        page_ids = index_vector("kv_indices", kv_indices)
-        last = index_vector("kv_last_page_len", kv_last_page_len)
-        num_seqs, page_size = len(rows) - 1, pages_shape[1]
-        if num_seqs < 0 or len(pages) != num_seqs + 1 or len(last) != num_seqs:
-            raise ArgumentError(
-                f"qo_indptr, kv_indptr and kv_last_page_len have {len(rows)}, {len(pages)} and {len(last)} "
-                "entries; they must have one more, one more and as many as there are sequences"
-            )
-        num_rows, num_pages = _steps("qo_indptr", rows), _steps("kv_indptr", pages)
-        if rows[-1] != num_tokens:
-            raise ArgumentError(f"qo_indptr ends at {rows[-1]}; q has {num_tokens} rows")
-        if pages[-1] > len(page_ids):
-            raise ArgumentError(f"kv_indptr ends at {pages[-1]}; kv_indices has {len(page_ids)} entries")
-        page_ids = page_ids[: pages[-1]]
-        if len(page_ids) and not 0 <= page_ids.min() <= page_ids.max() < pages_shape[0]:
-            raise ArgumentError(f"kv_indices holds a page outside 0 to {pages_shape[0] - 1}")
-        if ((last < (num_pages > 0)) | (last > page_size)).any():
-            raise ArgumentError(f"kv_last_page_len holds a length outside 1 to {page_size}")
-        seq_lens = np.where(num_pages > 0, (num_pages - 1) * page_size + last, 0)
-        if num_seqs and seq_lens.max() > 2**31 - 1:
-            raise ArgumentError(f"a sequence has {seq_lens.max()} tokens, {2**31 - 1} at most can be")
-        if causal and (num_rows > seq_lens).any():
-            i = int(np.argmax(num_rows > seq_lens))
-            raise ArgumentError(
-                f"sequence {i} has {num_rows[i]} rows of q and {seq_lens[i]} tokens; they are its last ones"
-            )
-        arrays = {"qo_indptr": rows, "kv_indptr": pages, "kv_indices": page_ids, "seq_lens": seq_lens}
-        self.pointers: dict[str, Any] = {"num_seqs": num_seqs}
-        for name, array in arrays.items():
-            if len(array):
-                self.pointers[name] = ffi.from_buffer("int32_t[]", np.ascontiguousarray(array, np.int32))
+#: What is told of a list: its entry or sequence, what was found there, and what can be.
+_FAULTS = {
+    lib.PKV_BAD_QO_INDPTR: "qo_indptr must begin with 0, never fall and end at q's {2} rows, not at {1}",
+    lib.PKV_BAD_KV_INDPTR: "kv_indptr must begin with 0, never fall and end at {2} at most, not at {1}",
+    lib.PKV_BAD_KV_INDEX: "kv_indices[{0}] is {1}; pages are 0 to {2}",
+    lib.PKV_BAD_LAST_PAGE: "kv_last_page_len[{0}] is {1}, outside 1 to {2}",
+    lib.PKV_TOO_LONG: "sequence {0} has {1} tokens, {2} at most can be",
+    lib.PKV_MORE_ROWS_THAN_TOKENS: "sequence {0} has {1} rows of q and {2} tokens; they are its last ones",
+}
 
 
-def _steps(name: str, indptr: NDArray[np.int64]) -> NDArray[np.int64]:
-    steps = np.diff(indptr)
-    if indptr[0] != 0 or (steps < 0).any() or indptr[-1] > 2**31 - 1:
-        raise ArgumentError(f"{name} must begin with 0 and never fall, up to {2**31 - 1}")
-    return steps
+def _batch_of_lists(
+    batch: Any, num_rows: int, shape: tuple[int, ...], lists: tuple[object, object, object, object]
+) -> Any:
+    """Fill a `pkv_batch` from its lists over pages of this shape; what is returned holds its arrays."""
+    names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")
+    vectors = [index_vector(name, values) for name, values in zip(names, lists, strict=True)]
+    rows, pages, page_ids, last = vectors
+    num_seqs = len(rows) - 1
+    if num_seqs < 0 or len(pages) != num_seqs + 1 or len(last) != num_seqs:
+        raise ArgumentError(
+            f"qo_indptr, kv_indptr and kv_last_page_len have {len(rows)}, {len(pages)} and {len(last)} "
+            "entries; they must have one more, one more and as many as there are sequences"
+        )
+    pointers = [ffi.from_buffer("int64_t[]", vector) if len(vector) else ffi.NULL for vector in vectors]
+    memory = ffi.new("int32_t[]", 3 * num_seqs + 2 + len(page_ids))
+    given = ffi.new("pkv_lists *", [num_seqs, *pointers, len(page_ids), num_rows, shape[0], shape[1]])
+    refusal = ffi.new("pkv_refusal *")
+    fault = lib.pkv_batch_of_lists(given, memory, batch, refusal)
+    if fault != lib.PKV_LISTS_OK:
+        raise ArgumentError(_FAULTS[fault].format(refusal.index, refusal.asked, refusal.available))
+    return memory

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._binding import lib
-from .arrays import Array, rows_of
+from .arrays import Array, array_of, rows_of
 from .attention import Attention, append
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
@@ -169,7 +169,7 @@ class Step:
             call = Attention(
                 store.layer_pages + layer,
                 self._plan.num_tokens,
-                q,
+                (q, array_of("q", q)),
                 inputs,
                 self._plan.handle.slot_mapping if inputs else None,
                 sm_scale=sm_scale,
