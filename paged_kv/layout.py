@@ -61,11 +61,11 @@ class PageLayout:
 
 
 def dtype_name(dtype: object) -> str:
-    """The name of a dtype that pages can store: from a string, or anything numpy takes for a dtype."""
+    """The name of a dtype that pages can store: from a string, torch's dtype, or what numpy takes for one."""
     try:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name  # type: ignore[call-overload]
     except TypeError:
-        name = repr(dtype)
+        name = repr(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ArgumentError(f"dtype is {name}; pages store {', '.join(DTYPES)}")
     return str(name)

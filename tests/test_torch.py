@@ -124,6 +124,13 @@ def test_tensors_that_cannot_be_taken_are_refused(rng):
         step.commit()
 
 
+def test_a_dtype_of_torch_names_what_pages_store():
+    with make_cache(dtype=torch.bfloat16) as cache:
+        assert cache.stats().pool_bytes == 16 * 2 * 2 * 2 * 16 * 32 * 2
+    with pytest.raises(ArgumentError):
+        make_cache(dtype=torch.int8)
+
+
 def test_foreign_pages_and_indices_may_be_tensors(rng):
     q, k, v = tensors(rng, (2, 4, 32), (5, 2, 16, 32), (5, 2, 16, 32), dtype=torch.bfloat16)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
