@@ -11,7 +11,6 @@ from ._binding import integer, kernels
 from .block_table import MOST_TOKENS, Window, counts_of
 from .errors import ArgumentError
 from .layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
-from .machine import num_cpus
 from .sequence import Sequence
 from .step import Step, keys_of
 from .store import Store
@@ -97,7 +96,7 @@ class PagedKVCache:
             integer("max_sequences", max_sequences, 1, 2**24),
             most,
             seen,
-            num_cpus() if num_threads is None else integer("num_threads", num_threads, 1, 1024),
+            None if num_threads is None else integer("num_threads", num_threads, 1, 1024),
         )
 
     @property

@@ -1,16 +1,14 @@
 """Attention over pages that somebody else owns: in numpy arrays or torch tensors, of any page size and order.
 
-Imports attention and machine.  Imported by the baselines, and by whoever brings pages.
+Imports attention.  Imported by the baselines, and by whoever brings pages.
 """
 
-import functools
 from typing import Any
 
-from ._binding import ffi, integer, lib, new_threads
+from ._binding import ffi, integer, lib, shared_threads
 from .arrays import Array, array_of, index_vector
 from .attention import Attention
 from .errors import ArgumentError
-from .machine import num_cpus
 
 
 def paged_attention(
@@ -83,16 +81,10 @@ def paged_attention(
         return_lse=return_lse,
     )
     if num_threads is not None:
-        num_threads = integer("num_threads", num_threads, 1, 1024)
-    result = call.run(_threads(num_threads), batch)
+        integer("num_threads", num_threads, 1, 1024)
+    result = call.run(shared_threads(num_threads), batch)
     del held  # until here
     return result
-
-
-@functools.cache
-def _threads(num_threads: int | None) -> Any:
-    """One set of each size for the process; a call that finds it busy computes alone."""
-    return new_threads(num_cpus() if num_threads is None else num_threads)
 
 
 def _foreign_pages(k: Array, v: Array) -> Any:

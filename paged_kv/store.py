@@ -13,7 +13,7 @@ from collections import deque
 from types import TracebackType
 from weakref import WeakSet
 
-from ._binding import DTYPE_CODES, ffi, integer, new_threads
+from ._binding import DTYPE_CODES, ffi, integer, shared_threads
 from .block_table import BlockTables, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
@@ -33,10 +33,10 @@ class Store:
         max_sequences: int,
         max_seq_len: int,
         window: Window | None,
-        num_threads: int,
+        num_threads: int | None,
     ) -> None:
         self.layout = layout
-        self.threads = new_threads(num_threads)
+        self.threads = shared_threads(num_threads)
         self.pool = PagePool(num_pages, layout.page_bytes)
         self.tables = BlockTables(self.pool, layout.page_size, max_sequences, max_seq_len, window)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
@@ -122,7 +122,6 @@ class Store:
             for plan in list(self.open_plans.values()):
                 self.roll_back(plan)
             self.pool.close()
-            ffi.release(self.threads)
 
 
 _stores: WeakSet[Store] = WeakSet()

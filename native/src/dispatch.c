@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "../include/paged_kv.h"
+#include "bitlinear.h"
 #include "kernels/kernel.h"
 
 static int always(void) { return 1; }
@@ -37,15 +38,16 @@ static int has_avx512(void) {
 
 static const struct {
   const pkv_kernel *kernel;
+  const pkv_product *product;
   int (*is_available)(void);
 } kernels[] = {
 #ifdef PKV_HAVE_AVX512
-    {&pkv_kernel_avx512, has_avx512},
+    {&pkv_kernel_avx512, &pkv_product_avx2, has_avx512},
 #endif
 #ifdef PKV_HAVE_AVX2
-    {&pkv_kernel_avx2, has_avx2},
+    {&pkv_kernel_avx2, &pkv_product_avx2, has_avx2},
 #endif
-    {&pkv_kernel_portable, always},
+    {&pkv_kernel_portable, &pkv_product_portable, always},
 };
 enum { NUM_KERNELS = sizeof kernels / sizeof kernels[0], NOT_CHOSEN = -2, NONE = -1 };
 
@@ -81,4 +83,9 @@ int32_t pkv_kernel_active(void) {
 const pkv_kernel *pkv_active_kernel(void) {
   int32_t index = pkv_kernel_active();
   return index < 0 ? NULL : kernels[index].kernel;
+}
+
+const pkv_product *pkv_active_product(void) {
+  int32_t index = pkv_kernel_active();
+  return index < 0 ? NULL : kernels[index].product;
 }

@@ -1,0 +1,46 @@
+/* What an instruction set provides for products of small integers with activations of 8 bits.
+ *
+ * Ternary weights, 2 bits each (code = value + 1), lie in blocks of 16 outputs:
+ *
+ *   [out / 16][in / 256][16 groups][64 bytes]      out and in rounded up, with zeros
+ *
+ * Byte b of a group holds weights of output b / 4, for the inputs 16 * group + 4 * i + b % 4, i = 0 .. 3, in
+ * the bits 2i and 2i + 1.  So four inputs, repeated, meet all 16 outputs at once, and no sum goes across a
+ * vector.  256 inputs are what 16 bits can add up: 64 pairs of products within [-512, 508].
+ *
+ * Weights of 8 bits lie as [out / 16][in / 2][16 outputs][2 inputs], and meet activations of 12 to 16 bits:
+ * as many as their sums bear.
+ *
+ * Sums are exact integers: the same bits whatever adds them.
+ */
+#ifndef PKV_BITLINEAR_H
+#define PKV_BITLINEAR_H
+#include <stdint.h>
+
+enum {
+  PKV_OUT_BLOCK = 16,
+  PKV_IN_BLOCK = 256,
+  PKV_BLOCK_BYTES = PKV_OUT_BLOCK * PKV_IN_BLOCK / 4,
+  PKV_ROW_TILE = 4, /* rows at once: their sums fill the registers */
+};
+
+typedef struct {
+  const char *name;
+  /* sums[row][16] of codes times activations, over num_in_blocks blocks of weights, for 1 to PKV_ROW_TILE
+   * rows that lie row_stride bytes apart. */
+  void (*ternary)(const uint8_t *weights, int64_t num_in_blocks, const int8_t *rows, int64_t row_stride,
+                  int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
+  /* sums[row][16] of weights [num_in / 2][16 outputs][2 inputs] times activations of 16 bits. */
+  void (*int8)(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
+               int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
+} pkv_product;
+
+extern const pkv_product pkv_product_portable;
+#ifdef PKV_HAVE_AVX2
+extern const pkv_product pkv_product_avx2;
+#endif
+
+/* The best of those that are not better than the active kernel. */
+const pkv_product *pkv_active_product(void);
+
+#endif

@@ -1,0 +1,177 @@
+"""Linear maps whose weights take 2 or 8 bits, computed by the library's kernels.
+
+Weights are packed once into the order in which the kernels read them, in blocks of 16 outputs, in huge pages
+where they are large (native/src/bitlinear.h draws it).  A call norms and rounds its rows, multiplies, scales,
+and stores, adds or gates: one C call, nothing in between is kept.
+
+Imports ternary.  Imported by layers and bitnet.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._binding import check, ffi, lib, shared_threads
+from ..errors import ArgumentError
+from ..pool import PagePool
+from .ternary import FloatArray, Int8Array
+
+OUT_BLOCK, IN_BLOCK = 16, 256
+#: From here on weights lie in a mapping of their own, in huge pages.
+HUGE_BYTES = 1 << 20
+
+STORE, ADD = lib.PKV_STORE, lib.PKV_ADD
+RELU2_GATE, SILU_GATE = lib.PKV_RELU2_GATE, lib.PKV_SILU_GATE
+
+
+class Matrix:
+    """A packed matrix [num_out, num_in] and a scale for each output, as `pkv_multiply` takes them.
+
+    kind : "ternary" or "int8"
+    packed : uint8, as `packed_bytes` says how many
+    scales : float32 [num_out]
+
+    Rows of the result do not depend on each other, on threads or on the kernel, in a single bit, but for a
+    gate's exponential.
+    """
+
+    def __init__(
+        self, kind: str, num_out: int, num_in: int, packed: NDArray[np.uint8], scales: FloatArray
+    ) -> None:
+        self.kind, self.num_out, self.num_in = kind, num_out, num_in
+        assert packed.nbytes == packed_bytes(kind, num_out, num_in), (packed.nbytes, kind, num_out, num_in)
+        self.packed = packed
+        self.scales = np.zeros(_up(num_out, OUT_BLOCK), np.float32)
+        self.scales[:num_out] = scales
+        self._matrix = ffi.new(
+            "pkv_matrix *",
+            {
+                "weights": ffi.from_buffer(packed),
+                "scales": ffi.from_buffer("float[]", self.scales),
+                "num_out": num_out,
+                "num_in": num_in,
+                "kind": lib.PKV_TERNARY if kind == "ternary" else lib.PKV_INT8,
+                "bits": 2 if kind == "ternary" else 8,
+            },
+        )
+        self._call = ffi.new("pkv_linear *")
+        self._threads = shared_threads()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights, as they are read by every call."""
+        return self.packed.nbytes
+
+    def __call__(
+        self,
+        x: FloatArray,
+        *,
+        norm: FloatArray | None = None,
+        eps: float = 0.0,
+        out: FloatArray | None = None,
+        then: int = STORE,
+    ) -> FloatArray:
+        """Map float32 [tokens, num_in] to [tokens, num_out], half as wide when gated.
+
+        norm : float32 [num_in]; x is divided by its root mean square and multiplied by this before
+        out : where it goes, or what it is added to (ADD); its rows may be parts of wider ones
+        Raises: ArgumentError.
+        """
+        width = self.num_out if then in (STORE, ADD) else self.num_out // 2
+        if out is None:
+            out = np.empty((len(x), width), np.float32)
+        _require_rows("x", x, (len(x), self.num_in))
+        _require_rows("out", out, (len(x), width))
+        if norm is not None:
+            _require_rows("norm", norm[None], (1, self.num_in))
+        if not len(x):
+            return out
+        call = self._call
+        call.x, call.x_stride, call.num_rows = _address(x), x.strides[0] // 4, len(x)
+        call.norm = _address(norm) if norm is not None else ffi.NULL
+        call.eps = eps
+        call.out, call.out_stride, call.then = _address(out), out.strides[0] // 4, then
+        check(lib.pkv_multiply(self._threads, self._matrix, call), "multiply")
+        return out
+
+
+def _up(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
+def packed_bytes(kind: str, num_out: int, num_in: int) -> int:
+    """Bytes of a packed matrix."""
+    weights = _up(num_out, OUT_BLOCK) * _up(num_in, IN_BLOCK)
+    return weights // 4 if kind == "ternary" else weights
+
+
+def new_bytes(count: int) -> NDArray[np.uint8]:
+    """Memory for weights: in huge pages when it is large."""
+    if count < HUGE_BYTES:
+        return np.empty(count, np.uint8)
+    return np.asarray(_Mapped(PagePool(1, _up(count, 64)), count))
+
+
+class _Mapped:
+    """Bytes of a pool, as an array that keeps it alive."""
+
+    def __init__(self, pool: PagePool, count: int) -> None:
+        self.pool = pool
+        address = int(ffi.cast("intptr_t", pool.address))
+        self.__array_interface__ = {
+            **{"version": 3, "typestr": "|u1"},
+            **{"data": (address, False), "shape": (count,)},
+        }
+
+
+def pack_codes(codes: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
+    """Pack ternary codes, uint8 [out, in] of 0, 1, 2 for -1, 0, +1: all rows, or whole blocks of them."""
+    num_out, num_in = codes.shape
+    padded = np.ones((_up(num_out, OUT_BLOCK), _up(num_in, IN_BLOCK)), np.uint8)  # ones are zeros
+    padded[:num_out, :num_in] = codes
+    # [out block, output, in block, group, i, lane] -> [out block, in block, group, output, lane, i]
+    parts = padded.reshape(len(padded) // OUT_BLOCK, OUT_BLOCK, -1, 16, 4, 4).transpose(0, 2, 3, 1, 5, 4)
+    into = packed.reshape(parts.shape[:-1])
+    np.copyto(into, parts[..., 0])
+    for i in (1, 2, 3):
+        into |= parts[..., i] << np.uint8(2 * i)
+
+
+def ternary_matrix(weight: Int8Array, scale: FloatArray) -> Matrix:
+    """From int8 [out, in] of -1, 0, +1, and a scale: one, or one for each output."""
+    num_out, num_in = weight.shape
+    packed = new_bytes(packed_bytes("ternary", num_out, num_in))
+    pack_codes((weight + 1).astype(np.uint8), packed)
+    return Matrix("ternary", num_out, num_in, packed, np.broadcast_to(scale, num_out))
+
+
+def int8_matrix(weight: NDArray[Any], rows_at_a_time: int = 4096) -> Matrix:
+    """Round a float matrix [out, in] to 8 bits, each row by its own scale; a row of zeros stays one."""
+    num_out, num_in = weight.shape
+    padded_in = _up(num_in, IN_BLOCK)
+    packed = new_bytes(packed_bytes("int8", num_out, num_in))
+    blocks = packed.view(np.int8).reshape(-1, padded_in // 2, OUT_BLOCK, 2)
+    scales = np.zeros(num_out, np.float32)
+    for begin in range(0, num_out, rows_at_a_time):
+        rows = np.asarray(weight[begin : begin + rows_at_a_time], np.float32)
+        largest = np.abs(rows).max(axis=1)
+        scales[begin : begin + len(rows)] = largest / 127
+        factors = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 0)
+        padded = np.zeros((_up(len(rows), OUT_BLOCK), padded_in), np.int8)
+        padded[: len(rows), :num_in] = np.rint(rows * factors[:, None])
+        parts = padded.reshape(-1, OUT_BLOCK, padded_in // 2, 2).transpose(0, 2, 1, 3)
+        blocks[begin // OUT_BLOCK : begin // OUT_BLOCK + len(parts)] = parts
+    return Matrix("int8", num_out, num_in, packed, scales)
+
+
+def _address(array: FloatArray) -> Any:
+    return ffi.cast("float *", array.ctypes.data)
+
+
+def _require_rows(name: str, array: FloatArray, shape: tuple[int, int]) -> None:
+    is_dense = array.ndim == 2 and (array.strides[1] == 4 or array.size == 0)
+    if array.dtype != np.float32 or array.shape != shape or not is_dense:
+        raise ArgumentError(
+            f"{name} is {array.dtype} {list(array.shape)}; it must be float32 {list(shape)}, dense along rows"
+        )

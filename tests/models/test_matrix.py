@@ -1,0 +1,143 @@
+"""Products of packed weights against plain numpy: sums are exact, so they are equal."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import paged_kv
+from paged_kv import ArgumentError, _binding
+from paged_kv.models import matrix as matrices
+from paged_kv.models.matrix import ADD, RELU2_GATE, SILU_GATE, int8_matrix, ternary_matrix
+from paged_kv.models.ternary import quantise_activations
+
+
+def ternary(rng, num_out, num_in):
+    return rng.integers(-1, 2, (num_out, num_in)).astype(np.int8)
+
+
+def expected_ternary(weight, scale, x):
+    q, s = quantise_activations(x)
+    return (q.astype(np.int64) @ weight.T.astype(np.int64)).astype(np.float32) / s * scale
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_rows=st.integers(0, 11),
+    num_out=st.integers(1, 70),
+    num_in=st.sampled_from([1, 5, 64, 255, 256, 257, 700]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_ternary_products_are_exact(num_rows, num_out, num_in, seed):
+    rng = np.random.default_rng(seed)
+    weight, x = ternary(rng, num_out, num_in), 3 * rows(rng, num_rows, num_in)
+    scale = rng.random(num_out).astype(np.float32)
+    matrix, before = ternary_matrix(weight, scale), paged_kv.kernels().active
+    try:
+        for kernel in paged_kv.kernels().available:
+            _binding.select_kernel(kernel)
+            out = np.full((num_rows, num_out + 3), np.nan, np.float32)
+            assert matrix(x, out=out[:, :num_out]).base is out
+            np.testing.assert_array_equal(out[:, :num_out], expected_ternary(weight, scale, x))
+            assert np.isnan(out[:, num_out:]).all()
+    finally:
+        _binding.select_kernel(before)
+
+
+def test_sums_at_the_edge_of_their_range_do_not_overflow(kernel):
+    """All activations at their largest magnitude, of either sign, against weights of one sign."""
+    for weight, x in itertools.product((-1, 1), (-1, 1)):
+        matrix = ternary_matrix(np.full((16, 11008), weight, np.int8), np.ones(1, np.float32))
+        out = matrix(np.full((5, 11008), x, np.float32))
+        np.testing.assert_array_equal(out, np.full((5, 16), 11008.0 * weight * x))
+        floats = np.full((16, 11008), weight, np.float32)
+        np.testing.assert_allclose(int8_matrix(floats)(np.full((5, 11008), x, np.float32)), out, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 9, 130])
+def test_rows_do_not_know_of_each_other_nor_of_threads(kernel, num_rows, rng):
+    x = rows(rng, num_rows, 1000)
+    norm = rows(rng, 1000)
+    for matrix in (ternary_matrix(ternary(rng, 600, 1000), rows(rng, 1)), int8_matrix(rows(rng, 600, 1000))):
+        together = matrix(x, norm=norm, eps=1e-5)
+        matrix._threads = _binding.new_threads(1)
+        alone = np.concatenate([matrix(row[None], norm=norm, eps=1e-5) for row in x])
+        np.testing.assert_array_equal(together, alone)
+
+
+def test_every_kernel_gives_the_same_bits(rng):
+    x, norm, before, results = rows(rng, 7, 300), rows(rng, 300), paged_kv.kernels().active, []
+    maps = ternary_matrix(ternary(rng, 64, 300), rows(rng, 64)), int8_matrix(rows(rng, 64, 300))
+    try:
+        for kernel in paged_kv.kernels().available:
+            _binding.select_kernel(kernel)
+            results.append([m(x, norm=norm, then=then) for m in maps for then in (0, RELU2_GATE)])
+    finally:
+        _binding.select_kernel(before)
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_weights_of_8_bits_are_as_precise_as_their_rounding(kernel, rng):
+    weight, x = rows(rng, 100, 2560), rows(rng, 5, 2560)
+    out = int8_matrix(weight)(x)
+    step = np.abs(weight).max(axis=1) / 127
+    rounded = np.rint(weight / step[:, None]) * step[:, None]
+    exact = x.astype(np.float64) @ rounded.T.astype(np.float64)
+    # Activations have 13 bits and more: off by half a step each, at random.
+    atol = 6 * np.abs(x).max() / 6500 / 2 * np.sqrt((rounded**2).sum(axis=1)).max()
+    np.testing.assert_allclose(out, exact, rtol=0, atol=atol)
+
+
+def test_what_comes_out_is_added_or_gated(kernel, rng):
+    weight, x = ternary(rng, 48, 100), rows(rng, 6, 100)
+    matrix, plain = ternary_matrix(weight, rows(rng, 48)), None
+    plain = matrix(x)
+    out = rows(rng, 6, 48)
+    np.testing.assert_array_equal(matrix(x, out=out.copy(), then=ADD), out + plain)
+    blocks = plain.reshape(6, 3, 2, 8)
+    gate, up = blocks[:, :, 0].reshape(6, 24), blocks[:, :, 1].reshape(6, 24)
+    np.testing.assert_array_equal(matrix(x, then=RELU2_GATE), np.square(np.maximum(gate, 0)) * up)
+    silu = gate / (1 + np.exp(-gate.astype(np.float64))) * up
+    np.testing.assert_allclose(matrix(x, then=SILU_GATE), silu, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_are_root_mean_squares(kernel, rng):
+    weight, x, norm = np.eye(64, dtype=np.float32), rows(rng, 5, 64), rows(rng, 64)
+    normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 1e-5) * norm
+    largest = np.abs(normed).max()
+    out = int8_matrix(weight)(x, norm=norm, eps=1e-5)
+    np.testing.assert_allclose(out, normed, rtol=0, atol=largest / 30000)
+
+
+def test_a_nan_touches_its_own_row_only(kernel, rng):
+    x = rows(rng, 6, 64)
+    x[2, 3], x[4, 0] = np.nan, np.inf
+    for matrix in (ternary_matrix(ternary(rng, 32, 64), np.ones(1, "f4")), int8_matrix(rows(rng, 32, 64))):
+        for then in (0, RELU2_GATE):
+            out = matrix(x, then=then)
+            assert np.isnan(out[[2, 4]]).all() and np.isfinite(out[[0, 1, 3, 5]]).all()
+
+
+def test_large_weights_lie_in_huge_pages_that_live_as_long_as_they(rng):
+    weight, x = ternary(rng, 2048, 2048), rows(rng, 2, 2048)
+    matrix = ternary_matrix(weight, np.ones(1, np.float32))
+    assert matrix.num_bytes >= matrices.HUGE_BYTES and matrix.packed.ctypes.data % 2**21 == 0
+    np.testing.assert_array_equal(matrix(x), expected_ternary(weight, np.float32(1), x))
+
+
+def test_what_does_not_fit_is_refused(rng):
+    matrix = ternary_matrix(ternary(rng, 32, 64), np.ones(1, np.float32))
+    x = rows(rng, 3, 64)
+    for bad in (x[:, :63], x.astype("f8"), x[0], rows(rng, 3, 128)[:, ::2]):
+        with pytest.raises(ArgumentError):
+            matrix(bad)
+    for bad in (np.empty((3, 31), "f4"), np.empty((2, 32), "f4"), np.empty((3, 32))):
+        with pytest.raises(ArgumentError):
+            matrix(x, out=bad)
+    with pytest.raises(ArgumentError):
+        matrix(x, norm=rows(rng, 63))
