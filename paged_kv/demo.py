@@ -90,19 +90,17 @@ def run(options: argparse.Namespace) -> int:
     # At least what the longest takes while one of its arrays is there twice, as where it is concatenated.
     smallest = max(need) + -(-max(need) // (2 * model.config.num_hidden_layers))
     pool_pages = max(smallest, round(sum(need) * POOL_SHARE))
-    threads = blas_threads(model)
     say(
         f"{len(prompts)} prompts of {min(len(p.ids) for p in prompts)} to {max(len(p.ids) for p in prompts)} "
         f"tokens, {options.max_tokens} new tokens each, a pool of {pool_pages} pages for {sum(need)}\n"
-        f"kernel {kernels().active}, {num_cpus()} threads for attention, {threads} for matrix products"
+        f"kernel {kernels().active}, {num_cpus()} threads"
     )
     for note in sorted({prompt.source for prompt in prompts if " instead of " in prompt.source}):
         say(f"prompt from {note}")
-    with require("threadpoolctl", "demo").threadpool_limits(threads, "blas"):
-        serve = Serving(model, prompts, options, live)
-        paged = serve.paged(pool_pages)
-        show_texts(say, tokenizer, prompts, paged)
-        ways = [serve.recomputed(), serve.concatenated(pool_pages), paged]
+    serve = Serving(model, prompts, options, live)
+    paged = serve.paged(pool_pages)
+    show_texts(say, tokenizer, prompts, paged)
+    ways = [serve.recomputed(), serve.concatenated(pool_pages), paged]
     same = all(
         mine[: len(theirs)] == theirs
         for way in ways
@@ -292,9 +290,11 @@ class TimedStep:
         positions: NDArray[np.int32] = self._step.positions
         return positions
 
-    def attend(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /) -> FloatArray:
+    def attend(
+        self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /, *, out: FloatArray
+    ) -> FloatArray:
         begin = time.perf_counter()
-        out: FloatArray = self._step.attend(layer, q, k, v)
+        self._step.attend(layer, q, k, v, out=out)
         self._clock.seconds += time.perf_counter() - begin
         return out
 
@@ -321,23 +321,6 @@ class TimedCache:
 
 def num_pages(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_SIZE)
-
-
-def blas_threads(model: BitNetModel) -> int:
-    """How many threads matrix products should use: small ones are often faster with one."""
-    limits = require("threadpoolctl", "demo").threadpool_limits
-    x = np.ones((16, model.config.hidden_size), np.float32)
-    times = {}
-    for count in (1, num_cpus()):
-        with limits(count, "blas"):
-            times[count] = min(_seconds(lambda: model.blocks[0].feed_forward(x)) for _ in range(30))
-    return min(times, key=lambda count: times[count])
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 # ---- what is shown

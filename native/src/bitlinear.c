@@ -10,7 +10,6 @@
  */
 #include "bitlinear.h"
 
-#include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -19,17 +18,15 @@
 #include "../include/paged_kv.h"
 #include "threads.h"
 
-enum { CHUNKS_PER_WORKER = 8, LANES = 16 };
+enum {
+  CHUNKS_PER_WORKER = 8,
+  ROWS_WORTH_SHARING = 16, /* up to here every worker rounds all rows: one start of the workers, not two */
+};
 
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t int_lanes __attribute__((vector_size(4 * LANES), aligned(4)));
-
-/* Rows that were rounded: integers of 1 or 2 bytes, zeros behind; what they were multiplied by; their sums.
- */
+/* Rows that were rounded: integers of 1 or 2 bytes, zeros behind. */
 typedef struct {
   char *values;
-  float *factors;
-  int32_t *sums;
+  pkv_rounded *rows;
 } rounded;
 
 typedef struct {
@@ -40,6 +37,7 @@ typedef struct {
   int64_t num_blocks; /* of 16 outputs */
   int64_t chunk;      /* blocks that a worker takes at a time */
   int32_t most;       /* the largest magnitude of an activation */
+  int32_t gating;     /* outputs of the product for one that is put: 2 when gated */
   bool is_shared;     /* the rows are rounded once for all workers */
   char *scratch;      /* of each worker: a row of floats, and its own rounded rows */
   size_t scratch_bytes;
@@ -51,158 +49,46 @@ static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 static int64_t value_bytes(const job *job) { return job->matrix->kind == PKV_TERNARY ? 1 : 2; }
 
-/* ---- one row */
-
-/* Added in one order: lane i has every sixteenth value, then halves onto each other. */
-static float sum_of_squares(const float *x, int64_t count) {
-  lanes sums = {};
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    lanes values;
-    memcpy(&values, x + i, sizeof values);
-    sums += values * values;
-  }
-  for (int lane = 0; i < count; i++, lane++) sums[lane] += x[i] * x[i];
-  for (int width = LANES / 2; width; width /= 2)
-    for (int lane = 0; lane < width; lane++) sums[lane] += sums[lane + width];
-  return sums[0];
-}
-
-static void norm_row(float *to, const float *x, const float *weight, int64_t count, float eps) {
-  float root = sqrtf(sum_of_squares(x, count) / (float)count + eps);
-  for (int64_t i = 0; i < count; i++) to[i] = x[i] / root * weight[i];
-}
-
-/* The bits of the largest magnitude; those of a NaN are larger than those of any number. */
-static int32_t largest_bits(const float *x, int64_t count) {
-  int_lanes largest = {};
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    int_lanes bits;
-    memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffff;
-    int_lanes is_larger = bits > largest;
-    largest = (bits & is_larger) | (largest & ~is_larger);
-  }
-  for (int lane = 0; i < count; i++, lane++) {
-    int32_t bits;
-    memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffff;
-    if (bits > largest[lane]) largest[lane] = bits;
-  }
-  int32_t result = 0;
-  for (int lane = 0; lane < LANES; lane++)
-    if (largest[lane] > result) result = largest[lane];
-  return result;
-}
-
-/* Round a row to integers; a row that holds a NaN or an infinity has the factor NaN, and so is its result. */
-static void round_row(const job *job, rounded to, int64_t row, float *x) {
-  int64_t num_in = job->matrix->num_in;
-  int32_t bits = largest_bits(x, num_in);
-  char *values = to.values + row * job->in_padded * value_bytes(job);
-  memset(values, 0, (size_t)(job->in_padded * value_bytes(job)));
-  to.sums[row] = 0;
-  to.factors[row] = NAN;
-  if (bits >= 0x7f800000) return;
-  float largest;
-  memcpy(&largest, &bits, sizeof largest);
-  float factor = to.factors[row] = (float)job->most / (largest < 1e-5f ? 1e-5f : largest);
-  /* Adding 1.5 * 2^23 leaves the nearest integer, of halves the even one, in the low bits. */
-  const float to_integer = 0x1.8p23f;
-  int32_t sum = 0;
-  if (job->matrix->kind == PKV_TERNARY) {
-    int8_t *bytes = (int8_t *)values;
-    for (int64_t i = 0; i < num_in; i++) {
-      float shifted = x[i] * factor + to_integer;
-      int32_t integer;
-      memcpy(&integer, &shifted, sizeof integer);
-      bytes[i] = (int8_t)integer;
-      sum += bytes[i];
-    }
-  } else {
-    int16_t *shorts = (int16_t *)values;
-    for (int64_t i = 0; i < num_in; i++) {
-      float shifted = x[i] * factor + to_integer;
-      int32_t integer;
-      memcpy(&integer, &shifted, sizeof integer);
-      shorts[i] = (int16_t)integer;
-    }
-  }
-  to.sums[row] = sum;
-}
-
-static void prepare_row(const job *job, rounded to, int64_t row, float *buffer) {
-  const pkv_linear *call = job->call;
-  const float *x = call->x + row * call->x_stride;
-  if (call->norm)
-    norm_row(buffer, x, call->norm, job->matrix->num_in, call->eps);
-  else
-    memcpy(buffer, x, (size_t)job->matrix->num_in * sizeof *buffer);
-  round_row(job, to, row, buffer);
-}
-
-/* ---- outputs */
-
-static void put_row(const job *job, int64_t block, int64_t row, const int32_t *sums, rounded from) {
-  const pkv_matrix *matrix = job->matrix;
-  const pkv_linear *call = job->call;
-  const float *scales = matrix->scales + block * PKV_OUT_BLOCK;
-  float values[PKV_OUT_BLOCK], factor = from.factors[row];
-  /* Codes are values + 1, so each sum has the activations once too often. */
-  int32_t excess = matrix->kind == PKV_TERNARY ? from.sums[row] : 0;
-  for (int i = 0; i < PKV_OUT_BLOCK; i++) values[i] = (float)(sums[i] - excess) / factor * scales[i];
-  float *out = call->out + row * call->out_stride;
-  int64_t first = block * PKV_OUT_BLOCK, count = matrix->num_out - first;
-  if (count > PKV_OUT_BLOCK) count = PKV_OUT_BLOCK;
-  switch (call->then) {
-    case PKV_STORE: memcpy(out + first, values, (size_t)count * sizeof *values); break;
-    case PKV_ADD:
-      for (int64_t i = 0; i < count; i++) out[first + i] += values[i];
-      break;
-    case PKV_RELU2_GATE: /* eight gates, and the eight that they gate */
-      for (int64_t i = 0; i < count / 2; i++) {
-        float gate = values[i] > 0 || values[i] != values[i] ? values[i] : 0;
-        out[first / 2 + i] = gate * gate * values[8 + i];
-      }
-      break;
-    case PKV_SILU_GATE:
-      for (int64_t i = 0; i < count / 2; i++)
-        out[first / 2 + i] = values[i] / (1.0f + expf(-values[i])) * values[8 + i];
-      break;
-  }
-}
-
 static void multiply_block(const job *job, int64_t block, rounded from) {
   const pkv_matrix *matrix = job->matrix;
   int64_t row_stride = job->in_padded * value_bytes(job), num_rows = job->call->num_rows;
-  int64_t num_in_blocks = job->in_padded / PKV_IN_BLOCK;
+  int64_t num_groups = job->in_padded / PKV_IN_GROUP;
   int32_t sums[PKV_ROW_TILE][PKV_OUT_BLOCK];
   for (int64_t row = 0; row < num_rows; row += PKV_ROW_TILE) {
     int32_t count = num_rows - row < PKV_ROW_TILE ? (int32_t)(num_rows - row) : PKV_ROW_TILE;
     const char *rows = from.values + row * row_stride;
     if (matrix->kind == PKV_TERNARY)
-      job->product->ternary((const uint8_t *)matrix->weights + block * num_in_blocks * PKV_BLOCK_BYTES,
-                            num_in_blocks, (const int8_t *)rows, row_stride, count, sums);
+      job->product->ternary((const uint8_t *)matrix->weights + block * num_groups * PKV_GROUP_BYTES,
+                            num_groups, (const int8_t *)rows, row_stride, count, sums);
     else
       job->product->int8((const int8_t *)matrix->weights + block * PKV_OUT_BLOCK * job->in_padded,
                          job->in_padded, (const int16_t *)rows, row_stride, count, sums);
-    for (int32_t i = 0; i < count; i++) put_row(job, block, row + i, sums[i], from);
+    int64_t first = block * PKV_OUT_BLOCK, num_put = matrix->num_out - first;
+    if (num_put > PKV_OUT_BLOCK) num_put = PKV_OUT_BLOCK;
+    for (int32_t i = 0; i < count; i++)
+      job->product->put_row(job->call->out + (row + i) * job->call->out_stride + first / job->gating, sums[i],
+                            from.rows[row + i], matrix->scales + first, num_put, job->call->then);
   }
 }
 
 /* ---- workers */
 
 static rounded rounded_in(const job *job, char *memory) {
-  int64_t num_rows = job->call->num_rows;
-  rounded rows = {.factors = (float *)memory};
-  rows.sums = (int32_t *)(rows.factors + round_up(num_rows, 16));
-  rows.values = (char *)(rows.sums + round_up(num_rows, 16));
-  return rows;
+  pkv_rounded *rows = (pkv_rounded *)memory;
+  return (rounded){(char *)(rows + round_up(job->call->num_rows, 8)), rows};
 }
 
 static int64_t rounded_bytes(const job *job) {
-  return 2 * 4 * round_up(job->call->num_rows, 16) + job->call->num_rows * job->in_padded * value_bytes(job);
+  int64_t num_rows = job->call->num_rows;
+  return round_up(num_rows, 8) * (int64_t)sizeof(pkv_rounded) + num_rows * job->in_padded * value_bytes(job);
+}
+
+static void prepare_row(const job *job, rounded to, int64_t row, float *buffer) {
+  const pkv_linear *call = job->call;
+  bool is_ternary = job->matrix->kind == PKV_TERNARY;
+  to.rows[row] = job->product->round_row(to.values + row * job->in_padded * value_bytes(job), job->in_padded,
+                                         call->x + row * call->x_stride, job->matrix->num_in, call->norm,
+                                         call->eps, job->most, is_ternary, buffer);
 }
 
 static float *buffer_of(const job *job, int32_t worker) {
@@ -235,7 +121,7 @@ static pkv_status multiply_with(pkv_threads *threads, int32_t num_workers, job *
   const int64_t bytes_worth_a_thread = 64 << 10;
   int64_t weight_bytes = job->num_blocks * PKV_OUT_BLOCK * job->in_padded * job->matrix->bits / 8;
   if (weight_bytes * (job->call->num_rows + 3) / 4 < bytes_worth_a_thread) num_workers = 1;
-  job->is_shared = num_workers > 1 && job->call->num_rows > PKV_ROW_TILE;
+  job->is_shared = num_workers > 1 && job->call->num_rows > ROWS_WORTH_SHARING;
   job->chunk = round_up(job->num_blocks, (int64_t)num_workers * CHUNKS_PER_WORKER) /
                ((int64_t)num_workers * CHUNKS_PER_WORKER);
   int64_t own_bytes = job->in_padded * (int64_t)sizeof(float) + (job->is_shared ? 0 : rounded_bytes(job));
@@ -264,7 +150,8 @@ pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pk
     return PKV_BAD_ARGUMENT;
   job job = {.product = pkv_active_product(), .matrix = matrix, .call = call};
   if (!job.product) return PKV_BAD_ARGUMENT;
-  job.in_padded = round_up(matrix->num_in, PKV_IN_BLOCK);
+  job.gating = is_gated ? 2 : 1;
+  job.in_padded = round_up(matrix->num_in, PKV_IN_GROUP);
   job.num_blocks = round_up(matrix->num_out, PKV_OUT_BLOCK) / PKV_OUT_BLOCK;
   /* 127 * most * num_in must not leave 32 bits; 127 is what ternary models are trained with. */
   job.most = matrix->kind == PKV_TERNARY ? 127 : (int32_t)(INT32_MAX / 128 / matrix->num_in);
@@ -275,4 +162,35 @@ pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pk
   pkv_status status = multiply_with(threads, num_workers, &job);
   pkv_threads_release(threads);
   return status;
+}
+
+/* ---- packing */
+
+/* The byte of an output and input, and the shift of its two bits. */
+static int64_t place_of(int64_t num_groups, int64_t out, int64_t in, int *shift) {
+  *shift = 2 * (int)(in % PKV_IN_GROUP / 4);
+  int64_t group = out / PKV_OUT_BLOCK * num_groups + in / PKV_IN_GROUP;
+  return group * PKV_GROUP_BYTES + out % PKV_OUT_BLOCK * 4 + in % 4;
+}
+
+void pkv_pack_ternary(const uint8_t *codes, int64_t num_out, int64_t num_in, uint8_t *packed) {
+  int64_t num_groups = round_up(num_in, PKV_IN_GROUP) / PKV_IN_GROUP;
+  int64_t num_blocks = round_up(num_out, PKV_OUT_BLOCK) / PKV_OUT_BLOCK;
+  memset(packed, 0x55, (size_t)(num_blocks * num_groups * PKV_GROUP_BYTES)); /* ones, which are zeros */
+  for (int64_t out = 0; out < num_out; out++)
+    for (int64_t in = 0; in < num_in; in++) {
+      int shift;
+      uint8_t *byte = packed + place_of(num_groups, out, in, &shift);
+      *byte = (uint8_t)((*byte & ~(3 << shift)) | codes[out * num_in + in] << shift);
+    }
+}
+
+void pkv_unpack_ternary(const uint8_t *packed, int64_t num_out, int64_t num_in, uint8_t *codes) {
+  int64_t num_groups = round_up(num_in, PKV_IN_GROUP) / PKV_IN_GROUP;
+  for (int64_t out = 0; out < num_out; out++)
+    for (int64_t in = 0; in < num_in; in++) {
+      int shift;
+      uint8_t byte = packed[place_of(num_groups, out, in, &shift)];
+      codes[out * num_in + in] = byte >> shift & 3;
+    }
 }

@@ -2,7 +2,7 @@
  *
  * Ternary weights, 2 bits each (code = value + 1), lie in blocks of 16 outputs:
  *
- *   [out / 16][in / 256][16 groups][64 bytes]      out and in rounded up, with zeros
+ *   [out / 16][in / 16 groups][64 bytes]      out and in rounded up, with zeros
  *
  * Byte b of a group holds weights of output b / 4, for the inputs 16 * group + 4 * i + b % 4, i = 0 .. 3, in
  * the bits 2i and 2i + 1.  So four inputs, repeated, meet all 16 outputs at once, and no sum goes across a
@@ -15,24 +15,38 @@
  */
 #ifndef PKV_BITLINEAR_H
 #define PKV_BITLINEAR_H
+#include <stdbool.h>
 #include <stdint.h>
+
+/* What a row was multiplied by before it was rounded, NaN where it held a NaN or an infinity; and, where
+ * weights are codes (values + 1), the sum of its integers, by which each sum is too large. */
+typedef struct {
+  float factor;
+  int32_t sum;
+} pkv_rounded;
 
 enum {
   PKV_OUT_BLOCK = 16,
-  PKV_IN_BLOCK = 256,
-  PKV_BLOCK_BYTES = PKV_OUT_BLOCK * PKV_IN_BLOCK / 4,
-  PKV_ROW_TILE = 4, /* rows at once: their sums fill the registers */
+  PKV_IN_GROUP = 16,
+  PKV_GROUP_BYTES = PKV_OUT_BLOCK * PKV_IN_GROUP / 4,
+  PKV_GROUPS_ADDED = 16, /* in 16 bits, before they are added in 32 */
+  PKV_ROW_TILE = 4,      /* rows at once: their sums fill the registers */
 };
 
 typedef struct {
   const char *name;
-  /* sums[row][16] of codes times activations, over num_in_blocks blocks of weights, for 1 to PKV_ROW_TILE
+  /* sums[row][16] of codes times activations, over num_groups groups of weights, for 1 to PKV_ROW_TILE
    * rows that lie row_stride bytes apart. */
-  void (*ternary)(const uint8_t *weights, int64_t num_in_blocks, const int8_t *rows, int64_t row_stride,
+  void (*ternary)(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
                   int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
   /* sums[row][16] of weights [num_in / 2][16 outputs][2 inputs] times activations of 16 bits. */
   void (*int8)(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
                int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
+  /* kernels/rows.h */
+  pkv_rounded (*round_row)(void *values, int64_t padded, const float *x, int64_t count, const float *norm,
+                           float eps, int32_t most, bool is_ternary, float *buffer);
+  void (*put_row)(float *out, const int32_t *sums, pkv_rounded rounded, const float *scales, int64_t count,
+                  int32_t then);
 } pkv_product;
 
 extern const pkv_product pkv_product_portable;

@@ -111,8 +111,10 @@ class ConcatenatedStep(RaggedStep):
         super().__init__([len(seq) for seq in seqs], counts)
         self.cache, self.seqs = cache, seqs
 
-    def attend(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /) -> FloatArray:
-        cache, out = self.cache, np.empty_like(q)
+    def attend(
+        self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /, *, out: FloatArray | None = None
+    ) -> FloatArray:
+        cache, out = self.cache, np.empty_like(q) if out is None else out
         for i, seq in enumerate(self.seqs):
             rows = self.rows(i)
             seq.k[layer] = np.concatenate([seq.k[layer], k[rows]])
@@ -132,8 +134,10 @@ class RecomputeStep(RaggedStep):
         super().__init__(np.zeros(len(lengths)), np.asarray(lengths, np.int64))
         self.num_threads = num_threads
 
-    def attend(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /) -> FloatArray:
-        out = np.empty_like(q)
+    def attend(
+        self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /, *, out: FloatArray | None = None
+    ) -> FloatArray:
+        out = np.empty_like(q) if out is None else out
         for i in range(len(self.qo_indptr) - 1):
             rows = self.rows(i)
             attend_rows(q[rows], k[rows], v[rows], self.num_threads, out[rows])

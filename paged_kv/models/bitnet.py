@@ -1,11 +1,11 @@
-"""BitNet b1.58: a whole model, from token ids to logits, and the small one that ships with the library.
+"""BitNet b1.58: a whole model, from token ids to logits; checkpoints, real sizes, and a small one that ships.
 
 Where keys and values are kept is a step's business (layers.KVStep): the model asks it for positions and
 attention, and takes the tokens of many sequences at once.
 
     ids ── embedding ── blocks ── final norm ── head (the embedding, transposed) ── logits
 
-Imports layers, ternary and sampling, and the cache for `generate_sequence`.  Imported by generate.
+Imports checkpoint and sampling, and the cache for `generate_sequence`.  Imported by generate.
 """
 
 import json
@@ -22,9 +22,27 @@ from .._binding import integer
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..sequence import Sequence
-from .layers import BitNetAttentionLayer, BitNetBlock, KVStep, rms_norm, rope_tables
+from .checkpoint import (
+    Checkpoint,
+    bits_of_float32,
+    blocks_of,
+    float32_of_bits,
+    open_folder,
+    tensors_of,
+)
+from .layers import (
+    ACTIVATIONS,
+    BitNetAttentionLayer,
+    BitNetBlock,
+    Buffers,
+    KVStep,
+    Rotation,
+    rope_frequencies,
+)
+from .matrix import Matrix, int8_matrix, random_matrix
 from .sampling import Sampler
-from .ternary import BitLinear, FloatArray, unpack_ternary
+from .tensor_file import write_tensors
+from .ternary import FloatArray
 
 __all__ = ["BitNetAttentionLayer", "BitNetBlock", "BitNetConfig", "BitNetModel"]
 
@@ -34,7 +52,7 @@ TINY_BITNET = Path(__file__).parent / "tiny_bitnet"
 
 @dataclass(frozen=True)
 class BitNetConfig:
-    """The shape of a BitNet, under the names of transformers' BitNetConfig."""
+    """The shape of a BitNet, or of a llama, under the names of transformers' configurations."""
 
     vocab_size: int
     hidden_size: int
@@ -47,17 +65,63 @@ class BitNetConfig:
     rope_theta: float
     rms_norm_eps: float
     bos_token_id: int
-    eos_token_id: int
+    eos_token_id: int | tuple[int, ...]
+    model_type: str = "bitnet"
+    hidden_act: str = "relu2"
+    rope_scaling: dict[str, Any] | None = None
+    #: Whether products are divided by a stored scale (linear_class "bitlinear"), not multiplied.
+    inverse_scales: bool = False
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "BitNetConfig":
-        """From a config.json; ArgumentError when a field is missing."""
+        """From a config.json; ArgumentError when a field is missing, or asks for what is not there."""
         fields = json.loads(text)
-        fields |= fields.get("rope_parameters", {})
+        if not isinstance(fields, dict):
+            raise ArgumentError("the model's config is no JSON object")
+        rope = fields.get("rope_parameters") or {}
+        fields = {name: value for name, value in (fields | rope).items() if value is not None}
+        if {"hidden_size", "num_attention_heads"} <= fields.keys():
+            fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+            fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+        if fields.get("rope_type", "default") != "default" and "rope_scaling" not in fields:
+            fields["rope_scaling"] = rope
+        scaling = fields.get("rope_scaling")
+        if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "llama3":
+            raise ArgumentError(f"rope_scaling is {scaling}; of these, llama3 is there")
+        quantization = fields.get("quantization_config") or {}
+        fields["inverse_scales"] = quantization.get("linear_class", "bitlinear") == "bitlinear" and bool(
+            quantization
+        )
+        if isinstance(fields.get("eos_token_id"), list):
+            fields["eos_token_id"] = tuple(fields["eos_token_id"])
+        if fields.get("model_type", "bitnet") not in ("bitnet", "llama"):
+            raise ArgumentError(f"model_type is {fields['model_type']}; bitnet and llama are there")
+        if fields.get("hidden_act", "relu2") not in ACTIVATIONS:
+            known_acts = " and ".join(ACTIVATIONS)
+            raise ArgumentError(f"hidden_act is {fields['hidden_act']}; {known_acts} are there")
+        if fields.get("attention_bias") or fields.get("mlp_bias"):
+            raise ArgumentError("the model has biases, which are not there")
         try:
-            return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
-        except KeyError as missing:
-            raise ArgumentError(f"the model's config has no {missing.args[0]}") from None
+            known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+            return cls(**known)
+        except TypeError as missing:
+            raise ArgumentError(f"the model's config is not whole: {missing}") from None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    def to_json(self) -> str:
+        """As transformers reads it."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "inverse_scales"}
+        fields |= {"architectures": ["BitNetForCausalLM"], "tie_word_embeddings": True}
+        linear_class = "bitlinear" if self.inverse_scales else "autobitlinear"
+        fields["quantization_config"] = {
+            **{"quant_method": "bitnet", "linear_class": linear_class},
+            **{"quantization_mode": "offline", "modules_to_not_convert": ["lm_head"]},
+        }
+        return json.dumps(fields, indent=2)
 
 
 @dataclass
@@ -93,15 +157,24 @@ class GenerationReport:
         )
 
 
+#: Real sizes: the public 2B-4T; the request's 7B; the 700M of the first paper.
+SHAPES = {
+    "2b-4t": BitNetConfig(128256, 2560, 6912, 30, 20, 5, 128, 4096, 500000.0, 1e-5, 128000, 128001),
+    "7b": BitNetConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 10000.0, 1e-5, 1, 2),
+    "700m": BitNetConfig(32000, 1536, 4096, 24, 16, 16, 96, 2048, 10000.0, 1e-5, 1, 2),
+}
+
+
 class BitNetModel:
-    """A BitNet's weights and its forward pass.
+    """A model's weights and its forward pass: a BitNet, or a llama with 8 bits a weight.
 
     Parameters
     ----------
     config : BitNetConfig
     blocks : a BitNetBlock for each layer
-    embedding : float32 [vocab_size, hidden_size], also the head
+    embedding : float32 [vocab_size, hidden_size], or uint16, the bits of bfloat16
     final_norm : float32 [hidden_size]
+    head : Matrix, or float32 [vocab_size, hidden_size]; None: the embedding, in 8 bits
     batch_size : sequences of `generate_sequence`
     """
 
@@ -109,9 +182,10 @@ class BitNetModel:
         self,
         config: BitNetConfig,
         blocks: Iterable[BitNetBlock],
-        embedding: FloatArray,
+        embedding: NDArray[Any],
         final_norm: FloatArray,
         *,
+        head: Matrix | FloatArray | None = None,
         batch_size: int = 8,
     ) -> None:
         self.config = config
@@ -123,7 +197,10 @@ class BitNetModel:
             raise ArgumentError(f"{len(self.blocks)} blocks for {config.num_hidden_layers} layers")
         if embedding.shape != (config.vocab_size, config.hidden_size):
             raise ArgumentError(f"the embedding has shape {list(embedding.shape)}, which is not the config's")
-        self._cos, self._sin = rope_tables(config.head_dim, config.max_position_embeddings, config.rope_theta)
+        self.head = head_of(embedding) if head is None else head
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self._rotation = Rotation(frequencies, config.max_position_embeddings)
+        self._buffers = Buffers()
         self._cache: PagedKVCache | None = None
         self._entries: dict[int, _Entry] = {}
         self.report = GenerationReport()
@@ -136,13 +213,98 @@ class BitNetModel:
         config = BitNetConfig.from_json(arrays.pop("config").tobytes())
         scales = arrays["model.embed_tokens.weight_scale"]
         embedding = arrays["model.embed_tokens.weight"] * scales[:, None]
-        blocks = [_block(config, arrays, f"model.layers.{i}.") for i in range(config.num_hidden_layers)]
+        blocks = blocks_of(config, Checkpoint(arrays, str(path)), None)
         return cls(config, blocks, embedding, arrays["model.norm.weight"], batch_size=batch_size)
 
     @classmethod
     def tiny(cls) -> "BitNetModel":
         """The small model that ships with the library: 5.4 million ternary weights, trained on Python."""
         return cls.load(TINY_BITNET / "tiny_bitnet.npz")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        head: str = "int8",
+        batch_size: int = 8,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> "BitNetModel":
+        """A model from a folder as transformers saves it: config.json and safetensors.
+
+        head : "int8", or "float32", four times as large and exact
+        progress : called with the blocks that are there, and how many there will be
+
+        Files are read by memory map; projections go into huge pages.  BitNet's come packed in 2 bits, with
+        scales of either direction, or as floats that are made ternary; a llama's are rounded to 8 bits.
+        Raises: ArgumentError, naming the tensor that is missing, of another shape, or all zeros; OSError.
+        """
+        fields, checkpoint = open_folder(Path(folder))
+        config = BitNetConfig.from_json(json.dumps(fields))
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = checkpoint.raw("model.embed_tokens.weight", shape)
+        checkpoint.nonzero("model.embed_tokens.weight", shape)
+        # Where a head is stored and not the embedding's, the config says so by not tying them.
+        is_own = "lm_head.weight" in checkpoint and not fields.get("tie_word_embeddings", False)
+        rows = checkpoint.raw("lm_head.weight", shape) if is_own else embedding
+        norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
+        blocks = blocks_of(config, checkpoint, progress)
+        return cls(config, blocks, embedding, norm, head=head_of(rows, head), batch_size=batch_size)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json and model.safetensors, as `from_pretrained` and transformers read them.
+
+        Raises: ArgumentError for what is no BitNet, or has a head that is not its embedding; OSError.
+        """
+        if self.config.model_type != "bitnet":
+            raise ArgumentError(f"a {self.config.model_type} is not written, only a bitnet")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
+        write_tensors(folder / "model.safetensors", tensors | tensors_of(self.config, self.blocks))
+        (folder / "config.json").write_text(self.config.to_json())
+
+    @classmethod
+    def random(
+        cls,
+        shape: str | BitNetConfig = "2b-4t",
+        *,
+        seed: int = 0,
+        head: str = "int8",
+        batch_size: int = 8,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> "BitNetModel":
+        """A model of real size and random weights: "2b-4t", "7b" or "700m", or of a config's shape.
+
+        Raises: ArgumentError; MemoryError.
+        """
+        if isinstance(shape, str) and shape not in SHAPES:
+            raise ArgumentError(f'shape is "{shape}"; there are {", ".join(SHAPES)}')
+        config = SHAPES[shape] if isinstance(shape, str) else shape
+        rng = np.random.default_rng(integer("seed", seed, 0, 2**64))
+        blocks = []
+        for i in range(config.num_hidden_layers):
+            blocks.append(_random_block(config, rng))
+            if progress is not None:
+                progress(i + 1, config.num_hidden_layers)
+        # Of one block of random rows: 128,256 of them take half a minute to draw.
+        num_drawn = min(4096, config.vocab_size)
+        drawn = bits_of_float32(rng.standard_normal((num_drawn, config.hidden_size), np.float32))
+        embedding = np.resize(drawn, (config.vocab_size, config.hidden_size))
+        norm = np.ones(config.hidden_size, np.float32)
+        return cls(config, blocks, embedding, norm, head=head_of(embedding, head), batch_size=batch_size)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """What every token reads: the blocks' matrices, and the head where it is one."""
+        inner = [matrix for block in self.blocks for matrix in block.matrices]
+        return [*inner, self.head] if isinstance(self.head, Matrix) else inner
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that a step reads of weights."""
+        head = 0 if isinstance(self.head, Matrix) else self.head.nbytes
+        return sum(matrix.num_bytes for matrix in self.matrices) + head
 
     def forward(self, ids: ArrayLike, step: KVStep, rows: ArrayLike) -> FloatArray:
         """Logits after some of a step's tokens.
@@ -159,17 +321,22 @@ class BitNetModel:
         ids, positions = np.asarray(ids), step.positions
         if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
             raise ArgumentError(f"ids lie outside 0 to {self.config.vocab_size - 1}")
-        if ids.size and positions.max() >= len(self._cos):
-            raise ArgumentError(f"position {positions.max()} is beyond the model's {len(self._cos)}")
-        x = self.embedding[ids]
-        cos, sin = self._cos[positions], self._sin[positions]
+        if ids.size and positions.max() >= len(self._rotation.cos):
+            raise ArgumentError(f"position {positions.max()} is beyond the model's {len(self._rotation.cos)}")
+        buffers, eps = self._buffers, self.config.rms_norm_eps
+        x = buffers.rows("x", len(ids), self.config.hidden_size)
+        chosen = self.embedding[ids.astype(np.intp)]
+        x[:] = float32_of_bits(chosen) if chosen.dtype == np.uint16 else chosen
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, step, layer)
-        x = rms_norm(x[np.asarray(rows, np.intp)], self.final_norm, self.config.rms_norm_eps)
+            block(x, self._rotation, step, layer, buffers)
+        x = x[np.asarray(rows, np.intp)]
+        if isinstance(self.head, Matrix):
+            return self.head(x, norm=self.final_norm, eps=eps)
+        x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(eps)) * self.final_norm
         # A product per row: one of several rows would add in another order.
         logits = np.empty((len(x), self.config.vocab_size), np.float32)
         for i, row in enumerate(x):
-            np.dot(self.embedding, row, out=logits[i])
+            np.dot(self.head, row, out=logits[i])
         return logits
 
     def new_cache(self, **options: Any) -> PagedKVCache:
@@ -219,7 +386,7 @@ class BitNetModel:
             self.report.count_step(num_prompt_tokens, 1, time.perf_counter_ns() - begin)
             if progress is not None:
                 progress(len(new_ids))
-            if new_ids[-1] == self.config.eos_token_id:
+            if new_ids[-1] in self.config.stop_ids:
                 break
         entry.pending = pending
         return np.array(new_ids, np.int32)
@@ -250,30 +417,36 @@ class _Entry:
     pending: list[int]
 
 
-def _block(config: BitNetConfig, arrays: dict[str, NDArray[Any]], prefix: str) -> BitNetBlock:
-    def linear(name: str) -> BitLinear:
-        weight = f"{prefix}{name}_proj.weight"
-        return BitLinear(unpack_ternary(arrays[weight]), arrays[f"{weight}_scale"])
+def head_of(rows: NDArray[Any], kind: str = "int8") -> Matrix | FloatArray:
+    """An output head from rows of floats or of bfloat16's bits, in 8 bits or as float32."""
+    if kind == "int8":
+        return int8_matrix(rows, float32_of_bits if rows.dtype == np.uint16 else None)
+    if kind != "float32":
+        raise ArgumentError(f'head is "{kind}"; it may be int8 or float32')
+    return float32_of_bits(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
-    def gain(name: str) -> FloatArray:
-        return arrays[f"{prefix}{name}.weight"]
 
+def _random_block(config: BitNetConfig, rng: np.random.Generator) -> BitNetBlock:
+    hidden, inter = config.hidden_size, config.intermediate_size
+    q_out, kv_out = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+
+    def matrix(num_out: int, num_in: int) -> Matrix:
+        return random_matrix(num_out, num_in, rng)
+
+    ones = np.ones(max(hidden, inter, q_out), np.float32)
     attention = BitNetAttentionLayer(
-        q=linear("self_attn.q"),
-        k=linear("self_attn.k"),
-        v=linear("self_attn.v"),
-        o=linear("self_attn.o"),
-        sub_norm=gain("self_attn.attn_sub_norm"),
+        matrix(q_out + 2 * kv_out, hidden),
+        matrix(hidden, q_out),
+        input_norm=ones[:hidden],
+        sub_norm=ones[:q_out],
+        num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         eps=config.rms_norm_eps,
     )
     return BitNetBlock(
         attention,
-        gate=linear("mlp.gate"),
-        up=linear("mlp.up"),
-        down=linear("mlp.down"),
-        input_norm=gain("input_layernorm"),
-        post_attention_norm=gain("post_attention_layernorm"),
-        ffn_sub_norm=gain("mlp.ffn_sub_norm"),
-        eps=config.rms_norm_eps,
+        matrix(2 * inter, hidden),
+        matrix(hidden, inter),
+        post_attention_norm=ones[:hidden],
+        ffn_sub_norm=ones[:inter],
     )

@@ -234,7 +234,7 @@ def generate(
     temperature, top_p, seed : as Sampler; each prompt draws from a generator of its own, seeded by `seed` and
         its place in the list, so what it draws does not depend on the others
     n : samples of each prompt, which share its pages
-    stop_ids : tokens that end a text; None: the model's end token
+    stop_ids : tokens that end a text; None: the model's
     cache : one of `model.new_cache(...)`; None: one that holds all prompts at once
     progress : called with the Batch after each step
 
@@ -248,7 +248,7 @@ def generate(
         own_cache = cache = model.new_cache(
             num_pages=max(1, num_pages), page_size=64, max_sequences=max(1, n * len(prompts))
         )
-    stop_ids = (model.config.eos_token_id,) if stop_ids is None else stop_ids
+    stop_ids = model.config.stop_ids if stop_ids is None else stop_ids
     batch = Batch(model, cache, Admission.pages_of(cache), stop_ids=stop_ids)
     try:
         requests = [

@@ -1,4 +1,4 @@
-"""The layers of BitNet: norms, rotary positions, attention, feed-forward.
+"""The layers of a decoder: norms, rotary positions, attention, feed-forward; BitNet's, and llama's.
 
 Tensors are float32 with one row per token, the tokens of all sequences of a step one after the
 other (ragged rows; nothing is padded).  One token's way through a block::
@@ -6,25 +6,32 @@ other (ragged rows; nothing is padded).  One token's way through a block::
     x ─┬─ input_norm ── q,k,v ── rope ── kv.attend ── attn_sub_norm ── o ──────────────── (+) ─┬─
        └──────────────────────────────────────────────────────────────────────────────────┘   │
     ┌──────────────────────────────────────────────────────────────────────────────────────────┘
-    ├─ post_attention_norm ── gate, up ── relu(gate)^2 * up ── ffn_sub_norm ── down ───── (+) ── x'
+    ├─ post_attention_norm ── gate, up ── act(gate) * up ── ffn_sub_norm ── down ─────── (+) ── x'
     └──────────────────────────────────────────────────────────────────────────────────────┘
 
-Where keys and values live is not known here: a `KVStep` takes them and answers with attention.
+act is relu squared in BitNet, which has the norms of the second and third column, and SiLU in llama, which
+has not.  Norms and activations are part of the products beside them (matrix.py), so a block is six C calls:
+q k v, rope, attend, o, gate and up, down.
 
-The bits of a row never depend on the other rows of the call.  Products are exact integers
-(ternary.py); everything else is elementwise, or a reduction along the last, contiguous axis,
-which numpy adds in an order that depends on its length alone.
+Where keys and values live is not known here: a `KVStep` takes them and answers with attention.  A row's bits
+never depend on the other rows of the call.
 
-Imports ternary.  Imported by bitnet.
+Imports matrix.  Imported by bitnet.
 """
 
+import threading
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .._binding import ffi, lib
+from ..arrays import array_of, set_rows
 from ..errors import ArgumentError
-from .ternary import BitLinear, FloatArray
+from .matrix import ADD, RELU2_GATE, SILU_GATE, Matrix
+from .ternary import FloatArray
+
+ACTIVATIONS = {"relu2": RELU2_GATE, "silu": SILU_GATE}
 
 
 class KVStep(Protocol):
@@ -36,74 +43,126 @@ class KVStep(Protocol):
     @property
     def positions(self) -> NDArray[np.int32]: ...
 
-    def attend(self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /) -> FloatArray:
+    def attend(
+        self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /, *, out: FloatArray
+    ) -> FloatArray:
         """Store k, v float32 [num_tokens, num_kv_heads, head_dim] and attend, causally, with
-        q float32 [num_tokens, num_q_heads, head_dim]; returns q's shape and dtype."""
+        q float32 [num_tokens, num_q_heads, head_dim], all strided along tokens; fills and returns out, of
+        q's shape."""
+
+
+class Buffers(threading.local):
+    """Arrays that a forward pass uses again for every token, each thread its own; they grow, and stay."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, FloatArray] = {}
+
+    def rows(self, name: str, num_rows: int, width: int) -> FloatArray:
+        """float32 [num_rows, width], with whatever was there."""
+        array = self._arrays.get(name)
+        if array is None or len(array) < num_rows or array.shape[1] != width:
+            array = self._arrays[name] = np.empty((num_rows, width), np.float32)
+        return array[:num_rows]
+
+
+class Rotation:
+    """Cosines and sines of every position, float32 [max_positions, head_dim / 2].
+
+    frequencies : float32 [head_dim / 2], radians a position
+    """
+
+    def __init__(self, frequencies: FloatArray, max_positions: int) -> None:
+        # All in float32, as where such models are trained: at position 1000 an exact angle differs by 6e-5.
+        angles = np.outer(np.arange(max_positions, dtype=np.float32), frequencies)
+        self.cos, self.sin = np.cos(angles), np.sin(angles)
+        self._tables = [ffi.from_buffer("float[]", table) for table in (self.cos, self.sin)]
+
+    def __call__(self, heads: FloatArray, positions: NDArray[np.int32]) -> None:
+        """Rotate float32 [num_tokens, num_heads, head_dim] in place; i pairs with i + head_dim / 2."""
+        if not len(heads):
+            return
+        rows = ffi.new("pkv_rows *")
+        set_rows(rows, array_of("heads", heads))
+        lib.pkv_rotate(rows, *heads.shape, ffi.from_buffer("int32_t[]", positions), *self._tables)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | None = None) -> FloatArray:
+    """Radians a position of each pair of elements, float32 [head_dim / 2].
+
+    scaling : llama 3's `rope_scaling` ("factor", "low_freq_factor", "high_freq_factor",
+        "original_max_position_embeddings"); slow turns are slowed down by the factor, fast ones stay, and
+        those in between go over smoothly
+    Source: Su et al., RoFormer, 2021; Grattafiori et al., The Llama 3 Herd of Models, 2024.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies: FloatArray = np.float32(theta) ** -exponents
+    if scaling is None:
+        return frequencies
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)  # in the trained length
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    scaled: FloatArray = ((1 - kept) / scaling["factor"] + kept).astype(np.float32) * frequencies
+    return scaled
 
 
 class BitNetAttentionLayer:
-    """Self-attention with ternary projections, rotary positions and a norm before the output.
+    """Self-attention: projections, rotary positions, and in BitNet a norm before the output.
 
     Parameters
     ----------
-    q : BitLinear, hidden to num_q_heads * head_dim
-    k, v : BitLinear, hidden to num_kv_heads * head_dim
-    o : BitLinear, num_q_heads * head_dim to hidden
-    sub_norm : float32 [num_q_heads * head_dim], the norm between attention and o
-    head_dim : int, even
-    eps : float, of the norm
+    qkv : Matrix, hidden to (num_q_heads + 2 * num_kv_heads) * head_dim
+    o : Matrix, num_q_heads * head_dim to hidden
+    input_norm : float32 [hidden], of what goes into qkv
+    sub_norm : float32 [num_q_heads * head_dim], the norm between attention and o; None: none
+    num_kv_heads, head_dim : int; head_dim is even
+    eps : float, of the norms
 
     Raises: ArgumentError when the parts do not fit together.
     """
 
     def __init__(
         self,
-        q: BitLinear,
-        k: BitLinear,
-        v: BitLinear,
-        o: BitLinear,
-        sub_norm: FloatArray,
+        qkv: Matrix,
+        o: Matrix,
         *,
+        input_norm: FloatArray,
+        sub_norm: FloatArray | None,
+        num_kv_heads: int,
         head_dim: int,
         eps: float,
     ) -> None:
-        if q.out_features % head_dim or k.out_features % head_dim or head_dim % 2:
+        num_q_heads = qkv.num_out // head_dim - 2 * num_kv_heads
+        if qkv.num_out % head_dim or head_dim % 2 or num_q_heads < 1 or num_q_heads % num_kv_heads:
             raise ArgumentError(
-                f"q and k have {q.out_features} and {k.out_features} outputs; both must be "
-                f"multiples of head_dim, {head_dim}, which must be even"
+                f"qkv has {qkv.num_out} outputs; they must be heads of {head_dim}, an even number: "
+                f"{num_kv_heads} of keys and of values, and a multiple of that of queries"
             )
-        if k.out_features != v.out_features or q.out_features % k.out_features:
+        if o.num_in != num_q_heads * head_dim or (sub_norm is not None and sub_norm.shape != (o.num_in,)):
             raise ArgumentError(
-                f"k and v have {k.out_features} and {v.out_features} outputs; they must be equal "
-                f"and divide q's {q.out_features}"
+                f"o takes {o.num_in} inputs, {num_q_heads} heads of {head_dim} have "
+                f"{num_q_heads * head_dim}; a sub_norm must have as many"
             )
-        if o.in_features != q.out_features or sub_norm.shape != (q.out_features,):
-            raise ArgumentError(
-                f"o takes {o.in_features} inputs and sub_norm is {list(sub_norm.shape)}; "
-                f"both must have q's {q.out_features} outputs"
-            )
-        self.num_q_heads = q.out_features // head_dim
-        self.num_kv_heads = k.out_features // head_dim
-        self.head_dim = head_dim
-        self.eps = eps
-        self.qkv = BitLinear.stack([q, k, v])
-        self.sub_norm = sub_norm
-        self.o = o
+        self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
+        self.qkv, self.o, self.eps = qkv, o, eps
+        self.input_norm, self.sub_norm = input_norm, sub_norm
 
-    def __call__(self, x: FloatArray, cos: FloatArray, sin: FloatArray, kv: KVStep, layer: int) -> FloatArray:
-        """Attend: float32 [num_tokens, hidden] to the same shape.
+    def __call__(
+        self, x: FloatArray, rotation: Rotation, kv: KVStep, layer: int, buffers: Buffers
+    ) -> FloatArray:
+        """Attend, and add the result to x: float32 [num_tokens, hidden], which is returned.
 
-        cos, sin : the rows of `rope_tables` at kv.positions
         layer : the number under which kv keeps this layer's keys and values
         """
-        num_tokens = len(x)
-        num_rotated = self.num_q_heads + self.num_kv_heads
-        heads = self.qkv(x).reshape(num_tokens, num_rotated + self.num_kv_heads, self.head_dim)
-        q = rope(heads[:, : self.num_q_heads], cos, sin)
-        k = rope(heads[:, self.num_q_heads : num_rotated], cos, sin)
-        attended = kv.attend(layer, q, k, np.ascontiguousarray(heads[:, num_rotated:]))
-        flat = attended.reshape(num_tokens, self.num_q_heads * self.head_dim)
-        return self.o(rms_norm(flat, self.sub_norm, self.eps))
+        num_tokens, num_rotated = len(x), self.num_q_heads + self.num_kv_heads
+        flat = buffers.rows("qkv", num_tokens, self.qkv.num_out)
+        self.qkv(x, norm=self.input_norm, eps=self.eps, out=flat)
+        heads = flat.reshape(num_tokens, -1, self.head_dim)
+        rotation(heads[:, :num_rotated], kv.positions)
+        q, k = heads[:, : self.num_q_heads], heads[:, self.num_q_heads : num_rotated]
+        v = heads[:, num_rotated:]
+        attended = buffers.rows("attended", num_tokens, self.o.num_in)
+        kv.attend(layer, q, k, v, out=attended.reshape(num_tokens, self.num_q_heads, self.head_dim))
+        return self.o(attended, norm=self.sub_norm, eps=self.eps, out=x, then=ADD)
 
 
 class BitNetBlock:
@@ -112,11 +171,11 @@ class BitNetBlock:
     Parameters
     ----------
     attention : BitNetAttentionLayer
-    gate, up : BitLinear, hidden to intermediate
-    down : BitLinear, intermediate to hidden
-    input_norm, post_attention_norm : float32 [hidden]
-    ffn_sub_norm : float32 [intermediate], the norm between the gated product and down
-    eps : float, of the norms
+    gate_up : Matrix, hidden to 2 * intermediate, eights of gate and of up in turn
+    down : Matrix, intermediate to hidden
+    post_attention_norm : float32 [hidden]
+    ffn_sub_norm : float32 [intermediate], the norm between the gated product and down; None: none
+    activation : "relu2" or "silu"
 
     Raises: ArgumentError when the parts do not fit together.
     """
@@ -124,94 +183,33 @@ class BitNetBlock:
     def __init__(
         self,
         attention: BitNetAttentionLayer,
-        gate: BitLinear,
-        up: BitLinear,
-        down: BitLinear,
+        gate_up: Matrix,
+        down: Matrix,
         *,
-        input_norm: FloatArray,
         post_attention_norm: FloatArray,
-        ffn_sub_norm: FloatArray,
-        eps: float,
+        ffn_sub_norm: FloatArray | None,
+        activation: str = "relu2",
     ) -> None:
-        if not gate.out_features == up.out_features == down.in_features == ffn_sub_norm.size:
+        sizes = {gate_up.num_out / 2, down.num_in, down.num_in if ffn_sub_norm is None else ffn_sub_norm.size}
+        if len(sizes) != 1:
             raise ArgumentError(
-                f"gate, up, down and ffn_sub_norm disagree on the intermediate size: "
-                f"{gate.out_features}, {up.out_features}, {down.in_features}, {ffn_sub_norm.size}"
+                f"gate_up, down and ffn_sub_norm disagree on the intermediate size: {gate_up.num_out} / 2, "
+                f"{down.num_in}, {None if ffn_sub_norm is None else ffn_sub_norm.size}"
             )
-        self.attention = attention
-        self.gate_up = BitLinear.stack([gate, up])
-        self.down = down
-        self.input_norm = input_norm
-        self.post_attention_norm = post_attention_norm
-        self.ffn_sub_norm = ffn_sub_norm
-        self.eps = eps
+        self.attention, self.gate_up, self.down = attention, gate_up, down
+        self.post_attention_norm, self.ffn_sub_norm = post_attention_norm, ffn_sub_norm
+        self.then = ACTIVATIONS[activation]
 
-    def __call__(self, x: FloatArray, cos: FloatArray, sin: FloatArray, kv: KVStep, layer: int) -> FloatArray:
-        """float32 [num_tokens, hidden] to the same shape; arguments as BitNetAttentionLayer."""
-        x = x + self.attention(rms_norm(x, self.input_norm, self.eps), cos, sin, kv, layer)
-        x += self.feed_forward(rms_norm(x, self.post_attention_norm, self.eps))
-        return x
+    def __call__(
+        self, x: FloatArray, rotation: Rotation, kv: KVStep, layer: int, buffers: Buffers
+    ) -> FloatArray:
+        """float32 [num_tokens, hidden], changed in place and returned; arguments as BitNetAttentionLayer."""
+        eps = self.attention.eps
+        self.attention(x, rotation, kv, layer, buffers)
+        gated = buffers.rows("gated", len(x), self.down.num_in)
+        self.gate_up(x, norm=self.post_attention_norm, eps=eps, out=gated, then=self.then)
+        return self.down(gated, norm=self.ffn_sub_norm, eps=eps, out=x, then=ADD)
 
-    def feed_forward(self, x: FloatArray) -> FloatArray:
-        """``down(ffn_sub_norm(relu(gate x)^2 * up x))``, float32 [num_tokens, hidden]."""
-        both = self.gate_up(x)
-        gate, up = both[:, : self.down.in_features], both[:, self.down.in_features :]
-        gated = np.maximum(gate, np.float32(0))
-        gated *= gated
-        gated *= up
-        return self.down(rms_norm(gated, self.ffn_sub_norm, self.eps))
-
-
-def rms_norm(x: FloatArray, weight: FloatArray, eps: float) -> FloatArray:
-    """``weight * x / sqrt(mean(x^2) + eps)`` along the last axis.
-
-    Parameters
-    ----------
-    x : float32 [..., features]
-    weight : float32 [features]
-    eps : float
-
-    Returns: float32 of x's shape.
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
-    """
-    # Squares in C order: then each row is added pairwise on its own, whatever x's strides are.
-    squares = np.multiply(x, x, order="C")
-    root = np.add.reduce(squares, axis=-1, keepdims=True)
-    root /= np.float32(x.shape[-1])
-    root += np.float32(eps)
-    np.sqrt(root, out=root)
-    np.divide(x, root, out=squares)
-    squares *= weight
-    return squares
-
-
-def rope_tables(head_dim: int, max_positions: int, theta: float) -> tuple[FloatArray, FloatArray]:
-    """Cosines and signed sines of every position, for `rope`.
-
-    Returns: (cos, sin), each float32 [max_positions, head_dim]; the first half of a row of sin is
-    negated, so that `rope` needs one addition and no subtraction.
-    Source: Su et al., RoFormer, 2021.
-    """
-    # All in float32, as where such models are trained: at position 1000 an exact angle differs by up to 6e-5.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(theta) ** -exponents
-    angles = np.outer(np.arange(max_positions, dtype=np.float32), frequencies)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
-
-
-def rope(x: FloatArray, cos: FloatArray, sin: FloatArray) -> FloatArray:
-    """Rotate each head by its token's position; element i pairs with i + head_dim / 2.
-
-    Parameters
-    ----------
-    x : float32 [num_tokens, num_heads, head_dim]
-    cos, sin : float32 [num_tokens, head_dim], rows of `rope_tables` at the tokens' positions
-
-    Returns: float32 of x's shape, contiguous.
-    """
-    num_tokens, num_heads, head_dim = x.shape
-    halves = x.reshape(num_tokens, num_heads, 2, head_dim // 2)
-    rotated = halves[:, :, ::-1] * sin.reshape(num_tokens, 1, 2, -1)
-    rotated += halves * cos.reshape(num_tokens, 1, 2, -1)
-    return np.ascontiguousarray(rotated).reshape(x.shape)
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return self.attention.qkv, self.attention.o, self.gate_up, self.down

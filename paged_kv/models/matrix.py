@@ -7,6 +7,7 @@ and stores, adds or gates: one C call, nothing in between is kept.
 Imports ternary.  Imported by layers and bitnet.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..errors import ArgumentError
 from ..pool import PagePool
 from .ternary import FloatArray, Int8Array
 
-OUT_BLOCK, IN_BLOCK = 16, 256
+OUT_BLOCK, IN_GROUP = 16, 16
 #: From here on weights lie in a mapping of their own, in huge pages.
 HUGE_BYTES = 1 << 20
 
@@ -55,8 +56,14 @@ class Matrix:
                 "bits": 2 if kind == "ternary" else 8,
             },
         )
-        self._call = ffi.new("pkv_linear *")
         self._threads = shared_threads()
+
+    def codes(self) -> NDArray[np.uint8]:
+        """A ternary matrix's codes, uint8 [num_out, num_in] of 0, 1, 2 for -1, 0, +1."""
+        codes = np.empty((self.num_out, self.num_in), np.uint8)
+        packed_at = ffi.from_buffer("uint8_t[]", self.packed)
+        lib.pkv_unpack_ternary(packed_at, self.num_out, self.num_in, ffi.from_buffer("uint8_t[]", codes))
+        return codes
 
     @property
     def num_bytes(self) -> int:
@@ -87,7 +94,7 @@ class Matrix:
             _require_rows("norm", norm[None], (1, self.num_in))
         if not len(x):
             return out
-        call = self._call
+        call = ffi.new("pkv_linear *")
         call.x, call.x_stride, call.num_rows = _address(x), x.strides[0] // 4, len(x)
         call.norm = _address(norm) if norm is not None else ffi.NULL
         call.eps = eps
@@ -102,7 +109,7 @@ def _up(count: int, to: int) -> int:
 
 def packed_bytes(kind: str, num_out: int, num_in: int) -> int:
     """Bytes of a packed matrix."""
-    weights = _up(num_out, OUT_BLOCK) * _up(num_in, IN_BLOCK)
+    weights = _up(num_out, OUT_BLOCK) * _up(num_in, IN_GROUP)
     return weights // 4 if kind == "ternary" else weights
 
 
@@ -125,36 +132,49 @@ class _Mapped:
         }
 
 
-def pack_codes(codes: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
-    """Pack ternary codes, uint8 [out, in] of 0, 1, 2 for -1, 0, +1: all rows, or whole blocks of them."""
-    num_out, num_in = codes.shape
-    padded = np.ones((_up(num_out, OUT_BLOCK), _up(num_in, IN_BLOCK)), np.uint8)  # ones are zeros
-    padded[:num_out, :num_in] = codes
-    # [out block, output, in block, group, i, lane] -> [out block, in block, group, output, lane, i]
-    parts = padded.reshape(len(padded) // OUT_BLOCK, OUT_BLOCK, -1, 16, 4, 4).transpose(0, 2, 3, 1, 5, 4)
-    into = packed.reshape(parts.shape[:-1])
-    np.copyto(into, parts[..., 0])
-    for i in (1, 2, 3):
-        into |= parts[..., i] << np.uint8(2 * i)
-
-
 def ternary_matrix(weight: Int8Array, scale: FloatArray) -> Matrix:
     """From int8 [out, in] of -1, 0, +1, and a scale: one, or one for each output."""
-    num_out, num_in = weight.shape
+    return codes_matrix((weight + 1).astype(np.uint8), scale)
+
+
+def codes_matrix(codes: NDArray[np.uint8], scale: FloatArray) -> Matrix:
+    """From uint8 [out, in] of 0, 1, 2 for -1, 0, +1, and a scale: one, or one for each output."""
+    num_out, num_in = codes.shape
     packed = new_bytes(packed_bytes("ternary", num_out, num_in))
-    pack_codes((weight + 1).astype(np.uint8), packed)
+    codes_at = ffi.from_buffer("uint8_t[]", np.ascontiguousarray(codes))
+    lib.pkv_pack_ternary(codes_at, num_out, num_in, ffi.from_buffer("uint8_t[]", packed))
     return Matrix("ternary", num_out, num_in, packed, np.broadcast_to(scale, num_out))
 
 
-def int8_matrix(weight: NDArray[Any], rows_at_a_time: int = 4096) -> Matrix:
-    """Round a float matrix [out, in] to 8 bits, each row by its own scale; a row of zeros stays one."""
+def random_matrix(num_out: int, num_in: int, rng: np.random.Generator) -> Matrix:
+    """Random ternary weights, whose products have about the size of what goes in."""
+    scale = np.array([1 / np.sqrt(num_in * 2 / 3)], np.float32)
+    if num_out % OUT_BLOCK or num_in % IN_GROUP:
+        return codes_matrix(rng.integers(0, 3, (num_out, num_in), np.uint8), scale)
+    packed = new_bytes(packed_bytes("ternary", num_out, num_in))
+    four = np.arange(81)  # every byte of four codes
+    valid = (four % 3 | four // 3 % 3 << 2 | four // 9 % 3 << 4 | four // 27 << 6).astype(np.uint8)
+    np.take(valid, rng.integers(0, 81, len(packed), np.uint8), out=packed)
+    return Matrix("ternary", num_out, num_in, packed, np.broadcast_to(scale, num_out))
+
+
+def int8_matrix(
+    weight: NDArray[Any],
+    floats: Callable[[NDArray[Any]], FloatArray] | None = None,
+    rows_at_a_time: int = 4096,
+) -> Matrix:
+    """Round a float matrix [out, in] to 8 bits, each row by its own scale; a row of zeros stays one.
+
+    floats : makes some of its rows float32, where they are stored as something else
+    """
     num_out, num_in = weight.shape
-    padded_in = _up(num_in, IN_BLOCK)
+    padded_in = _up(num_in, IN_GROUP)
     packed = new_bytes(packed_bytes("int8", num_out, num_in))
     blocks = packed.view(np.int8).reshape(-1, padded_in // 2, OUT_BLOCK, 2)
     scales = np.zeros(num_out, np.float32)
     for begin in range(0, num_out, rows_at_a_time):
-        rows = np.asarray(weight[begin : begin + rows_at_a_time], np.float32)
+        stored = weight[begin : begin + rows_at_a_time]
+        rows = np.asarray(stored if floats is None else floats(stored), np.float32)
         largest = np.abs(rows).max(axis=1)
         scales[begin : begin + len(rows)] = largest / 127
         factors = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 0)
@@ -166,6 +186,8 @@ def int8_matrix(weight: NDArray[Any], rows_at_a_time: int = 4096) -> Matrix:
 
 
 def _address(array: FloatArray) -> Any:
+    if array.flags.c_contiguous:
+        return ffi.from_buffer("float[]", array)
     return ffi.cast("float *", array.ctypes.data)
 
 

@@ -6,18 +6,16 @@ integers of 8 bits and one factor s.  Their product is a sum of small integers::
     x [tokens, in] --quantise--> q [tokens, in], s [tokens, 1]
     y = (q W^T) / s * scale                                         [tokens, out]
 
-The integers travel as float32: every partial sum of ``q W^T`` is an integer below 2**24, which
-float32 holds exactly.  So an ordinary BLAS product is exact, whatever order it adds in, and the
-bits of a row cannot depend on threads or on the other rows of the call.
+Here is that arithmetic in numpy, as it is read; kernels do it (matrix.py).  The integers travel as float32:
+every partial sum of ``q W^T`` is an integer below 2**24, which float32 holds exactly.
 
 In a file a weight takes 2 bits (code = value + 1, four rows of W in one row of bytes)::
 
     packed row r:   bits 0-1: row r    bits 2-3: row r + out/4    bits 4-5: r + 2 out/4    ...
 
-Imports errors.  Imported by layers and bitnet.
+Imports errors.  Imported by matrix and checkpoint.
 """
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,73 +31,6 @@ ROWS_PER_BYTE = 4
 ACTIVATION_MAX = 127
 #: The smallest divisor of a scale: a row (or a matrix) of zeros stays zeros.
 SMALLEST_MAGNITUDE = 1e-5
-#: float32 holds every integer up to here.
-EXACT_INTEGERS = 2**24
-
-
-class BitLinear:
-    """A linear map with ternary weights and int8 activations, without bias.
-
-    Parameters
-    ----------
-    weight : int8 [out_features, in_features] of -1, 0, +1
-    scale : float32 [1], or [out_features] where matrices of several scales are stacked
-
-    Raises: ArgumentError, also when in_features is so large that a sum could leave the exact
-    integers of float32 (131072 and more).
-    Cost: 4 bytes a weight; a call is one BLAS product and reads every weight once.
-    Source: Ma et al., The Era of 1-bit LLMs, 2024; transformers, integrations/bitnet.py.
-    """
-
-    __slots__ = ("scale", "weight")
-
-    def __init__(self, weight: Int8Array, scale: FloatArray) -> None:
-        _require_matrix(weight, np.int8, "weight")
-        _require_ternary(weight)
-        num_out, num_in = weight.shape
-        if (ACTIVATION_MAX + 1) * num_in >= EXACT_INTEGERS:
-            raise ArgumentError(
-                f"in_features is {num_in}; sums of {ACTIVATION_MAX + 1} * in_features stay exact "
-                f"below {EXACT_INTEGERS // (ACTIVATION_MAX + 1)} only"
-            )
-        if scale.dtype != np.float32 or scale.shape not in ((1,), (num_out,)):
-            raise ArgumentError(
-                f"scale is {scale.dtype} {list(scale.shape)}; "
-                f"it must be float32 [1] or [{num_out}], the out_features"
-            )
-        self.weight: FloatArray = weight.astype(np.float32, order="C")
-        self.scale = scale
-
-    @classmethod
-    def stack(cls, parts: Sequence["BitLinear"]) -> "BitLinear":
-        """One map that computes several over the same input, their outputs side by side.
-
-        Sums are exact, so the bits are those of the parts.  It saves the repeated quantisation
-        of the input, and turns several products into one.
-        """
-        widths = {part.in_features for part in parts}
-        if len(widths) != 1:
-            raise ArgumentError(f"stacked maps must share in_features, got {sorted(widths)}")
-        stacked = cls.__new__(cls)
-        stacked.weight = np.concatenate([part.weight for part in parts])
-        stacked.scale = np.concatenate([np.broadcast_to(part.scale, part.out_features) for part in parts])
-        return stacked
-
-    @property
-    def in_features(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
-
-    def __call__(self, x: FloatArray) -> FloatArray:
-        """Map float32 [tokens, in_features] to float32 [tokens, out_features]."""
-        q, s = quantise_activations(x)
-        y: FloatArray = q @ self.weight.T
-        y /= s
-        y *= self.scale
-        return y
 
 
 def quantise_activations(x: FloatArray) -> tuple[FloatArray, FloatArray]:

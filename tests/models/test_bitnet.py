@@ -51,7 +51,7 @@ def forward(model, ids, chunks):
     return np.concatenate(logits)
 
 
-def test_with_our_attention_the_reference_gives_our_logits(model, reference, held_out_ids, monkeypatch):
+def test_with_our_attention_and_norms_the_reference_agrees(model, reference, held_out_ids, monkeypatch):
     def attend_by_cache(q, k, v):
         with model.new_cache(num_pages=20) as cache, cache.sequence() as seq:
             step = cache.step([seq], [len(q)])
@@ -59,11 +59,19 @@ def test_with_our_attention_the_reference_gives_our_logits(model, reference, hel
             step.rollback()
             return out
 
+    def norm_in_lanes(x, weight, eps):
+        """The kernels' order: sixteen sums of every sixteenth square, then halves onto each other."""
+        sums = np.add.reduce((x * x).reshape(len(x), -1, 16), axis=1)
+        while sums.shape[1] > 1:
+            sums = sums[:, : sums.shape[1] // 2] + sums[:, sums.shape[1] // 2 :]
+        return x / np.sqrt(sums / np.float32(x.shape[1]) + np.float32(eps)) * weight
+
     monkeypatch.setattr(reference, "causal_attention", attend_by_cache)
+    monkeypatch.setattr(reference, "rms_norm", norm_in_lanes)
     expected = reference.forward(*reference.load(), held_out_ids)
     got = forward(model, held_out_ids, [NUM_TOKENS])
-    # The head alone adds in another order: 320 products of a few units each.
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    # The head alone rounds its input, to 16 bits.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
 
 
 def test_against_the_plain_reference_we_differ_as_it_does_from_itself(model, reference, held_out_ids):

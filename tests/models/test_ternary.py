@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from paged_kv import ArgumentError
-from paged_kv.models.ternary import BitLinear, pack_ternary, quantise_activations, ternarise, unpack_ternary
+from paged_kv.models.ternary import pack_ternary, quantise_activations, ternarise, unpack_ternary
 
 
 def ternary(rng, *shape):
@@ -23,42 +23,18 @@ def test_activations_round_half_to_even_and_zeros_stay_zeros():
     assert s[0] == 1
 
 
-def test_a_product_is_exact_and_its_rows_do_not_depend_on_each_other(rng):
-    linear = BitLinear(ternary(rng, 64, 864), np.array([0.02], np.float32))
-    x = rng.standard_normal((33, 864)).astype(np.float32)
-    y = linear(x)
-    q, s = quantise_activations(x)
-    exact = q.astype(np.int64) @ linear.weight.astype(np.int64).T
-    np.testing.assert_array_equal(y, exact.astype(np.float32) / s * np.float32(0.02))
-    np.testing.assert_array_equal(np.concatenate([linear(row[None]) for row in x]), y)
-
-
-def test_stacked_maps_give_the_bits_of_their_parts(rng):
-    scales = np.array([[0.5], [3.0]], np.float32)
-    parts = [BitLinear(ternary(rng, n, 32), scale) for n, scale in zip((8, 4), scales, strict=True)]
-    x = rng.standard_normal((5, 32)).astype(np.float32)
-    np.testing.assert_array_equal(BitLinear.stack(parts)(x), np.concatenate([p(x) for p in parts], axis=1))
-
-
 def test_ternarising_divides_by_the_mean_magnitude():
     weight, scale = ternarise(np.array([[1.0, -1.0, 0.1, 0.0], [4.0, -0.4, 0.5, 1.0]]))
     assert scale == np.float32(1.0)
     assert weight.tolist() == [[1, -1, 0, 0], [1, 0, 0, 1]]
 
 
-def test_what_is_no_ternary_matrix_is_refused(rng):
-    scale = np.array([1.0], np.float32)
+def test_what_is_no_ternary_matrix_is_refused():
     zeros = np.zeros((4, 4), np.int8)
     for weight in (zeros + np.int8(2), zeros.astype(float), zeros[0], zeros[:0]):
         with pytest.raises(ArgumentError):
-            BitLinear(weight, scale)
-        with pytest.raises(ArgumentError):
             pack_ternary(weight)
-    with pytest.raises(ArgumentError, match="131072"):
-        BitLinear(np.zeros((1, 131072), np.int8), scale)
     with pytest.raises(ArgumentError, match="code 3"):
         unpack_ternary(np.array([[0b11]], np.uint8))
     with pytest.raises(ArgumentError, match="finite"):
         ternarise(np.array([[np.nan]]))
-    with pytest.raises(ArgumentError, match="scale"):
-        BitLinear(ternary(rng, 4, 4), np.ones(3, np.float32))

@@ -3,7 +3,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "../bitlinear.h"
+#include "rows.h"
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -18,19 +18,20 @@ ALWAYS_INLINE __m256i four_inputs(const int8_t *x) {
 
 ALWAYS_INLINE __m256i load(const uint8_t *bytes) { return _mm256_loadu_si256((const __m256i *)bytes); }
 
-/* Add 256 inputs' products to totals; outputs 0 to 7 and 8 to 15 are the two halves. */
-ALWAYS_INLINE void add_block(const uint8_t *weights, const int8_t *rows, int64_t row_stride, int num_rows,
-                             __m256i totals[][2]) {
+/* Add the products of up to PKV_GROUPS_ADDED groups to totals; outputs 0 to 7 and 8 to 15 are the two halves.
+ */
+ALWAYS_INLINE void add_groups(const uint8_t *weights, int num_groups, const int8_t *rows, int64_t row_stride,
+                              int num_rows, __m256i totals[][2]) {
   const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
   __m256i added[PKV_ROW_TILE][2];
   for (int r = 0; r < num_rows; r++) added[r][0] = added[r][1] = _mm256_setzero_si256();
-  for (int group = 0; group < 16; group++, weights += 64) {
+  for (int group = 0; group < num_groups; group++, weights += PKV_GROUP_BYTES) {
     _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
     __m256i low = load(weights), high = load(weights + 32);
     for (int i = 0; i < 4; i++) {
       __m256i low_codes = _mm256_and_si256(low, three), high_codes = _mm256_and_si256(high, three);
       for (int r = 0; r < num_rows; r++) {
-        __m256i x = four_inputs(rows + r * row_stride + 16 * group + 4 * i);
+        __m256i x = four_inputs(rows + r * row_stride + PKV_IN_GROUP * group + 4 * i);
         added[r][0] = _mm256_add_epi16(added[r][0], _mm256_maddubs_epi16(low_codes, x));
         added[r][1] = _mm256_add_epi16(added[r][1], _mm256_maddubs_epi16(high_codes, x));
       }
@@ -43,24 +44,29 @@ ALWAYS_INLINE void add_block(const uint8_t *weights, const int8_t *rows, int64_t
       totals[r][half] = _mm256_add_epi32(totals[r][half], _mm256_madd_epi16(added[r][half], ones));
 }
 
-ALWAYS_INLINE void ternary_rows(const uint8_t *weights, int64_t num_in_blocks, const int8_t *rows,
+ALWAYS_INLINE void ternary_rows(const uint8_t *weights, int64_t num_groups, const int8_t *rows,
                                 int64_t row_stride, int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
   __m256i totals[PKV_ROW_TILE][2];
   for (int r = 0; r < num_rows; r++) totals[r][0] = totals[r][1] = _mm256_setzero_si256();
-  for (int64_t block = 0; block < num_in_blocks; block++)
-    add_block(weights + block * PKV_BLOCK_BYTES, rows + block * PKV_IN_BLOCK, row_stride, num_rows, totals);
+  int64_t group = 0;
+  for (; group + PKV_GROUPS_ADDED <= num_groups; group += PKV_GROUPS_ADDED)
+    add_groups(weights + group * PKV_GROUP_BYTES, PKV_GROUPS_ADDED, rows + group * PKV_IN_GROUP, row_stride,
+               num_rows, totals);
+  if (group < num_groups)
+    add_groups(weights + group * PKV_GROUP_BYTES, (int)(num_groups - group), rows + group * PKV_IN_GROUP,
+               row_stride, num_rows, totals);
   for (int r = 0; r < num_rows; r++)
     for (int half = 0; half < 2; half++)
       _mm256_storeu_si256((__m256i *)(sums[r] + 8 * half), totals[r][half]);
 }
 
-static void ternary(const uint8_t *weights, int64_t num_in_blocks, const int8_t *rows, int64_t row_stride,
+static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
                     int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
   switch (num_rows) {
-    case 1: ternary_rows(weights, num_in_blocks, rows, row_stride, 1, sums); break;
-    case 2: ternary_rows(weights, num_in_blocks, rows, row_stride, 2, sums); break;
-    case 3: ternary_rows(weights, num_in_blocks, rows, row_stride, 3, sums); break;
-    default: ternary_rows(weights, num_in_blocks, rows, row_stride, 4, sums); break;
+    case 1: ternary_rows(weights, num_groups, rows, row_stride, 1, sums); break;
+    case 2: ternary_rows(weights, num_groups, rows, row_stride, 2, sums); break;
+    case 3: ternary_rows(weights, num_groups, rows, row_stride, 3, sums); break;
+    default: ternary_rows(weights, num_groups, rows, row_stride, 4, sums); break;
   }
 }
 
@@ -93,4 +99,4 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
   }
 }
 
-const pkv_product pkv_product_avx2 = {"avx2", ternary, int8};
+const pkv_product pkv_product_avx2 = {"avx2", ternary, int8, round_row, put_row};

@@ -1,12 +1,12 @@
 /* Products with ternary weights in plain C: the ones to read first, and those that run anywhere. */
 #include <string.h>
 
-#include "../bitlinear.h"
+#include "rows.h"
 
-static void ternary(const uint8_t *weights, int64_t num_in_blocks, const int8_t *rows, int64_t row_stride,
+static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
                     int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
   memset(sums, 0, (size_t)num_rows * sizeof *sums);
-  for (int64_t group = 0; group < num_in_blocks * PKV_IN_BLOCK / 16; group++, weights += 64)
+  for (int64_t group = 0; group < num_groups; group++, weights += PKV_GROUP_BYTES)
     for (int32_t row = 0; row < num_rows; row++) {
       const int8_t *x = rows + row * row_stride + 16 * group;
       for (int i = 0; i < 4; i++)
@@ -25,4 +25,4 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
     }
 }
 
-const pkv_product pkv_product_portable = {"portable", ternary, int8};
+const pkv_product pkv_product_portable = {"portable", ternary, int8, round_row, put_row};

@@ -1,0 +1,119 @@
+/* Rows before and after a product: norm and rounding, scaling and gating; written once, compiled for each
+ * instruction set.
+ *
+ * All of it is elementwise, or adds in one order, with no multiply-add fused: the same bits everywhere, but
+ * for SiLU's exponential, which is the C library's.
+ */
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "../../include/paged_kv.h"
+#include "../bitlinear.h"
+
+/* Rows are met sixteen values at a time, in two vectors: gcc keeps wider ones in memory. */
+enum { LANES = 8, STEP = 2 * LANES };
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
+
+/* Added in one order: lane i has every sixteenth value, then halves onto each other. */
+static float sum_of_squares(const float *x, int64_t count) {
+  lanes low = {}, high = {}, a, b;
+  int64_t i = 0;
+  for (; i + STEP <= count; i += STEP) {
+    memcpy(&a, x + i, sizeof a);
+    memcpy(&b, x + i + LANES, sizeof b);
+    low += a * a;
+    high += b * b;
+  }
+  float added[STEP];
+  memcpy(added, &low, sizeof low);
+  memcpy(added + LANES, &high, sizeof high);
+  for (; i < count; i++) added[i % STEP] += x[i] * x[i];
+  for (int width = LANES; width; width /= 2)
+    for (int lane = 0; lane < width; lane++) added[lane] += added[lane + width];
+  return added[0];
+}
+
+static void norm_row(float *restrict to, const float *restrict x, const float *restrict weight, int64_t count,
+                     float eps) {
+  float root = sqrtf(sum_of_squares(x, count) / (float)count + eps);
+  for (int64_t i = 0; i < count; i++) to[i] = x[i] / root * weight[i];
+}
+
+/* The bits of the largest magnitude; those of a NaN are larger than those of any number. */
+static int32_t largest_bits(const float *x, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    int32_t bits;
+    memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+/* The nearest integer, of halves the even one: adding 1.5 * 2^23 leaves it in the low bits. */
+static inline int32_t nearest(float x) {
+  float shifted = x + 0x1.8p23f;
+  int32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  return bits - 0x4b400000;
+}
+
+static int32_t round_to_bytes(int8_t *restrict to, const float *restrict x, int64_t count, float factor) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; i++) {
+    int32_t integer = nearest(x[i] * factor);
+    to[i] = (int8_t)integer;
+    sum += integer;
+  }
+  return sum;
+}
+
+static void round_to_shorts(int16_t *restrict to, const float *restrict x, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; i++) to[i] = (int16_t)nearest(x[i] * factor);
+}
+
+/* Round a row to integers, of 1 byte or 2, zeros behind; `buffer` takes a row of floats. */
+static pkv_rounded round_row(void *to, int64_t padded, const float *x, int64_t count, const float *norm,
+                             float eps, int32_t most, bool is_ternary, float *buffer) {
+  if (norm) {
+    norm_row(buffer, x, norm, count, eps);
+    x = buffer;
+  }
+  int32_t bits = largest_bits(x, count);
+  memset(to, 0, (size_t)padded * (is_ternary ? 1 : 2));
+  if (bits >= 0x7f800000) return (pkv_rounded){NAN, 0};
+  float largest;
+  memcpy(&largest, &bits, sizeof largest);
+  pkv_rounded rounded = {(float)most / (largest < 1e-5f ? 1e-5f : largest), 0};
+  if (is_ternary)
+    rounded.sum = round_to_bytes(to, x, count, rounded.factor);
+  else
+    round_to_shorts(to, x, count, rounded.factor);
+  return rounded;
+}
+
+/* Scale 16 sums of a row, of which `count` are outputs, and put them where they go. */
+static void put_row(float *restrict out, const int32_t *restrict sums, pkv_rounded rounded,
+                    const float *restrict scales, int64_t count, int32_t then) {
+  float values[PKV_OUT_BLOCK];
+  for (int i = 0; i < PKV_OUT_BLOCK; i++)
+    values[i] = (float)(sums[i] - rounded.sum) / rounded.factor * scales[i];
+  switch (then) {
+    case PKV_STORE: memcpy(out, values, (size_t)count * sizeof *values); break;
+    case PKV_ADD:
+      for (int64_t i = 0; i < count; i++) out[i] += values[i];
+      break;
+    case PKV_RELU2_GATE: /* eight gates, and the eight that they gate */
+      for (int i = 0; i < 8; i++) {
+        float gate = values[i] < 0 ? 0 : values[i];
+        out[i] = gate * gate * values[8 + i];
+      }
+      break;
+    case PKV_SILU_GATE:
+      for (int i = 0; i < 8; i++) out[i] = values[i] / (1.0f + expf(-values[i])) * values[8 + i];
+      break;
+  }
+}

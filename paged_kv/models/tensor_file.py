@@ -1,0 +1,90 @@
+"""Files of tensors in the safetensors format, read by memory map and written.
+
+    8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | bytes of the tensors
+
+Read here and not by the safetensors package, which knows no bfloat16 without torch and copies what it reads.
+A file is hostile until it has been looked at: every length and offset is held against the file's size.
+
+Imports errors.  Imported by checkpoint.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+
+#: bfloat16 comes as its bits.
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8, "I8": np.int8}
+MOST_HEADER_BYTES = 100 << 20
+
+
+class TensorFile(Mapping[str, NDArray[Any]]):
+    """A safetensors file as a mapping of names to arrays in place, bfloat16 as the uint16 of its bits.
+
+    Raises: ArgumentError for a file that is not one, naming what is wrong; OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        size = len(self._bytes)
+        (header_bytes,) = struct.unpack("<Q", self._bytes[:8].tobytes()) if size >= 8 else (0,)
+        if not 2 <= header_bytes <= min(size - 8, MOST_HEADER_BYTES):
+            raise ArgumentError(f"{path} is no safetensors file: its header would have {header_bytes} bytes")
+        self._data = self._bytes[8 + header_bytes :]
+        try:
+            header = json.loads(self._bytes[8 : 8 + header_bytes].tobytes())
+            header.pop("__metadata__", None)
+            self._entries = {name: self._entry(name, **fields) for name, fields in header.items()}
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            if isinstance(error, ArgumentError):
+                raise
+            raise ArgumentError(f"{path} has a header that cannot be read: {error}") from None
+
+    def _entry(self, name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[Any, ...]:
+        begin, end = data_offsets
+        numbers = [*shape, begin, end]
+        if dtype not in DTYPES or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ArgumentError(f"{self.path}: {name} is {dtype} {shape}; it must be {', '.join(DTYPES)}")
+        num_bytes = int(np.dtype(DTYPES[dtype]).itemsize)
+        for extent in shape:
+            num_bytes *= extent
+        if begin > end or end > len(self._data) or end - begin != num_bytes:
+            raise ArgumentError(
+                f"{self.path}: {name} is {dtype} {shape}, {num_bytes} bytes; the file has {begin} to {end} "
+                f"of {len(self._data)} for it"
+            )
+        return dtype, tuple(shape), begin, end
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        dtype, shape, begin, end = self._entries[name]
+        # Offsets may be odd; memory-mapped arrays of numpy may be too.
+        return np.frombuffer(self._data[begin:end], DTYPES[dtype]).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write a safetensors file; uint16 is the bits of bfloat16."""
+    names = {np.dtype(kind): name for name, kind in DTYPES.items()}
+    header, begin = {}, 0
+    for name, array in tensors.items():
+        end = begin + array.nbytes
+        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in tensors.values():
+            np.ascontiguousarray(array).tofile(file)
