@@ -87,7 +87,10 @@ class Checkpoint:
             codes = (weight + np.int8(1)).view(np.uint8)
             return codes, float(scale[0])
         packed = self.raw(f"{name}.weight", (num_out // 4, num_in))
-        weight = unpack_ternary(packed)
+        try:
+            weight = unpack_ternary(packed)
+        except ArgumentError as error:
+            raise ArgumentError(f"{self.where}: {name}.weight: {error}") from None
         if not weight.any():
             raise ArgumentError(
                 f"{self.where}: {name}.weight is all zeros, as some uploads of it are; take a whole revision"
