@@ -1,14 +1,16 @@
-"""The command line: paged-kv demo and paged-kv info, also python -m paged_kv.
+"""The command line, paged-kv or python -m paged_kv: demo, info, bench-model.
 
-Imports demo and info.
+Imports the commands.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from . import demo, info
+from . import demo, info, model_bench
 from .errors import PagedKVError
+from .models.bitnet import SHAPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.command == "info":
                 print("\n".join(info.lines()))
                 return 0
+            if options.command == "bench-model":
+                return model_bench.run(options)
             return demo.run(options)
     except (PagedKVError, ImportError, OSError, MemoryError) as error:
         print(f"paged-kv: {error}", file=sys.stderr)
@@ -42,4 +46,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the generators, one for each prompt")
     command.add_argument("--plot", metavar="FILE", help="draw pages and utilization over time")
     command.add_argument("--json", action="store_true", help="one line of JSON instead of texts and table")
+    _add_bench_model(commands)
     return parser
+
+
+def _add_bench_model(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench-model",
+        help="tokens a second of BitNets of real sizes, with random weights",
+        description="Prompts, and decoding at several batches and contexts, beside the read ceiling.",
+    )
+    command.add_argument("--shape", default="2b-4t", help=f"of {', '.join(SHAPES)}; commas (default 2b-4t)")
+    command.add_argument("--batch", default="1", help="sequences at once, as 1,8; or auto (default 1)")
+    command.add_argument("--context", default="128", help="tokens that they hold, as 512,2048 (default 128)")
+    command.add_argument("--memory", help="bytes that auto may give the cache, as 4GiB (default: half)")
+    command.add_argument("--kv-dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    command.add_argument("--steps", type=int, default=12, help="decode steps that are timed (default 12)")
+    command.add_argument("--recompute", action="store_true", help="also against no cache, at batch 1")
+    command.add_argument("--json", action="store_true", help="one line of JSON: a list of rows")

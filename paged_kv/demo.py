@@ -7,7 +7,7 @@ same tokens:
     concatenated   arrays that grow by a copy for each token, given the same bytes
     no cache       everything computed again for every token; measured on a few tokens
 
-Imports generate and baselines.  Imported by cli.
+Imports generate, baselines and timing.  Imported by cli.
 """
 
 import argparse
@@ -19,21 +19,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ._binding import kernels
 from .errors import ArgumentError
 from .extras import require
+from .live_line import LiveLine
 from .machine import num_cpus
 from .models.baselines import ConcatenatedCache, RecomputeStep
 from .models.bitnet import TINY_BITNET, BitNetModel
 from .models.generate import Admission, Batch, ServingCache, seed_of
 from .models.sampling import Sampler
-from .models.ternary import FloatArray
+from .models.timing import Clock, TimedCache, TimedStep
 
 STANDARD_LIBRARY = Path(os.__file__).parent
 PAGE_SIZE = 64
@@ -165,7 +164,7 @@ class Serving:
     """The same prompts, served in different ways."""
 
     def __init__(
-        self, model: BitNetModel, prompts: list[Prompt], options: argparse.Namespace, live: "LiveLine"
+        self, model: BitNetModel, prompts: list[Prompt], options: argparse.Namespace, live: LiveLine
     ) -> None:
         self.model, self.prompts, self.options, self.live = model, prompts, options, live
 
@@ -274,74 +273,11 @@ class Serving:
         )
 
 
-@dataclass
-class Clock:
-    seconds: float = 0.0
-
-
-class TimedStep:
-    """A step whose appending and attending is timed."""
-
-    def __init__(self, step: Any, clock: Clock) -> None:
-        self._step, self._clock = step, clock
-
-    @property
-    def positions(self) -> NDArray[np.int32]:
-        positions: NDArray[np.int32] = self._step.positions
-        return positions
-
-    def attend(
-        self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /, *, out: FloatArray
-    ) -> FloatArray:
-        begin = time.perf_counter()
-        self._step.attend(layer, q, k, v, out=out)
-        self._clock.seconds += time.perf_counter() - begin
-        return out
-
-    def __enter__(self) -> "TimedStep":
-        self._step.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._step.__exit__(kind, error, trace)
-
-
-class TimedCache:
-    """A cache whose steps are TimedSteps."""
-
-    def __init__(self, cache: ServingCache, clock: Clock) -> None:
-        self._cache, self._clock = cache, clock
-        self.sequence = cache.sequence
-
-    def step(self, seqs: Any, new: Any) -> TimedStep:
-        return TimedStep(self._cache.step(seqs, new), self._clock)
-
-
 def num_pages(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_SIZE)
 
 
 # ---- what is shown
-
-
-class LiveLine:
-    """One line that is written over again on a terminal, a few times a second; nothing elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._is_live, self._last = stream, stream.isatty(), 0.0
-
-    def update(self, text: str) -> None:
-        if self._is_live and time.monotonic() - self._last > 0.1:
-            self._last = time.monotonic()
-            self._stream.write(f"\r\033[K{text[:118]}")
-            self._stream.flush()
-
-    def clear(self) -> None:
-        if self._is_live:
-            self._stream.write("\r\033[K")
-            self._stream.flush()
 
 
 def show_texts(say: Callable[..., None], tokenizer: Any, prompts: list[Prompt], served: Served) -> None:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from paged_kv import cli, demo, extras
+from paged_kv.live_line import LiveLine
 
 SMALL = ["demo", "--max-tokens", "3", "--sequences", "3"]
 
@@ -91,7 +92,7 @@ def test_ctrl_c_ends_it_cleanly():
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.strip() == "interrupted"
 
 
@@ -102,7 +103,7 @@ def test_the_live_line_writes_over_itself_on_a_terminal_only():
 
     terminal, pipe = Terminal(), io.StringIO()
     for stream in (terminal, pipe):
-        live = demo.LiveLine(stream)
+        live = LiveLine(stream)
         live.update("one")
         live.clear()
     assert terminal.getvalue() == "\r\033[Kone\r\033[K"
