@@ -87,6 +87,8 @@ def test_ctrl_c_ends_it_cleanly():
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # What a shell starts in the background ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert "prompts of" in process.stdout.readline()
     time.sleep(0.3)

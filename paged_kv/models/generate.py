@@ -16,7 +16,7 @@ Imports bitnet and sampling.  Imported by demo.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,6 +88,7 @@ class Batch:
     admission : what the cache holds
     stop_ids : a request that produces one of these is done
     step_tokens : tokens of a step that has prompts to fill it
+    report : what it takes is added to this one; None: to a new one
     """
 
     def __init__(
@@ -98,13 +99,14 @@ class Batch:
         *,
         stop_ids: Sequence[int] = (),
         step_tokens: int = STEP_TOKENS,
+        report: GenerationReport | None = None,
     ) -> None:
         self.model, self.cache, self.admission = model, cache, admission
         self.stop_ids = frozenset(stop_ids)
         self.step_tokens = integer("step_tokens", step_tokens, 1)
         self.waiting: deque[Request] = deque()  # of several samples, the first
         self.running: list[Request] = []
-        self.report = GenerationReport()
+        self.report = report or GenerationReport()
 
     def add(self, prompt: ArrayLike, max_new_tokens: int, sampler: Sampler | None = None) -> Request:
         """Queue a request.
@@ -241,6 +243,45 @@ def generate(
     Returns: Generation, the new ids of each prompt in order (n of each in a row), and what it took.
     Raises: ArgumentError, OutOfPages (a prompt that would not fit an empty cache).
     """
+    report = GenerationReport()
+    new_ids: list[list[int]] = [[] for _ in range(len(prompts) * integer("n", n, 1, 2**16))]
+    for index, id in generate_stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        n=n,
+        stop_ids=stop_ids,
+        cache=cache,
+        progress=progress,
+        report=report,
+    ):
+        new_ids[index].append(id)
+    return Generation([np.array(ids, np.int32) for ids in new_ids], report)
+
+
+def generate_stream(
+    model: BitNetModel,
+    prompts: Sequence[ArrayLike],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    n: int = 1,
+    stop_ids: Sequence[int] | None = None,
+    cache: PagedKVCache | None = None,
+    progress: Callable[[Batch], object] | None = None,
+    report: GenerationReport | None = None,
+) -> Iterator[tuple[int, int]]:
+    """As `generate`, token by token as they come.
+
+    report : filled while it goes on
+
+    Yields: (place in what `generate` would return, id).  Closing the iterator gives back what it holds.
+    """
     own_cache, n = None, integer("n", n, 1, 2**16)
     if cache is None:
         lengths = [np.asarray(prompt).size + max_new_tokens for prompt in prompts]
@@ -249,7 +290,7 @@ def generate(
             num_pages=max(1, num_pages), page_size=64, max_sequences=max(1, n * len(prompts))
         )
     stop_ids = model.config.stop_ids if stop_ids is None else stop_ids
-    batch = Batch(model, cache, Admission.pages_of(cache), stop_ids=stop_ids)
+    batch = Batch(model, cache, Admission.pages_of(cache), stop_ids=stop_ids, report=report)
     try:
         requests = [
             request
@@ -258,15 +299,19 @@ def generate(
                 prompt, max_new_tokens, [Sampler(temperature, top_p, seed_of(seed, i, j)) for j in range(n)]
             )
         ]
+        num_told = [0] * len(requests)
         while batch.waiting or batch.running:
             batch.step()
             if progress is not None:
                 progress(batch)
+            for index, request in enumerate(requests):
+                for id in request.new_ids[num_told[index] :]:
+                    num_told[index] += 1
+                    yield index, id
     finally:
         batch.close()
         if own_cache is not None:
             own_cache.close()
-    return Generation([np.array(request.new_ids, np.int32) for request in requests], batch.report)
 
 
 def seed_of(seed: int, index: int, sample: int = 0) -> int:

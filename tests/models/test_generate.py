@@ -3,7 +3,7 @@ import pytest
 
 from paged_kv import ArgumentError, OutOfPages
 from paged_kv.models.bitnet import BitNetModel
-from paged_kv.models.generate import Admission, Batch, generate, seed_of
+from paged_kv.models.generate import Admission, Batch, generate, generate_stream, seed_of
 from paged_kv.models.sampling import Sampler
 
 
@@ -129,3 +129,33 @@ def test_samples_that_wait_for_their_prompt_can_be_cancelled(model):
         assert cache.stats().num_used_pages == 0 and not batch.running
     with pytest.raises(ArgumentError, match="n is 0"):
         generate(model, [[0]], n=0)
+
+
+def test_a_stream_yields_each_token_as_it_comes(model):
+    prompts = prompts_of(7, (5, 70, 33))
+    options = {"max_new_tokens": 6, "temperature": 0.9, "seed": 4, "n": 2}
+    whole = generate(model, prompts, **options).ids
+    came = list(generate_stream(model, prompts, **options))
+    for index, ids in enumerate(whole):
+        assert [id for place, id in came if place == index] == ids.tolist()
+    # Not one text after the other.
+    assert sorted(place for place, _ in came) != [place for place, _ in came]
+
+
+def test_a_stream_that_is_closed_gives_its_pages_back(model):
+    prompts = prompts_of(7, (5, 70, 33))
+    with model.new_cache(num_pages=20, page_size=64) as cache:
+        stream = generate_stream(model, prompts, max_new_tokens=6, cache=cache)
+        next(stream)
+        assert cache.stats().num_used_pages > 0
+        stream.close()
+        assert cache.stats().num_used_pages == 0
+
+
+def test_any_of_several_stop_ids_ends_a_text(model):
+    prompts = prompts_of(7, (5, 70, 33))
+    free = generate(model, prompts, max_new_tokens=12, stop_ids=()).ids
+    stops = {int(free[0][3]), int(free[1][5])}
+    for got, ids in zip(generate(model, prompts, max_new_tokens=12, stop_ids=stops).ids, free, strict=True):
+        ends = [i for i, id in enumerate(ids.tolist()) if id in stops]
+        np.testing.assert_array_equal(got, ids[: ends[0] + 1] if ends else ids)
