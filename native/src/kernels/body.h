@@ -99,6 +99,11 @@ ALWAYS_INLINE vec vec_soft_cap(vec x, float factor) {
   return vec_select((ivec)(magnitude < 0.625f), small, (vec)((ivec)large | sign));
 }
 
+#ifdef __clang__
+#define EACH(i, count) for (int i = 0; i < (count); i++)
+#else
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+#endif
 /* ---- scores */
 
 /* Scores of num_heads q heads and num_tokens tokens from `first` on. */
@@ -107,21 +112,21 @@ ALWAYS_INLINE void score_tile(const pkv_run *run, int64_t k_offset, int32_t dtyp
   int32_t head_dim = run->head_dim, padded = pkv_padded(head_dim), d = 0;
   vec sums[8] = {};
   const char *k[8];
-  for (int t = 0; t < num_tokens; t++) k[t] = run->k[first + t] + k_offset;
+  EACH (t, num_tokens) k[t] = run->k[first + t] + k_offset;
   for (; d + WIDTH <= head_dim; d += WIDTH)
-    for (int t = 0; t < num_tokens; t++) {
+    EACH (t, num_tokens) {
       vec key = vec_load_stored(k[t], d, WIDTH, dtype);
-      for (int h = 0; h < num_heads; h++)
+      EACH (h, num_heads)
         sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
     }
   if (HAS_PART && d < head_dim)
-    for (int t = 0; t < num_tokens; t++) {
+    EACH (t, num_tokens) {
       vec key = vec_load_stored(k[t], d, PART, dtype);
-      for (int h = 0; h < num_heads; h++)
+      EACH (h, num_heads)
         sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
     }
-  for (int h = 0; h < num_heads; h++)
-    for (int t = 0; t < num_tokens; t++) scores[h][first + t] = vec_sum(sums[h * num_tokens + t]);
+  EACH (h, num_heads)
+    EACH (t, num_tokens) scores[h][first + t] = vec_sum(sums[h * num_tokens + t]);
 }
 
 /* Scores of num_heads q heads (1, 2, 3 or 4) and the whole run, eight sums at a time. */
@@ -185,19 +190,19 @@ ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtyp
                               int num_vectors, int count, float *accumulated) {
   int32_t padded = pkv_padded(run->head_dim_v);
   vec sums[TILE_VALUES];
-  for (int h = 0; h < num_heads; h++)
-    for (int i = 0; i < num_vectors; i++)
+  EACH (h, num_heads)
+    EACH (i, num_vectors)
       sums[h * num_vectors + i] = vec_load(accumulated + h * padded + d + i * WIDTH) * shrink[h];
   for (int32_t t = 0; t < run->num_tokens; t++) {
     const char *row = run->v[t] + v_offset;
-    for (int i = 0; i < num_vectors; i++) {
+    EACH (i, num_vectors) {
       vec value = vec_load_stored(row, d + i * WIDTH, count, dtype);
-      for (int h = 0; h < num_heads; h++)
+      EACH (h, num_heads)
         sums[h * num_vectors + i] = vec_fma((vec){} + weights[h][t], value, sums[h * num_vectors + i]);
     }
   }
-  for (int h = 0; h < num_heads; h++)
-    for (int i = 0; i < num_vectors; i++)
+  EACH (h, num_heads)
+    EACH (i, num_vectors)
       vec_store(accumulated + h * padded + d + i * WIDTH, sums[h * num_vectors + i]);
 }
 

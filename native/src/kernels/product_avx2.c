@@ -12,6 +12,14 @@ enum { PREFETCH_BYTES = 2048 };
 /* gcc adds up products among themselves first, in more registers than there are: a quarter slower. */
 #define IN_THIS_ORDER(a, b) __asm__("" : "+x"(a), "+x"(b))
 
+/* A loop that is unrolled.  gcc keeps an array in memory where it unrolls the loop over it of its own accord,
+ * and later; clang where it is told to. */
+#ifdef __clang__
+#define EACH(i, count) for (int i = 0; i < (count); i++)
+#else
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+#endif
+
 /* Four inputs of a row, repeated. */
 ALWAYS_INLINE __m256i four_inputs(const int8_t *x) {
   int32_t four;
@@ -27,13 +35,13 @@ ALWAYS_INLINE void add_groups(const uint8_t *weights, int num_groups, const int8
                               int num_rows, __m256i totals[][2]) {
   const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
   __m256i added[PKV_ROW_TILE][2];
-  for (int r = 0; r < num_rows; r++) added[r][0] = added[r][1] = _mm256_setzero_si256();
+  EACH (r, num_rows) added[r][0] = added[r][1] = _mm256_setzero_si256();
   for (int group = 0; group < num_groups; group++, weights += PKV_GROUP_BYTES) {
     _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
     __m256i low = load(weights), high = load(weights + 32);
     for (int i = 0; i < 4; i++) {
       __m256i low_codes = _mm256_and_si256(low, three), high_codes = _mm256_and_si256(high, three);
-      for (int r = 0; r < num_rows; r++) {
+      EACH (r, num_rows) {
         __m256i x = four_inputs(rows + r * row_stride + PKV_IN_GROUP * group + 4 * i);
         added[r][0] = _mm256_add_epi16(added[r][0], _mm256_maddubs_epi16(low_codes, x));
         added[r][1] = _mm256_add_epi16(added[r][1], _mm256_maddubs_epi16(high_codes, x));
@@ -43,15 +51,15 @@ ALWAYS_INLINE void add_groups(const uint8_t *weights, int num_groups, const int8
       high = _mm256_srli_epi16(high, 2);
     }
   }
-  for (int r = 0; r < num_rows; r++)
-    for (int half = 0; half < 2; half++)
+  EACH (r, num_rows)
+    EACH (half, 2)
       totals[r][half] = _mm256_add_epi32(totals[r][half], _mm256_madd_epi16(added[r][half], ones));
 }
 
 ALWAYS_INLINE void ternary_rows(const uint8_t *weights, int64_t num_groups, const int8_t *rows,
                                 int64_t row_stride, int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
   __m256i totals[PKV_ROW_TILE][2];
-  for (int r = 0; r < num_rows; r++) totals[r][0] = totals[r][1] = _mm256_setzero_si256();
+  EACH (r, num_rows) totals[r][0] = totals[r][1] = _mm256_setzero_si256();
   int64_t group = 0;
   for (; group + PKV_GROUPS_ADDED <= num_groups; group += PKV_GROUPS_ADDED)
     add_groups(weights + group * PKV_GROUP_BYTES, PKV_GROUPS_ADDED, rows + group * PKV_IN_GROUP, row_stride,
@@ -59,9 +67,8 @@ ALWAYS_INLINE void ternary_rows(const uint8_t *weights, int64_t num_groups, cons
   if (group < num_groups)
     add_groups(weights + group * PKV_GROUP_BYTES, (int)(num_groups - group), rows + group * PKV_IN_GROUP,
                row_stride, num_rows, totals);
-  for (int r = 0; r < num_rows; r++)
-    for (int half = 0; half < 2; half++)
-      _mm256_storeu_si256((__m256i *)(sums[r] + 8 * half), totals[r][half]);
+  EACH (r, num_rows)
+    EACH (half, 2) _mm256_storeu_si256((__m256i *)(sums[r] + 8 * half), totals[r][half]);
 }
 
 static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
@@ -77,21 +84,20 @@ static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *ro
 ALWAYS_INLINE void int8_rows(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
                              int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
   __m256i totals[PKV_ROW_TILE][2];
-  for (int r = 0; r < num_rows; r++) totals[r][0] = totals[r][1] = _mm256_setzero_si256();
+  EACH (r, num_rows) totals[r][0] = totals[r][1] = _mm256_setzero_si256();
   for (int64_t i = 0; i < num_in; i += 2, weights += 32) {
     if (i % 4 == 0) _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
     __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)weights));
     __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(weights + 16)));
-    for (int r = 0; r < num_rows; r++) {
+    EACH (r, num_rows) {
       __m256i x = four_inputs((const int8_t *)rows + r * row_stride + 2 * i);
       totals[r][0] = _mm256_add_epi32(totals[r][0], _mm256_madd_epi16(low, x));
       totals[r][1] = _mm256_add_epi32(totals[r][1], _mm256_madd_epi16(high, x));
       IN_THIS_ORDER(totals[r][0], totals[r][1]);
     }
   }
-  for (int r = 0; r < num_rows; r++)
-    for (int half = 0; half < 2; half++)
-      _mm256_storeu_si256((__m256i *)(sums[r] + 8 * half), totals[r][half]);
+  EACH (r, num_rows)
+    EACH (half, 2) _mm256_storeu_si256((__m256i *)(sums[r] + 8 * half), totals[r][half]);
 }
 
 static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
