@@ -1,11 +1,13 @@
 /* A small pool of threads: one job at a time, workers asleep in between.
  *
  *   job_number counts jobs; a worker waits until it is not the one it did last
- *   num_working is how many workers have not finished the job; the caller waits until it is 0
+ *   num_working is how many workers are at it; the caller, who works too, then waits until it is 0
+ *   is_open says that the job may be joined: until the caller finds nothing left to do
  *   claimed is held from claim to release
  *
  * Who waits looks again and again for SPIN_NS, and then sleeps: a model has a hundred short jobs for a token,
- * one right after the other, and being woken up costs 10 to 50 us.
+ * one right after the other, and being woken up costs 10 to 100 us.  Nobody waits for a worker to wake up:
+ * work is taken in pieces, so what a late one would have done is done when it comes, and the job is closed.
  *
  * A caller who finds the threads claimed computes alone, so nobody ever waits for somebody else's job.
  * Threads start at the first job that has work for two.  A forked child has none of them: there, everything
@@ -41,6 +43,7 @@ struct pkv_threads {
   atomic_ullong job_number; /* changed under the lock, as is num_working; looked at without */
   int32_t num_workers;      /* of the job; workers beyond it sleep on */
   atomic_int num_working;
+  bool is_open;
   bool is_ending;
   pkv_work work;
   void *context;
@@ -63,6 +66,7 @@ static void begin_without_threads(pkv_threads *threads) {
   atomic_flag_clear(&threads->claimed);
   threads->num_started = 0;
   threads->num_working = 0;
+  threads->is_open = false;
   threads->forks = num_forks;
 }
 
@@ -138,10 +142,13 @@ static void *work_until_the_end(void *argument) {
       pthread_cond_wait(&threads->job_is_there, &threads->lock);
     if (threads->is_ending) break;
     last_job = threads->job_number;
-    pthread_mutex_unlock(&threads->lock);
-    threads->work(threads->context, index);
-    pthread_mutex_lock(&threads->lock);
-    if (--threads->num_working == 0) pthread_cond_signal(&threads->job_is_done);
+    if (threads->is_open) {
+      threads->num_working++;
+      pthread_mutex_unlock(&threads->lock);
+      threads->work(threads->context, index);
+      pthread_mutex_lock(&threads->lock);
+      if (--threads->num_working == 0) pthread_cond_signal(&threads->job_is_done);
+    }
     pthread_mutex_unlock(&threads->lock);
     spin_for_a_job(threads, last_job);
     pthread_mutex_lock(&threads->lock);
@@ -184,13 +191,16 @@ void pkv_threads_run(pkv_threads *threads, int32_t num_workers, pkv_work work, v
   start_workers(threads, num_workers);
   if (num_workers > threads->num_started + 1) num_workers = threads->num_started + 1;
   threads->num_workers = num_workers;
-  threads->num_working = num_workers - 1;
+  threads->is_open = true;
   threads->job_number++;
   if (num_workers > 1) pthread_cond_broadcast(&threads->job_is_there);
   pthread_mutex_unlock(&threads->lock);
 
   work(context, 0);
 
+  pthread_mutex_lock(&threads->lock);
+  threads->is_open = false;
+  pthread_mutex_unlock(&threads->lock);
   if (num_workers > 1) spin_until_done(threads);
   pthread_mutex_lock(&threads->lock);
   while (threads->num_working > 0) pthread_cond_wait(&threads->job_is_done, &threads->lock);

@@ -202,8 +202,7 @@ ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtyp
     }
   }
   EACH (h, num_heads)
-    EACH (i, num_vectors)
-      vec_store(accumulated + h * padded + d + i * WIDTH, sums[h * num_vectors + i]);
+    EACH (i, num_vectors) vec_store(accumulated + h * padded + d + i * WIDTH, sums[h * num_vectors + i]);
 }
 
 ALWAYS_INLINE void accumulate_heads(const pkv_run *run, int64_t v_offset, int32_t dtype,
