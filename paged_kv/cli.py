@@ -1,4 +1,4 @@
-"""The command line, paged-kv or python -m paged_kv: demo, info, bench-model.
+"""The command line, paged-kv or python -m paged_kv: demo, info, bench-model, generate.
 
 Imports the commands.
 """
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import demo, info, model_bench
+from . import demo, generation, info, model_bench
 from .errors import PagedKVError
 from .models.bitnet import SHAPES
 
@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             if options.command == "bench-model":
                 return model_bench.run(options)
+            if options.command == "generate":
+                return generation.run(options)
             return demo.run(options)
     except (PagedKVError, ImportError, OSError, MemoryError) as error:
         print(f"paged-kv: {error}", file=sys.stderr)
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", metavar="FILE", help="draw pages and utilization over time")
     command.add_argument("--json", action="store_true", help="one line of JSON instead of texts and table")
     _add_bench_model(commands)
+    _add_generate(commands)
     return parser
 
 
@@ -64,3 +67,24 @@ def _add_bench_model(commands: Any) -> None:
     command.add_argument("--steps", type=int, default=12, help="decode steps that are timed (default 12)")
     command.add_argument("--recompute", action="store_true", help="also against no cache, at batch 1")
     command.add_argument("--json", action="store_true", help="one line of JSON: a list of rows")
+
+
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="text from a BitNet or a llama in a folder, and what it took",
+        description="Go on with prompts, all at once; say where the time went, and what a cache is worth.",
+    )
+    command.add_argument(
+        "--model", metavar="FOLDER", help="config.json, tokenizer.json, safetensors (default: a small one)"
+    )
+    command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated")
+    command.add_argument("--max-tokens", type=int, default=64, help="new tokens of each (default 64)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--stop-id", type=int, action="append", default=[], help="ends a text too")
+    command.add_argument("--kv-dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    command.add_argument("--head", default="int8", choices=("int8", "float32"), help="of the output")
+    command.add_argument("--no-compare", action="store_true", help="leave the other caches out")
+    command.add_argument("--json", action="store_true", help="one line of JSON")

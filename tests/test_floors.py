@@ -26,6 +26,7 @@ FLOORS = [
     {"models.generate", "models.timing"},
     {"demo", "info"},
     {"model_bench"},
+    {"generation"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,294 @@
+"""Text from a model in a folder, and what it took: `paged-kv generate`.
+
+    prompts ── tokenizer ── generate_stream ── text, as it comes
+                                │
+                                └── report: tokens/s, ms a step and where they go, bytes against the read
+                                    ceiling, memory; and the same without a cache, and with one that grows,
+                                    measured on a few steps at the lengths that the texts have reached
+
+Imports model_bench and generate.  Imported by cli.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._binding import kernels
+from .cache import PagedKVCache
+from .errors import ArgumentError
+from .extras import require
+from .info import read_gb_per_s
+from .live_line import LiveLine
+from .machine import num_cpus
+from .model_bench import CEILING_BYTES, rounded
+from .models.baselines import ConcatenatedCache, RecomputeStep
+from .models.bitnet import TINY_BITNET, BitNetModel
+from .models.generate import Batch, generate_stream
+from .models.ternary import FloatArray
+from .models.timing import Clock, TimedCache, timed_matrices
+
+#: Steps that are measured without a cache, and with a concatenated one.
+STEPS_WITHOUT_CACHE, STEPS_CONCATENATED = 1, 8
+
+
+@dataclass
+class Report:
+    """What a generation took; per step: the median over those that held no prompt tokens."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    ms_per_step: float
+    weights_ms: float
+    attention_ms: float
+    rest_ms: float
+    bytes_per_step: int
+    read_fraction: float
+    weight_bytes: int
+    cache_bytes: int
+    no_cache_tokens_per_s: float | None = None
+    concatenated_tokens_per_s: float | None = None
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; 0 when it went well."""
+    live = LiveLine(sys.stderr)
+    model, tokenizer = opened(options.model, options.head, live)
+    prompts = [
+        [model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids]
+        for text in options.prompt
+    ]
+    longest = max(map(len, prompts)) + options.max_tokens
+    if options.max_tokens < 1 or longest > model.config.max_position_embeddings:
+        raise ArgumentError(
+            f"a prompt of {max(map(len, prompts))} tokens and --max-tokens {options.max_tokens}; at least 1, "
+            f"and together at most the model's {model.config.max_position_embeddings} positions"
+        )
+    num_pages = sum(-(-(len(ids) + options.max_tokens) // 64) for ids in prompts)
+    with model.new_cache(
+        num_pages=num_pages, page_size=64, max_sequences=len(prompts), dtype=options.kv_dtype
+    ) as cache:
+        show = None if options.json else StreamedText(tokenizer, len(prompts) == 1)
+        watch = Watch(model, cache)
+        new_ids: list[list[int]] = [[] for _ in prompts]
+        with watch.timed():
+            for index, id in generate_stream(
+                model,
+                prompts,
+                max_new_tokens=options.max_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                seed=options.seed,
+                stop_ids=(*model.config.stop_ids, *options.stop_id),
+                cache=watch.cache,
+                progress=watch.count,
+            ):
+                new_ids[index].append(id)
+                if show is not None:
+                    show.add(index, id)
+                live.progress("tokens", sum(map(len, new_ids)), options.max_tokens * len(prompts))
+        live.clear()
+        report = watch.report(sum(map(len, prompts)), sum(map(len, new_ids)))
+    if not options.no_compare:
+        lengths = [len(ids) + len(new) for ids, new in zip(prompts, new_ids, strict=True)]
+        live.update("the same without a cache")
+        report.no_cache_tokens_per_s = without_cache(model, lengths)
+        live.update("the same with a concatenated cache")
+        report.concatenated_tokens_per_s = concatenated(model, lengths)
+        live.clear()
+    texts = [tokenizer.decode(ids) for ids in new_ids]
+    if options.json:
+        fields = {name: rounded(value) for name, value in asdict(report).items()}
+        print(json.dumps({"kernel": kernels().active, "texts": texts, **fields}))
+        return 0
+    assert show is not None
+    show.finish(options.prompt, texts)
+    print("\n".join(lines_of(report, len(prompts))))
+    return 0
+
+
+def opened(folder: str | None, head: str, live: LiveLine) -> tuple[BitNetModel, Any]:
+    """A model and its tokenizer from a folder; None: the small one that ships with the library."""
+    Tokenizer = require("tokenizers", "demo").Tokenizer
+    if folder is None:
+        return BitNetModel.tiny(), Tokenizer.from_file(str(TINY_BITNET / "tokenizer.json"))
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ArgumentError(
+            f"there is no {path}; a model's folder has config.json, tokenizer.json and safetensors"
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    model = BitNetModel.from_pretrained(folder, head=head, progress=partial(live.progress, "blocks"))
+    live.clear()
+    return model, tokenizer
+
+
+# ---- text as it comes
+
+
+class StreamedText:
+    """Prints one text while it grows; several when they are whole."""
+
+    def __init__(self, tokenizer: Any, is_live: bool) -> None:
+        self._tokenizer, self._is_live = tokenizer, is_live
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, index: int, id: int) -> None:
+        if not self._is_live:
+            return
+        self._ids.append(id)
+        text = self._tokenizer.decode(self._ids)
+        # A character of several tokens is a replacement until its last one comes.
+        if text.startswith(self._shown) and not text.endswith("\ufffd"):
+            print(text[len(self._shown) :], end="", flush=True)
+            self._shown = text
+
+    def finish(self, prompts: list[str], texts: list[str]) -> None:
+        if self._is_live:
+            print(texts[0][len(self._shown) :] if texts[0].startswith(self._shown) else "")
+            return
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"--- {prompt}\n{text}")
+
+
+# ---- what it took
+
+
+class Watch:
+    """Times the steps of a generation, prompts and decoding apart."""
+
+    def __init__(self, model: BitNetModel, cache: PagedKVCache) -> None:
+        self.model, self.pages = model, cache
+        self._attention, self._weights = Clock(), Clock()
+        # Serving asks a cache for sequences and steps, and for its pages' size and number.
+        self.cache: Any = _Watched(cache, self._attention)
+        self._before = (0.0, 0.0)
+        self._prompt_tokens = self._decoded = 0
+        self._prefill_s, self._decode_s = 0.0, 0.0
+        self._steps: list[tuple[float, float, float, float]] = []
+        self._counted = (0, 0)
+        self._begin = 0.0
+
+    def timed(self) -> Any:
+        self._begin = time.perf_counter()
+        return timed_matrices(self.model, self._weights)
+
+    def count(self, batch: Batch) -> None:
+        """After a step: take its times."""
+        now = time.perf_counter()
+        total, report = now - self._begin, batch.report
+        weights, attention = (
+            self._weights.seconds - self._before[0],
+            self._attention.seconds - self._before[1],
+        )
+        num_prompt, num_new = (
+            report.num_prompt_tokens - self._counted[0],
+            report.num_new_tokens - self._counted[1],
+        )
+        if num_prompt:
+            self._prompt_tokens += num_prompt
+            self._prefill_s += total
+        else:
+            self._decoded += num_new
+            self._decode_s += total
+            kv_bytes = self.pages.stats().num_tokens * self._token_bytes
+            self._steps.append((total, weights, attention, kv_bytes))
+        self._before = (self._weights.seconds, self._attention.seconds)
+        self._counted = (report.num_prompt_tokens, report.num_new_tokens)
+        self._begin = time.perf_counter()
+
+    @property
+    def _token_bytes(self) -> int:
+        stats = self.pages.stats()
+        return stats.pool_bytes // (stats.num_pages * self.pages.page_size)
+
+    def report(self, prompt_tokens: int, new_tokens: int) -> Report:
+        steps = np.array(self._steps or [(0.0,) * 4])
+        total, weights, attention, _ = (float(value) for value in np.median(steps, axis=0))
+        num_bytes = int(self.model.weight_bytes + np.mean(steps[:, 3])) if self._steps else 0
+        ceiling = read_gb_per_s(CEILING_BYTES, num_cpus())
+        return Report(
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            prefill_tokens_per_s=self._prompt_tokens / self._prefill_s,
+            decode_tokens_per_s=self._decoded / self._decode_s if self._decode_s else 0.0,
+            ms_per_step=1e3 * total,
+            weights_ms=1e3 * weights,
+            attention_ms=1e3 * attention,
+            rest_ms=1e3 * (total - weights - attention),
+            bytes_per_step=num_bytes,
+            read_fraction=num_bytes / total / 1e9 / ceiling if total else 0.0,
+            weight_bytes=self.model.weight_bytes,
+            cache_bytes=self.pages.stats().pool_bytes,
+        )
+
+
+class _Watched(TimedCache):
+    """A cache whose steps are timed, with what admission asks of it."""
+
+    def __init__(self, cache: PagedKVCache, clock: Clock) -> None:
+        super().__init__(cache, clock)
+        self.page_size, self.stats = cache.page_size, cache.stats
+
+
+def without_cache(model: BitNetModel, lengths: list[int]) -> float:
+    """Tokens/s of one sequence after the other, all computed again; at the lengths they have reached."""
+    begin = time.perf_counter()
+    for length in lengths:
+        for _ in range(STEPS_WITHOUT_CACHE):
+            ids = np.arange(length) % model.config.vocab_size
+            model.forward(ids, RecomputeStep([length], num_cpus()), [-1])
+    return STEPS_WITHOUT_CACHE * len(lengths) / (time.perf_counter() - begin)
+
+
+def concatenated(model: BitNetModel, lengths: list[int]) -> float:
+    """Tokens/s of all sequences at once, over float32 arrays that grow from those lengths."""
+    config, rng = model.config, np.random.default_rng(0)
+    shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    cache = ConcatenatedCache(*shape, num_threads=num_cpus())
+    seqs = [cache.sequence() for _ in lengths]
+    for seq, length in zip(seqs, lengths, strict=True):
+        rows: FloatArray = rng.standard_normal((length, *shape[1:]), np.float32)
+        seq.k, seq.v = [rows.copy() for _ in seq.k], [rows.copy() for _ in seq.v]
+    ids, rows_of = np.ones(len(seqs), np.int64), np.arange(len(seqs))
+    begin = time.perf_counter()
+    for _ in range(STEPS_CONCATENATED):
+        with cache.step(seqs, [1] * len(seqs)) as step:
+            model.forward(ids, step, rows_of)
+    return STEPS_CONCATENATED * len(seqs) / (time.perf_counter() - begin)
+
+
+def lines_of(report: Report, num_prompts: int) -> list[str]:
+    """Plain text."""
+    mebibytes: Callable[[int], str] = lambda count: f"{count / 2**20:,.0f} MiB"  # noqa: E731
+    lines = [
+        "",
+        f"kernel {kernels().active}, {num_cpus()} threads, {num_prompts} sequences",
+        f"prompt      {report.prompt_tokens:,} tokens, {report.prefill_tokens_per_s:,.1f} a second",
+        f"decode      {report.new_tokens:,} tokens, {report.decode_tokens_per_s:,.1f} a second",
+        f"a step      {report.ms_per_step:,.1f} ms: weights {report.weights_ms:,.1f}, attention "
+        f"{report.attention_ms:,.1f}, rest {report.rest_ms:,.1f}",
+        f"reads       {mebibytes(report.bytes_per_step)} a step, "
+        f"{100 * report.read_fraction:.0f} % of the read ceiling",
+        f"memory      weights {mebibytes(report.weight_bytes)}, cache {mebibytes(report.cache_bytes)}",
+    ]
+    for way, per_s, num_steps in (
+        ("no cache", report.no_cache_tokens_per_s, STEPS_WITHOUT_CACHE),
+        ("concatenated cache", report.concatenated_tokens_per_s, STEPS_CONCATENATED),
+    ):
+        if per_s is not None and report.decode_tokens_per_s:
+            lines.append(
+                f"against     {way}: {report.decode_tokens_per_s / per_s:,.2f}x its {per_s:,.2f} tokens/s "
+                f"at the last length (from {num_steps})"
+            )
+    return lines
