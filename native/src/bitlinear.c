@@ -53,9 +53,9 @@ static void multiply_block(const job *job, int64_t block, rounded from) {
   const pkv_matrix *matrix = job->matrix;
   int64_t row_stride = job->in_padded * value_bytes(job), num_rows = job->call->num_rows;
   int64_t num_groups = job->in_padded / PKV_IN_GROUP;
-  int32_t sums[PKV_ROW_TILE][PKV_OUT_BLOCK];
-  for (int64_t row = 0; row < num_rows; row += PKV_ROW_TILE) {
-    int32_t count = num_rows - row < PKV_ROW_TILE ? (int32_t)(num_rows - row) : PKV_ROW_TILE;
+  int32_t sums[PKV_MOST_ROWS][PKV_OUT_BLOCK], row_tile = job->product->row_tile;
+  for (int64_t row = 0; row < num_rows; row += row_tile) {
+    int32_t count = num_rows - row < row_tile ? (int32_t)(num_rows - row) : row_tile;
     const char *rows = from.values + row * row_stride;
     if (matrix->kind == PKV_TERNARY)
       job->product->ternary((const uint8_t *)matrix->weights + block * num_groups * PKV_GROUP_BYTES,

@@ -30,13 +30,14 @@ enum {
   PKV_IN_GROUP = 16,
   PKV_GROUP_BYTES = PKV_OUT_BLOCK * PKV_IN_GROUP / 4,
   PKV_GROUPS_ADDED = 16, /* in 16 bits, before they are added in 32 */
-  PKV_ROW_TILE = 4,      /* rows at once: their sums fill the registers */
+  PKV_MOST_ROWS = 8,     /* of a tile */
 };
 
 typedef struct {
   const char *name;
-  /* sums[row][16] of codes times activations, over num_groups groups of weights, for 1 to PKV_ROW_TILE
-   * rows that lie row_stride bytes apart. */
+  int32_t row_tile; /* rows at once: as many as have their sums in registers */
+  /* sums[row][16] of codes times activations, over num_groups groups of weights, for 1 to row_tile rows
+   * that lie row_stride bytes apart. */
   void (*ternary)(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
                   int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
   /* sums[row][16] of weights [num_in / 2][16 outputs][2 inputs] times activations of 16 bits. */
@@ -52,6 +53,9 @@ typedef struct {
 extern const pkv_product pkv_product_portable;
 #ifdef PKV_HAVE_AVX2
 extern const pkv_product pkv_product_avx2;
+#endif
+#ifdef PKV_HAVE_VNNI
+extern const pkv_product pkv_product_vnni;
 #endif
 
 /* The best of those that are not better than the active kernel. */

@@ -36,6 +36,16 @@ static int has_avx512(void) {
 }
 #endif
 
+#ifdef PKV_HAVE_VNNI
+static int has_vnni(void) {
+#ifdef PKV_EMULATED
+  return 1;
+#else
+  return __builtin_cpu_supports("avx512vnni");
+#endif
+}
+#endif
+
 static const struct {
   const pkv_kernel *kernel;
   const pkv_product *product;
@@ -87,5 +97,10 @@ const pkv_kernel *pkv_active_kernel(void) {
 
 const pkv_product *pkv_active_product(void) {
   int32_t index = pkv_kernel_active();
-  return index < 0 ? NULL : kernels[index].product;
+  if (index < 0) return NULL;
+#ifdef PKV_HAVE_VNNI
+  /* Skylake's AVX-512 lacks it. */
+  if (kernels[index].kernel == &pkv_kernel_avx512 && has_vnni()) return &pkv_product_vnni;
+#endif
+  return kernels[index].product;
 }

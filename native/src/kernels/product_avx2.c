@@ -7,7 +7,7 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-enum { PREFETCH_BYTES = 2048 };
+enum { PREFETCH_BYTES = 2048, ROWS = 4 };
 
 /* gcc adds up products among themselves first, in more registers than there are: a quarter slower. */
 #define IN_THIS_ORDER(a, b) __asm__("" : "+x"(a), "+x"(b))
@@ -34,7 +34,7 @@ ALWAYS_INLINE __m256i load(const uint8_t *bytes) { return _mm256_loadu_si256((co
 ALWAYS_INLINE void add_groups(const uint8_t *weights, int num_groups, const int8_t *rows, int64_t row_stride,
                               int num_rows, __m256i totals[][2]) {
   const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
-  __m256i added[PKV_ROW_TILE][2];
+  __m256i added[ROWS][2];
   EACH (r, num_rows) added[r][0] = added[r][1] = _mm256_setzero_si256();
   for (int group = 0; group < num_groups; group++, weights += PKV_GROUP_BYTES) {
     _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
@@ -58,7 +58,7 @@ ALWAYS_INLINE void add_groups(const uint8_t *weights, int num_groups, const int8
 
 ALWAYS_INLINE void ternary_rows(const uint8_t *weights, int64_t num_groups, const int8_t *rows,
                                 int64_t row_stride, int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
-  __m256i totals[PKV_ROW_TILE][2];
+  __m256i totals[ROWS][2];
   EACH (r, num_rows) totals[r][0] = totals[r][1] = _mm256_setzero_si256();
   int64_t group = 0;
   for (; group + PKV_GROUPS_ADDED <= num_groups; group += PKV_GROUPS_ADDED)
@@ -77,13 +77,13 @@ static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *ro
     case 1: ternary_rows(weights, num_groups, rows, row_stride, 1, sums); break;
     case 2: ternary_rows(weights, num_groups, rows, row_stride, 2, sums); break;
     case 3: ternary_rows(weights, num_groups, rows, row_stride, 3, sums); break;
-    default: ternary_rows(weights, num_groups, rows, row_stride, 4, sums); break;
+    default: ternary_rows(weights, num_groups, rows, row_stride, ROWS, sums); break;
   }
 }
 
 ALWAYS_INLINE void int8_rows(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
                              int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
-  __m256i totals[PKV_ROW_TILE][2];
+  __m256i totals[ROWS][2];
   EACH (r, num_rows) totals[r][0] = totals[r][1] = _mm256_setzero_si256();
   for (int64_t i = 0; i < num_in; i += 2, weights += 32) {
     if (i % 4 == 0) _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
@@ -106,8 +106,8 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
     case 1: int8_rows(weights, num_in, rows, row_stride, 1, sums); break;
     case 2: int8_rows(weights, num_in, rows, row_stride, 2, sums); break;
     case 3: int8_rows(weights, num_in, rows, row_stride, 3, sums); break;
-    default: int8_rows(weights, num_in, rows, row_stride, 4, sums); break;
+    default: int8_rows(weights, num_in, rows, row_stride, ROWS, sums); break;
   }
 }
 
-const pkv_product pkv_product_avx2 = {"avx2", ternary, int8, round_row, put_row};
+const pkv_product pkv_product_avx2 = {"avx2", ROWS, ternary, int8, round_row, put_row};

@@ -1,0 +1,93 @@
+/* Products with AVX-512 VNNI: four bytes times four bytes, or two shorts times two, added in 32 bits at once.
+ *
+ * A group of weights is one vector, whose lanes are the 16 outputs: nothing is unpacked but by mask and
+ * shift, and nothing overflows on the way.
+ */
+#ifdef PKV_EMULATED
+#include "emulated.h"
+#else
+#include <immintrin.h>
+#endif
+#include <string.h>
+
+#include "rows.h"
+
+enum { PREFETCH_BYTES = 2048, ROWS = 8 };
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* Loops over rows are unrolled, so that sums stay in registers. */
+#ifdef __clang__
+#define EACH(i, count) for (int i = 0; i < (count); i++)
+#else
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+#endif
+
+/* Four bytes of a row, or two shorts, repeated. */
+ALWAYS_INLINE __m512i repeated(const void *x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+ALWAYS_INLINE void ternary_rows(const uint8_t *weights, int64_t num_groups, const int8_t *rows,
+                                int64_t row_stride, int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+  const __m512i three = _mm512_set1_epi8(3);
+  __m512i totals[ROWS];
+  EACH (r, num_rows) totals[r] = _mm512_setzero_si512();
+  for (int64_t group = 0; group < num_groups; group++, weights += PKV_GROUP_BYTES) {
+    _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
+    __m512i packed = _mm512_loadu_si512(weights);
+    EACH (i, 4) {
+      __m512i codes = _mm512_and_si512(packed, three);
+      EACH (r, num_rows)
+        totals[r] = _mm512_dpbusd_epi32(totals[r], codes,
+                                        repeated(rows + r * row_stride + PKV_IN_GROUP * group + 4 * i));
+      packed = _mm512_srli_epi16(packed, 2);
+    }
+  }
+  EACH (r, num_rows) _mm512_storeu_si512(sums[r], totals[r]);
+}
+
+ALWAYS_INLINE void int8_rows(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
+                             int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+  __m512i totals[ROWS];
+  EACH (r, num_rows) totals[r] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < num_in; i += 2, weights += 2 * PKV_OUT_BLOCK) {
+    if (i % 4 == 0) _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
+    __m512i widened = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)weights));
+    EACH (r, num_rows)
+      totals[r] =
+          _mm512_dpwssd_epi32(totals[r], widened, repeated((const char *)rows + r * row_stride + 2 * i));
+  }
+  EACH (r, num_rows) _mm512_storeu_si512(sums[r], totals[r]);
+}
+
+/* A function of its own for each number of rows. */
+#define OF_ROWS(call)           \
+  switch (num_rows) {           \
+    case 1: call(1); break;     \
+    case 2: call(2); break;     \
+    case 3: call(3); break;     \
+    case 4: call(4); break;     \
+    case 5: call(5); break;     \
+    case 6: call(6); break;     \
+    case 7: call(7); break;     \
+    default: call(ROWS); break; \
+  }
+
+static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
+                    int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+#define CALL(count) ternary_rows(weights, num_groups, rows, row_stride, count, sums)
+  OF_ROWS(CALL)
+#undef CALL
+}
+
+static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
+                 int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+#define CALL(count) int8_rows(weights, num_in, rows, row_stride, count, sums)
+  OF_ROWS(CALL)
+#undef CALL
+}
+
+const pkv_product pkv_product_vnni = {"vnni", ROWS, ternary, int8, round_row, put_row};
