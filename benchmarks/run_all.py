@@ -17,7 +17,8 @@ from pathlib import Path
 from harness import machine
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("planning", "append_latency", "requested_table", "utilization", "attention", "bitnet")
+BENCHMARKS = ("planning", "append_latency", "requested_table", "utilization", "attention")
+BENCHMARKS += ("bitnet", "matrices")
 
 
 def main() -> None:

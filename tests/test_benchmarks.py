@@ -12,6 +12,7 @@ SCRIPTS = {
     "append_latency.py": {"what", "dtype", "batch", "position", "ns_per_token_and_head", "of_write"},
     "attention.py": {"work", "kernel", "us", "gb_per_s", "of_walk", "of_read", "gflop_per_s"},
     "requested_table.py": {"figure", "claim_before", "claim_after", "naive", "preallocated", "ours"},
+    "matrices.py": {"rows", "tokens_per_s", "ms", "g_products_per_s", "of_read_ceiling"},
     "bitnet.py": {"way", "sequences", "decode_tokens_per_s", "ms_per_step", "faster"},
     "planning.py": {"num_sequences", "us", "us_per_sequence"},
     "utilization.py": {

@@ -51,6 +51,9 @@ typedef struct {
 } pkv_product;
 
 extern const pkv_product pkv_product_portable;
+#ifdef __aarch64__
+extern const pkv_product pkv_product_neon;
+#endif
 #ifdef PKV_HAVE_AVX2
 extern const pkv_product pkv_product_avx2;
 #endif

@@ -57,6 +57,9 @@ static const struct {
 #ifdef PKV_HAVE_AVX2
     {&pkv_kernel_avx2, &pkv_product_avx2, has_avx2},
 #endif
+#ifdef __aarch64__
+    {&pkv_kernel_neon, &pkv_product_neon, always},
+#endif
     {&pkv_kernel_portable, &pkv_product_portable, always},
 };
 enum { NUM_KERNELS = sizeof kernels / sizeof kernels[0], NOT_CHOSEN = -2, NONE = -1 };

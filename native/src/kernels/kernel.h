@@ -53,6 +53,9 @@ typedef struct {
 } pkv_kernel;
 
 extern const pkv_kernel pkv_kernel_portable;
+#ifdef __aarch64__
+extern const pkv_kernel pkv_kernel_neon;
+#endif
 #ifdef PKV_HAVE_AVX2
 extern const pkv_kernel pkv_kernel_avx2;
 #endif

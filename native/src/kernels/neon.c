@@ -1,0 +1,35 @@
+/* The verbs in NEON, as every 64-bit ARM has it. */
+#include <arm_neon.h>
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "../../include/paged_kv.h"
+#include "kernel.h"
+
+#define KERNEL pkv_kernel_neon
+#define KERNEL_NAME "neon"
+enum { WIDTH = 4 };
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+static inline vec vec_fma(vec a, vec b, vec c) {
+  return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+
+/* The sum as a tree: halves onto each other, until one is left. */
+static inline float vec_sum(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
+
+static inline vec vec_from_bfloat16(halves x) { return (vec)vshlq_n_u32(vmovl_u16((uint16x4_t)x), 16); }
+
+static inline vec vec_from_float16(halves x) { return (vec)vcvt_f32_f16((float16x4_t)x); }
+
+static inline halves vec_to_float16(vec x) { return (halves)vcvt_f16_f32((float32x4_t)x); }
+
+/* The low 16 bits of each, which has no others. */
+static inline halves vec_low_halves(ivec bits) { return (halves)vmovn_u32((uint32x4_t)bits); }
+
+#include "body.h"

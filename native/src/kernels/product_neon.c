@@ -1,0 +1,73 @@
+/* Products with NEON, as every 64-bit ARM has it: bytes times bytes in 16 bits, added up for 256 inputs, then
+ * in 32.
+ *
+ * Lane j of a quarter of a group is output j / 4 of four, and input j % 4; what belongs to an output comes
+ * together two by two.
+ */
+#include <arm_neon.h>
+#include <string.h>
+
+#include "rows.h"
+
+enum { ROWS = 2 };
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* Four bytes of a row, or two shorts, repeated. */
+ALWAYS_INLINE int32x4_t repeated(const void *x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return vdupq_n_s32(four);
+}
+
+/* One row's products with a quarter of each of up to PKV_GROUPS_ADDED groups: four outputs. */
+ALWAYS_INLINE int32x4_t quarter(const uint8_t *weights, int64_t num_groups, const int8_t *x) {
+  const uint8x16_t three = vdupq_n_u8(3);
+  int16x8_t low = vdupq_n_s16(0), high = low;
+  for (int64_t group = 0; group < num_groups; group++, weights += PKV_GROUP_BYTES, x += PKV_IN_GROUP) {
+    uint8x16_t packed = vld1q_u8(weights);
+    for (int i = 0; i < 4; i++) {
+      int8x16_t codes = vreinterpretq_s8_u8(vandq_u8(packed, three));
+      int8x16_t four = vreinterpretq_s8_s32(repeated(x + 4 * i));
+      low = vmlal_s8(low, vget_low_s8(codes), vget_low_s8(four));
+      high = vmlal_high_s8(high, codes, four);
+      packed = vshrq_n_u8(packed, 2);
+    }
+  }
+  return vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+}
+
+static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
+                    int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+  memset(sums, 0, (size_t)num_rows * sizeof *sums);
+  for (int64_t group = 0; group < num_groups; group += PKV_GROUPS_ADDED) {
+    int64_t count = num_groups - group < PKV_GROUPS_ADDED ? num_groups - group : PKV_GROUPS_ADDED;
+    for (int32_t row = 0; row < num_rows; row++)
+      for (int i = 0; i < 4; i++) {
+        int32_t *sum = sums[row] + 4 * i;
+        const uint8_t *from = weights + group * PKV_GROUP_BYTES + PKV_GROUP_BYTES / 4 * i;
+        const int8_t *x = rows + row * row_stride + group * PKV_IN_GROUP;
+        vst1q_s32(sum, vaddq_s32(vld1q_s32(sum), quarter(from, count, x)));
+      }
+  }
+}
+
+static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
+                 int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+  for (int32_t row = 0; row < num_rows; row++) {
+    const char *x = (const char *)rows + row * row_stride;
+    const int8_t *from = weights;
+    int32x4_t totals[4] = {};
+    for (int64_t i = 0; i < num_in; i += 2, from += 2 * PKV_OUT_BLOCK) {
+      int16x8_t two = vreinterpretq_s16_s32(repeated(x + 2 * i));
+      for (int j = 0; j < 4; j++) {
+        int16x8_t widened = vmovl_s8(vld1_s8(from + 8 * j));
+        int32x4_t low = vmull_s16(vget_low_s16(widened), vget_low_s16(two));
+        totals[j] = vaddq_s32(totals[j], vpaddq_s32(low, vmull_high_s16(widened, two)));
+      }
+    }
+    for (int j = 0; j < 4; j++) vst1q_s32(sums[row] + 4 * j, totals[j]);
+  }
+}
+
+const pkv_product pkv_product_neon = {"neon", ROWS, ternary, int8, round_row, put_row};
