@@ -1,5 +1,6 @@
 import os
 
+from paged_kv import _binding
 from paged_kv.machine import available_memory, num_cpus
 
 MEMINFO = "MemTotal: 900 kB\nMemAvailable:    800 kB\n"
@@ -63,3 +64,10 @@ def test_a_quota_of_half_a_cpu_is_one_thread_and_no_quota_is_no_cap(tmp_path):
 def test_unreadable_files_are_no_limit(tmp_path):
     assert available_memory(tmp_path, tmp_path) is None
     assert num_cpus(tmp_path, tmp_path) == len(os.sched_getaffinity(0))
+
+
+def test_caches_and_models_share_their_threads():
+    """Two sets of threads for the same CPUs would take them from each other."""
+    threads = _binding.shared_threads()
+    assert threads is _binding.shared_threads(None) is _binding.shared_threads(num_cpus())
+    assert _binding.shared_threads(num_cpus() + 1) is not threads
