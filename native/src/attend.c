@@ -245,12 +245,14 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .head_dim_v = job->pages->head_dim_v,
                  .soft_cap = job->soft_cap,
                  .group = job->num_q_heads / job->pages->num_kv_heads};
-  for (int32_t head = 0; head < job->pages->num_kv_heads; head++)
+  for (int32_t head = 0; head < job->pages->num_kv_heads; head++) {
+    run.k_ahead = head + 1 < job->pages->num_kv_heads ? (head + 1) * job->pages->k_head_stride : 0;
     for (int32_t row = 0; row < block->num_rows; row++)
       if (masks[row])
         fold_run_into_row(job, &run, masks[row], k, v,
                           num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
                           q + row * job->q_floats, state_at(job, states, row));
+  }
 }
 
 /* Fold the tokens of one span that anybody of the block sees, for each of its rows as far as it sees. */

@@ -25,6 +25,24 @@ static inline float vec_sum(vec x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+/* Eight of these at once: the same additions, two, four and then eight vectors at a time. */
+#define HAS_EIGHT_SUMS
+static inline void vec_eight_sums(const vec x[8], float sums[8]) {
+  __m256 halves[4], quarters[2];
+  for (int i = 0; i < 4; i++) {
+    __m256 a = (__m256)x[i], b = (__m256)x[4 + i];
+    halves[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  for (int i = 0; i < 2; i++) {
+    __m256d a = _mm256_castps_pd(halves[2 * i]), b = _mm256_castps_pd(halves[2 * i + 1]);
+    quarters[i] =
+        _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  __m256 even = _mm256_shuffle_ps(quarters[0], quarters[1], 0x88);
+  __m256 odd = _mm256_shuffle_ps(quarters[0], quarters[1], 0xdd);
+  _mm256_storeu_ps(sums, _mm256_add_ps(even, odd));
+}
+
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 static inline vec vec_from_bfloat16(halves x) {

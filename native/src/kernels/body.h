@@ -99,11 +99,16 @@ ALWAYS_INLINE vec vec_soft_cap(vec x, float factor) {
   return vec_select((ivec)(magnitude < 0.625f), small, (vec)((ivec)large | sign));
 }
 
-#ifdef __clang__
-#define EACH(i, count) for (int i = 0; i < (count); i++)
-#else
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
-#endif
+/* Ask for a row of so many bytes, before it is read: values while keys are met, the next head's keys while
+ * values are. */
+ALWAYS_INLINE void prefetch_row(const char *row, int32_t num_bytes) {
+  for (int32_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i);
+}
+
+ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
+  return head_dim * (dtype == PKV_FLOAT32 ? 4 : 2);
+}
+
 /* ---- scores */
 
 /* Scores of num_heads q heads and num_tokens tokens from `first` on. */
@@ -112,39 +117,51 @@ ALWAYS_INLINE void score_tile(const pkv_run *run, int64_t k_offset, int32_t dtyp
   int32_t head_dim = run->head_dim, padded = pkv_padded(head_dim), d = 0;
   vec sums[8] = {};
   const char *k[8];
-  EACH (t, num_tokens) k[t] = run->k[first + t] + k_offset;
+  for (int t = 0; t < num_tokens; t++) k[t] = run->k[first + t] + k_offset;
   for (; d + WIDTH <= head_dim; d += WIDTH)
-    EACH (t, num_tokens) {
+    for (int t = 0; t < num_tokens; t++) {
       vec key = vec_load_stored(k[t], d, WIDTH, dtype);
-      EACH (h, num_heads)
+      for (int h = 0; h < num_heads; h++)
         sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
     }
   if (HAS_PART && d < head_dim)
-    EACH (t, num_tokens) {
+    for (int t = 0; t < num_tokens; t++) {
       vec key = vec_load_stored(k[t], d, PART, dtype);
-      EACH (h, num_heads)
+      for (int h = 0; h < num_heads; h++)
         sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
     }
-  EACH (h, num_heads)
-    EACH (t, num_tokens) scores[h][first + t] = vec_sum(sums[h * num_tokens + t]);
+#ifdef HAS_EIGHT_SUMS
+  if (num_heads * num_tokens == 8) {
+    float eight[8];
+    vec_eight_sums(sums, eight);
+    for (int h = 0; h < num_heads; h++)
+      memcpy(scores[h] + first, eight + h * num_tokens, (size_t)num_tokens * sizeof *eight);
+    return;
+  }
+#endif
+  for (int h = 0; h < num_heads; h++)
+    for (int t = 0; t < num_tokens; t++) scores[h][first + t] = vec_sum(sums[h * num_tokens + t]);
 }
 
 /* Scores of num_heads q heads (1, 2, 3 or 4) and the whole run, eight sums at a time. */
-ALWAYS_INLINE void score_heads(const pkv_run *run, int64_t k_offset, int32_t dtype, const float *q,
-                               int num_heads, float scores[][PKV_RUN_TOKENS]) {
+ALWAYS_INLINE void score_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, int32_t dtype,
+                               const float *q, int num_heads, float scores[][PKV_RUN_TOKENS]) {
+  int32_t v_bytes = stored_bytes(run->head_dim_v, run->v_dtype);
   const int step = num_heads == 1 ? 8 : num_heads == 2 ? 4 : 2;
   int t = 0;
-  for (; t + step <= run->num_tokens; t += step)
+  for (; t + step <= run->num_tokens; t += step) {
+    for (int i = 0; i < step; i++) prefetch_row(run->v[t + i] + v_offset, v_bytes);
     score_tile(run, k_offset, dtype, q, num_heads, t, step, scores);
+  }
   for (; t < run->num_tokens; t++) score_tile(run, k_offset, dtype, q, num_heads, t, 1, scores);
 }
 
-ALWAYS_INLINE void score_stored(const pkv_run *run, int64_t k_offset, const float *q, int num_heads,
-                                float scores[][PKV_RUN_TOKENS]) {
+ALWAYS_INLINE void score_stored(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
+                                int num_heads, float scores[][PKV_RUN_TOKENS]) {
   switch (run->k_dtype) {
-    case PKV_FLOAT32: score_heads(run, k_offset, PKV_FLOAT32, q, num_heads, scores); break;
-    case PKV_FLOAT16: score_heads(run, k_offset, PKV_FLOAT16, q, num_heads, scores); break;
-    case PKV_BFLOAT16: score_heads(run, k_offset, PKV_BFLOAT16, q, num_heads, scores); break;
+    case PKV_FLOAT32: score_heads(run, k_offset, v_offset, PKV_FLOAT32, q, num_heads, scores); break;
+    case PKV_FLOAT16: score_heads(run, k_offset, v_offset, PKV_FLOAT16, q, num_heads, scores); break;
+    case PKV_BFLOAT16: score_heads(run, k_offset, v_offset, PKV_BFLOAT16, q, num_heads, scores); break;
   }
 }
 
@@ -166,8 +183,13 @@ static void adjust(const pkv_run *run, const float *slopes, int num_heads, float
 static float weigh(const pkv_run *run, float *scores, float *maximum, float *sum) {
   int32_t padded = (run->num_tokens + WIDTH - 1) / WIDTH * WIDTH;
   for (int32_t t = run->num_tokens; t < padded; t++) scores[t] = -__builtin_inff();
-  float largest = *maximum;
-  for (int32_t t = 0; t < run->num_tokens; t++) largest = scores[t] > largest ? scores[t] : largest;
+  vec most = (vec){} + *maximum;
+  for (int32_t t = 0; t < padded; t += WIDTH) {
+    vec some = vec_load(scores + t);
+    most = vec_select((ivec)(some > most), some, most);
+  }
+  float largest = most[0];
+  for (int i = 1; i < WIDTH; i++) largest = most[i] > largest ? most[i] : largest;
   /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
   float subtracted = largest == -__builtin_inff() ? 0.0f : largest;
   vec sums = {};
@@ -188,21 +210,24 @@ static float weigh(const pkv_run *run, float *scores, float *maximum, float *sum
 ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtype,
                               float weights[][PKV_RUN_TOKENS], const float *shrink, int num_heads, int32_t d,
                               int num_vectors, int count, float *accumulated) {
+  int32_t k_bytes = d == 0 && run->k_ahead ? stored_bytes(run->head_dim, run->k_dtype) : 0;
   int32_t padded = pkv_padded(run->head_dim_v);
   vec sums[TILE_VALUES];
-  EACH (h, num_heads)
-    EACH (i, num_vectors)
+  for (int h = 0; h < num_heads; h++)
+    for (int i = 0; i < num_vectors; i++)
       sums[h * num_vectors + i] = vec_load(accumulated + h * padded + d + i * WIDTH) * shrink[h];
   for (int32_t t = 0; t < run->num_tokens; t++) {
     const char *row = run->v[t] + v_offset;
-    EACH (i, num_vectors) {
+    if (k_bytes) prefetch_row(run->k[t] + run->k_ahead, k_bytes);
+    for (int i = 0; i < num_vectors; i++) {
       vec value = vec_load_stored(row, d + i * WIDTH, count, dtype);
-      EACH (h, num_heads)
+      for (int h = 0; h < num_heads; h++)
         sums[h * num_vectors + i] = vec_fma((vec){} + weights[h][t], value, sums[h * num_vectors + i]);
     }
   }
-  EACH (h, num_heads)
-    EACH (i, num_vectors) vec_store(accumulated + h * padded + d + i * WIDTH, sums[h * num_vectors + i]);
+  for (int h = 0; h < num_heads; h++)
+    for (int i = 0; i < num_vectors; i++)
+      vec_store(accumulated + h * padded + d + i * WIDTH, sums[h * num_vectors + i]);
 }
 
 ALWAYS_INLINE void accumulate_heads(const pkv_run *run, int64_t v_offset, int32_t dtype,
@@ -245,7 +270,7 @@ static void prepare_q(float *prepared, const char *q, int32_t dtype, float scale
 ALWAYS_INLINE void fold_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
                               const float *slopes, int num_heads, pkv_state state) {
   float scores[TILE_HEADS][PKV_RUN_TOKENS], shrink[TILE_HEADS];
-  score_stored(run, k_offset, q, num_heads, scores);
+  score_stored(run, k_offset, v_offset, q, num_heads, scores);
   if (run->soft_cap > 0 || slopes) adjust(run, slopes, num_heads, scores);
   for (int h = 0; h < num_heads; h++) shrink[h] = weigh(run, scores[h], &state.maximum[h], &state.sum[h]);
   accumulate_stored(run, v_offset, scores, shrink, num_heads, state.accumulated);

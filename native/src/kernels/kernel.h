@@ -24,6 +24,7 @@ typedef struct {
   int32_t group;        /* q heads that share a kv head */
   const char *const *k; /* [num_tokens]: the token's row, kv head 0 */
   const char *const *v;
+  int64_t k_ahead;           /* bytes from a token's row to what will be read next of it, 0: nothing */
   float soft_cap;            /* 0: none */
   const float *alibi_slopes; /* [group], NULL: none */
   const float *distances;    /* [num_tokens]: position minus the q row's; counts with slopes */
