@@ -18,6 +18,9 @@ static inline vec vec_fma(vec a, vec b, vec c) {
   return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
+/* One float, everywhere. */
+static inline vec vec_all(const float *x) { return (vec)_mm256_broadcast_ss(x); }
+
 /* The sum as a tree: halves onto each other, until one is left. */
 static inline float vec_sum(vec x) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));

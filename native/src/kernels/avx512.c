@@ -22,6 +22,9 @@ static inline vec vec_fma(vec a, vec b, vec c) {
   return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
+/* One float, everywhere. */
+static inline vec vec_all(const float *x) { return (vec)_mm512_set1_ps(*x); }
+
 /* The sum as a tree: halves onto each other, until one is left. */
 static inline float vec_sum(vec x) {
   __m256 low = _mm512_castps512_ps256((__m512)x);

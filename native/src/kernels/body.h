@@ -222,7 +222,7 @@ ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtyp
     for (int i = 0; i < num_vectors; i++) {
       vec value = vec_load_stored(row, d + i * WIDTH, count, dtype);
       for (int h = 0; h < num_heads; h++)
-        sums[h * num_vectors + i] = vec_fma((vec){} + weights[h][t], value, sums[h * num_vectors + i]);
+        sums[h * num_vectors + i] = vec_fma(vec_all(&weights[h][t]), value, sums[h * num_vectors + i]);
     }
   }
   for (int h = 0; h < num_heads; h++)

@@ -18,6 +18,9 @@ static inline vec vec_fma(vec a, vec b, vec c) {
   return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 
+/* One float, everywhere. */
+static inline vec vec_all(const float *x) { return (vec){*x, *x, *x, *x}; }
+
 /* The sum as a tree: halves onto each other, until one is left. */
 static inline float vec_sum(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 

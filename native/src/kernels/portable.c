@@ -16,6 +16,9 @@ typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 
 static inline vec vec_fma(vec a, vec b, vec c) { return a * b + c; }
 
+/* One float, everywhere. */
+static inline vec vec_all(const float *x) { return (vec){*x, *x, *x, *x}; }
+
 /* The sum as a tree: halves onto each other, until one is left. */
 static inline float vec_sum(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
