@@ -12,14 +12,6 @@ enum { PREFETCH_BYTES = 2048, ROWS = 4 };
 /* gcc adds up products among themselves first, in more registers than there are: a quarter slower. */
 #define IN_THIS_ORDER(a, b) __asm__("" : "+x"(a), "+x"(b))
 
-/* A loop that is unrolled.  gcc keeps an array in memory where it unrolls the loop over it of its own accord,
- * and later; clang where it is told to. */
-#ifdef __clang__
-#define EACH(i, count) for (int i = 0; i < (count); i++)
-#else
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
-#endif
-
 /* Four inputs of a row, repeated. */
 ALWAYS_INLINE __m256i four_inputs(const int8_t *x) {
   int32_t four;

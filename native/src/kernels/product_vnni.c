@@ -16,13 +16,6 @@ enum { PREFETCH_BYTES = 2048, ROWS = 8 };
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* Loops over rows are unrolled, so that sums stay in registers. */
-#ifdef __clang__
-#define EACH(i, count) for (int i = 0; i < (count); i++)
-#else
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
-#endif
-
 /* Four bytes of a row, or two shorts, repeated. */
 ALWAYS_INLINE __m512i repeated(const void *x) {
   int32_t four;

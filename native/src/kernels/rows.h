@@ -11,6 +11,14 @@
 #include "../../include/paged_kv.h"
 #include "../bitlinear.h"
 
+/* A loop that is unrolled.  gcc keeps an array in memory where it unrolls the loop over it of its own accord,
+ * and later; clang where it is told to. */
+#ifdef __clang__
+#define EACH(i, count) for (int i = 0; i < (count); i++)
+#else
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+#endif
+
 /* Rows are met sixteen values at a time, in two vectors: gcc keeps wider ones in memory. */
 enum { LANES = 8, STEP = 2 * LANES };
 typedef float lanes __attribute__((vector_size(4 * LANES)));
