@@ -85,6 +85,11 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--stop-id", type=int, action="append", default=[], help="ends a text too")
     command.add_argument("--kv-dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    command.add_argument("--head", default="int8", choices=("int8", "float32"), help="of the output")
+    command.add_argument(
+        "--head", default="int8", choices=("int8", "bfloat16", "float32"), help="of the output"
+    )
+    command.add_argument(
+        "--weights", default="int8", choices=("int8", "bfloat16"), help="of a llama's projections"
+    )
     command.add_argument("--no-compare", action="store_true", help="leave the other caches out")
     command.add_argument("--json", action="store_true", help="one line of JSON")

@@ -62,7 +62,7 @@ class Report:
 def run(options: argparse.Namespace) -> int:
     """The command; 0 when it went well."""
     live = LiveLine(sys.stderr)
-    model, tokenizer = opened(options.model, options.head, live)
+    model, tokenizer = opened(options, live)
     prompts = [
         [model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids]
         for text in options.prompt
@@ -116,18 +116,23 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def opened(folder: str | None, head: str, live: LiveLine) -> tuple[BitNetModel, Any]:
+def opened(options: argparse.Namespace, live: LiveLine) -> tuple[BitNetModel, Any]:
     """A model and its tokenizer from a folder; None: the small one that ships with the library."""
     Tokenizer = require("tokenizers", "demo").Tokenizer
-    if folder is None:
+    if options.model is None:
         return BitNetModel.tiny(), Tokenizer.from_file(str(TINY_BITNET / "tokenizer.json"))
-    path = Path(folder) / "tokenizer.json"
+    path = Path(options.model) / "tokenizer.json"
     if not path.is_file():
         raise ArgumentError(
             f"there is no {path}; a model's folder has config.json, tokenizer.json and safetensors"
         )
     tokenizer = Tokenizer.from_file(str(path))
-    model = BitNetModel.from_pretrained(folder, head=head, progress=partial(live.progress, "blocks"))
+    model = BitNetModel.from_pretrained(
+        options.model,
+        head=options.head,
+        weights=options.weights,
+        progress=partial(live.progress, "blocks"),
+    )
     live.clear()
     return model, tokenizer
 

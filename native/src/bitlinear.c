@@ -1,4 +1,4 @@
-/* Linear maps of weights in 2 or 8 bits: a row of activations is normed, rounded to small integers,
+/* Linear maps of weights in 2, 8 or 16 bits: a row of activations is normed, rounded to small integers,
  * multiplied, and what comes out is scaled, and stored, added or gated.
  *
  *   x ── norm ── q = round(x * s), s = most / max |x| ── sums = q W ── y = sums / s * scale ── out
@@ -47,10 +47,31 @@ typedef struct {
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-static int64_t value_bytes(const job *job) { return job->matrix->kind == PKV_TERNARY ? 1 : 2; }
+/* Of an activation as the product takes it. */
+static int64_t value_bytes(const job *job) {
+  return job->matrix->kind == PKV_TERNARY ? 1 : job->matrix->kind == PKV_INT8 ? 2 : 4;
+}
+
+static void multiply_block_of_floats(const job *job, int64_t block, const char *values) {
+  int64_t row_stride = job->in_padded * value_bytes(job), first = block * PKV_OUT_BLOCK;
+  int64_t num_put = job->matrix->num_out - first, num_rows = job->call->num_rows;
+  float sums[PKV_MOST_ROWS][PKV_OUT_BLOCK];
+  for (int64_t row = 0; row < num_rows; row += PKV_MOST_ROWS) {
+    int32_t count = num_rows - row < PKV_MOST_ROWS ? (int32_t)(num_rows - row) : PKV_MOST_ROWS;
+    job->product->bfloat16((const uint16_t *)job->matrix->weights + first * job->in_padded, job->in_padded,
+                           (const float *)(values + row * row_stride), row_stride, count, sums);
+    for (int32_t i = 0; i < count; i++)
+      job->product->put_values(job->call->out + (row + i) * job->call->out_stride + first / job->gating,
+                               sums[i], num_put < PKV_OUT_BLOCK ? num_put : PKV_OUT_BLOCK, job->call->then);
+  }
+}
 
 static void multiply_block(const job *job, int64_t block, rounded from) {
   const pkv_matrix *matrix = job->matrix;
+  if (matrix->kind == PKV_BFLOAT16_WEIGHTS) {
+    multiply_block_of_floats(job, block, from.values);
+    return;
+  }
   int64_t row_stride = job->in_padded * value_bytes(job), num_rows = job->call->num_rows;
   int64_t num_groups = job->in_padded / PKV_IN_GROUP;
   int32_t sums[PKV_MOST_ROWS][PKV_OUT_BLOCK], row_tile = job->product->row_tile;
@@ -86,6 +107,11 @@ static int64_t rounded_bytes(const job *job) {
 static void prepare_row(const job *job, rounded to, int64_t row, float *buffer) {
   const pkv_linear *call = job->call;
   bool is_ternary = job->matrix->kind == PKV_TERNARY;
+  if (job->matrix->kind == PKV_BFLOAT16_WEIGHTS) {
+    job->product->norm_or_copy((float *)(to.values + row * job->in_padded * value_bytes(job)), job->in_padded,
+                               call->x + row * call->x_stride, job->matrix->num_in, call->norm, call->eps);
+    return;
+  }
   to.rows[row] = job->product->round_row(to.values + row * job->in_padded * value_bytes(job), job->in_padded,
                                          call->x + row * call->x_stride, job->matrix->num_in, call->norm,
                                          call->eps, job->most, is_ternary, buffer);
@@ -156,7 +182,8 @@ pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pk
   /* 127 * most * num_in must not leave 32 bits; 127 is what ternary models are trained with. */
   job.most = matrix->kind == PKV_TERNARY ? 127 : (int32_t)(INT32_MAX / 128 / matrix->num_in);
   if (job.most > INT16_MAX) job.most = INT16_MAX;
-  if (job.most < 127 || matrix->num_in > INT32_MAX / 512) return PKV_BAD_ARGUMENT;
+  bool has_sums = matrix->kind != PKV_BFLOAT16_WEIGHTS;
+  if (has_sums && (job.most < 127 || matrix->num_in > INT32_MAX / 512)) return PKV_BAD_ARGUMENT;
   int32_t num_workers = pkv_threads_claim(threads);
   if (num_workers == 0) return multiply_with(NULL, 1, &job);
   pkv_status status = multiply_with(threads, num_workers, &job);

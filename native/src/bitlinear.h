@@ -9,7 +9,7 @@
  * vector.  256 inputs are what 16 bits can add up: 64 pairs of products within [-512, 508].
  *
  * Weights of 8 bits lie as [out / 16][in / 2][16 outputs][2 inputs], and meet activations of 12 to 16 bits:
- * as many as their sums bear.
+ * as many as their sums bear.  Weights in bfloat16 lie as [out / 16][in][16 outputs], and meet floats.
  *
  * Sums are exact integers: the same bits whatever adds them.
  */
@@ -48,6 +48,12 @@ typedef struct {
                            float eps, int32_t most, bool is_ternary, float *buffer);
   void (*put_row)(float *out, const int32_t *sums, pkv_rounded rounded, const float *scales, int64_t count,
                   int32_t then);
+  /* The same for weights in bfloat16, [num_in][16 outputs], and rows of floats. */
+  void (*norm_or_copy)(float *to, int64_t padded, const float *x, int64_t count, const float *norm,
+                       float eps);
+  void (*bfloat16)(const uint16_t *weights, int64_t num_in, const float *rows, int64_t row_stride,
+                   int32_t num_rows, float sums[][PKV_OUT_BLOCK]);
+  void (*put_values)(float *out, const float *values, int64_t count, int32_t then);
 } pkv_product;
 
 extern const pkv_product pkv_product_portable;

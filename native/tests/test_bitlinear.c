@@ -89,6 +89,34 @@ static void weights_of_8_bits(pkv_threads *threads, int64_t num_rows, int64_t nu
   free(weights);
 }
 
+/* Weights of bfloat16 as [out / 16][in][16]: small integers, so that sums are exact. */
+static void weights_of_16_bits(pkv_threads *threads, int64_t num_rows, int64_t num_in) {
+  enum { NUM_OUT = 32 };
+  uint16_t *weights = malloc((size_t)(NUM_OUT * num_in) * sizeof *weights);
+  for (int64_t i = 0; i < num_rows * num_in; i++) x[i] = (float)(next_random() % 9) - 4;
+  for (int64_t i = 0; i < num_rows * NUM_OUT; i++) expected[i] = 0;
+  for (int64_t i = 0; i < num_in; i++)
+    for (int o = 0; o < NUM_OUT; o++) {
+      float weight = (float)(next_random() % 9) - 4;
+      uint32_t bits;
+      memcpy(&bits, &weight, sizeof bits);
+      weights[(o / 16 * num_in + i) * 16 + o % 16] = (uint16_t)(bits >> 16);
+      for (int64_t row = 0; row < num_rows; row++)
+        expected[row * NUM_OUT + o] += weight * x[row * num_in + i];
+    }
+  pkv_matrix matrix = {.weights = weights,
+                       .scales = scales,
+                       .num_out = NUM_OUT,
+                       .num_in = num_in,
+                       .kind = PKV_BFLOAT16_WEIGHTS,
+                       .bits = 16};
+  pkv_linear call = {.x = x, .x_stride = num_in, .num_rows = num_rows, .out = out, .out_stride = NUM_OUT};
+  for (int64_t i = 0; i < num_rows * NUM_OUT; i++) out[i] = NAN;
+  assert(pkv_multiply(threads, &matrix, &call) == PKV_OK);
+  for (int64_t i = 0; i < num_rows * NUM_OUT; i++) assert(out[i] == expected[i]);
+  free(weights);
+}
+
 int main(void) {
   pkv_threads *threads;
   assert(pkv_threads_create(3, &threads) == PKV_OK);
@@ -104,6 +132,8 @@ int main(void) {
       ternary_sums_are_exact(NULL, num_rows, 33, 256);
       weights_of_8_bits(threads, num_rows, 1024);
       weights_of_8_bits(threads, num_rows, 16);
+      weights_of_16_bits(threads, num_rows, 1024);
+      weights_of_16_bits(NULL, num_rows, 16);
     }
   }
   assert(num_kernels > 0);

@@ -39,7 +39,7 @@ from .layers import (
     Rotation,
     rope_frequencies,
 )
-from .matrix import Matrix, int8_matrix, random_matrix
+from .matrix import Matrix, bfloat16_matrix, int8_matrix, random_matrix
 from .sampling import Sampler
 from .tensor_file import write_tensors
 from .ternary import FloatArray
@@ -166,7 +166,7 @@ SHAPES = {
 
 
 class BitNetModel:
-    """A model's weights and its forward pass: a BitNet, or a llama with 8 bits a weight.
+    """A model's weights and its forward pass: a BitNet, or a llama with 8 or 16 bits a weight.
 
     Parameters
     ----------
@@ -227,16 +227,18 @@ class BitNetModel:
         folder: Path | str,
         *,
         head: str = "int8",
+        weights: str = "int8",
         batch_size: int = 8,
         progress: Callable[[int, int], object] | None = None,
     ) -> "BitNetModel":
         """A model from a folder as transformers saves it: config.json and safetensors.
 
-        head : "int8", or "float32", four times as large and exact
+        head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact
+        weights : of a llama's projections, "int8" or "bfloat16"; a BitNet's are ternary
         progress : called with the blocks that are there, and how many there will be
 
         Files are read by memory map; projections go into huge pages.  BitNet's come packed in 2 bits, with
-        scales of either direction, or as floats that are made ternary; a llama's are rounded to 8 bits.
+        scales of either direction, or as floats that are made ternary; a llama's as `weights` says.
         Raises: ArgumentError, naming the tensor that is missing, of another shape, or all zeros; OSError.
         """
         fields, checkpoint = open_folder(Path(folder))
@@ -248,7 +250,7 @@ class BitNetModel:
         is_own = "lm_head.weight" in checkpoint and not fields.get("tie_word_embeddings", False)
         rows = checkpoint.raw("lm_head.weight", shape) if is_own else embedding
         norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
-        blocks = blocks_of(config, checkpoint, progress)
+        blocks = blocks_of(config, checkpoint, progress, weights)
         return cls(config, blocks, embedding, norm, head=head_of(rows, head), batch_size=batch_size)
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -418,11 +420,13 @@ class _Entry:
 
 
 def head_of(rows: NDArray[Any], kind: str = "int8") -> Matrix | FloatArray:
-    """An output head from rows of floats or of bfloat16's bits, in 8 bits or as float32."""
+    """An output head from rows of floats or of bfloat16's bits, in 8 bits, in bfloat16 or as float32."""
     if kind == "int8":
         return int8_matrix(rows, float32_of_bits if rows.dtype == np.uint16 else None)
+    if kind == "bfloat16":
+        return bfloat16_matrix(rows if rows.dtype == np.uint16 else bits_of_float32(rows))
     if kind != "float32":
-        raise ArgumentError(f'head is "{kind}"; it may be int8 or float32')
+        raise ArgumentError(f'head is "{kind}"; it may be int8, bfloat16 or float32')
     return float32_of_bits(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: tensors under transformers' names, made the blocks of a model.
 
 A BitNet projection is stored in 2 bits with its scale, or as float master weights that are made ternary at
-load; a llama's in floats, which are rounded to 8 bits a weight.  Projections that share their input become
+load; a llama's in floats, which are rounded to 8 bits a weight, or to
+bfloat16.  Projections that share their input become
 one matrix; gate and up lie in turns of eight outputs, so that one gates the other where it is computed.
 
 Imports layers and tensor_file.  Imported by bitnet.
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from .layers import BitNetAttentionLayer, BitNetBlock
-from .matrix import Matrix, codes_matrix, int8_matrix
+from .matrix import Matrix, bfloat16_matrix, codes_matrix, int8_matrix
 from .tensor_file import TensorFile
 from .ternary import FloatArray, pack_ternary, ternarise, unpack_ternary
 
@@ -120,11 +121,18 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
 Progress = Callable[[int, int], object]
 
 
-def blocks_of(config: Any, checkpoint: Checkpoint, progress: Progress | None) -> list[BitNetBlock]:
-    """Every block; progress is called with how many there are so far, and of how many."""
+def blocks_of(
+    config: Any, checkpoint: Checkpoint, progress: Progress | None, weights: str = "int8"
+) -> list[BitNetBlock]:
+    """Every block; progress is called with how many there are so far, and of how many.
+
+    weights : of a llama, "int8" or "bfloat16"
+    """
+    if weights not in ("int8", "bfloat16"):
+        raise ArgumentError(f'weights is "{weights}"; a llama\'s may be int8 or bfloat16')
     blocks = []
     for i in range(config.num_hidden_layers):
-        blocks.append(_block(config, checkpoint, f"model.layers.{i}."))
+        blocks.append(_block(config, checkpoint, f"model.layers.{i}.", weights))
         if progress is not None:
             progress(i + 1, config.num_hidden_layers)
     return blocks
@@ -139,7 +147,7 @@ def interleaved(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def _block(config: Any, checkpoint: Checkpoint, prefix: str) -> BitNetBlock:
+def _block(config: Any, checkpoint: Checkpoint, prefix: str, weights: str) -> BitNetBlock:
     hidden, inter = config.hidden_size, config.intermediate_size
     q_out, kv_out = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     is_bitnet = config.model_type == "bitnet"
@@ -148,7 +156,8 @@ def _block(config: Any, checkpoint: Checkpoint, prefix: str) -> BitNetBlock:
         pairs = [(f"{prefix}{name}_proj", width) for name, width in zip(names, widths, strict=True)]
         if not is_bitnet:
             floats = [checkpoint.nonzero(f"{name}.weight", (width, num_in)) for name, width in pairs]
-            return int8_matrix(interleaved(*floats) if in_turns else np.concatenate(floats))
+            rows = interleaved(*floats) if in_turns else np.concatenate(floats)
+            return int8_matrix(rows) if weights == "int8" else bfloat16_matrix(bits_of_float32(rows))
         parts = [checkpoint.ternary(name, width, num_in, config.inverse_scales) for name, width in pairs]
         codes = [part[0] for part in parts]
         scales = [np.full(len(part[0]), part[1], np.float32) for part in parts]

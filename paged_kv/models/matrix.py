@@ -1,4 +1,4 @@
-"""Linear maps whose weights take 2 or 8 bits, computed by the library's kernels.
+"""Linear maps whose weights take 2, 8 or 16 bits, computed by the library's kernels.
 
 Weights are packed once into the order in which the kernels read them, in blocks of 16 outputs, in huge pages
 where they are large (native/src/bitlinear.h draws it).  A call norms and rounds its rows, multiplies, scales,
@@ -22,6 +22,8 @@ OUT_BLOCK, IN_GROUP = 16, 16
 #: From here on weights lie in a mapping of their own, in huge pages.
 HUGE_BYTES = 1 << 20
 
+KINDS = {"ternary": lib.PKV_TERNARY, "int8": lib.PKV_INT8, "bfloat16": lib.PKV_BFLOAT16_WEIGHTS}
+BITS = {"ternary": 2, "int8": 8, "bfloat16": 16}
 STORE, ADD = lib.PKV_STORE, lib.PKV_ADD
 RELU2_GATE, SILU_GATE = lib.PKV_RELU2_GATE, lib.PKV_SILU_GATE
 
@@ -29,7 +31,7 @@ RELU2_GATE, SILU_GATE = lib.PKV_RELU2_GATE, lib.PKV_SILU_GATE
 class Matrix:
     """A packed matrix [num_out, num_in] and a scale for each output, as `pkv_multiply` takes them.
 
-    kind : "ternary" or "int8"
+    kind : "ternary", "int8" or "bfloat16"
     packed : uint8, as `packed_bytes` says how many
     scales : float32 [num_out]
 
@@ -52,8 +54,8 @@ class Matrix:
                 "scales": ffi.from_buffer("float[]", self.scales),
                 "num_out": num_out,
                 "num_in": num_in,
-                "kind": lib.PKV_TERNARY if kind == "ternary" else lib.PKV_INT8,
-                "bits": 2 if kind == "ternary" else 8,
+                "kind": KINDS[kind],
+                "bits": BITS[kind],
             },
         )
         self._threads = shared_threads()
@@ -110,7 +112,7 @@ def _up(count: int, to: int) -> int:
 def packed_bytes(kind: str, num_out: int, num_in: int) -> int:
     """Bytes of a packed matrix."""
     weights = _up(num_out, OUT_BLOCK) * _up(num_in, IN_GROUP)
-    return weights // 4 if kind == "ternary" else weights
+    return weights * BITS[kind] // 8
 
 
 def new_bytes(count: int) -> NDArray[np.uint8]:
@@ -183,6 +185,20 @@ def int8_matrix(
         parts = padded.reshape(-1, OUT_BLOCK, padded_in // 2, 2).transpose(0, 2, 1, 3)
         blocks[begin // OUT_BLOCK : begin // OUT_BLOCK + len(parts)] = parts
     return Matrix("int8", num_out, num_in, packed, scales)
+
+
+def bfloat16_matrix(bits: NDArray[np.uint16]) -> Matrix:
+    """From the bits of bfloat16, uint16 [out, in], which stay what they are."""
+    num_out, num_in = bits.shape
+    padded_in = _up(num_in, IN_GROUP)
+    packed = new_bytes(packed_bytes("bfloat16", num_out, num_in))
+    blocks = packed.view(np.uint16).reshape(-1, padded_in, OUT_BLOCK)
+    for begin in range(0, num_out, OUT_BLOCK):
+        rows = bits[begin : begin + OUT_BLOCK]
+        block = blocks[begin // OUT_BLOCK]
+        block[:] = 0
+        block[:num_in, : len(rows)] = rows.T
+    return Matrix("bfloat16", num_out, num_in, packed, np.ones(num_out, np.float32))
 
 
 def _address(array: FloatArray) -> Any:

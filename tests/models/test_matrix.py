@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 import paged_kv
 from paged_kv import ArgumentError, _binding
 from paged_kv.models import matrix as matrices
-from paged_kv.models.matrix import ADD, RELU2_GATE, SILU_GATE, int8_matrix, ternary_matrix
+from paged_kv.models.checkpoint import bits_of_float32, float32_of_bits
+from paged_kv.models.matrix import (
+    ADD,
+    RELU2_GATE,
+    SILU_GATE,
+    bfloat16_matrix,
+    int8_matrix,
+    ternary_matrix,
+)
 from paged_kv.models.ternary import quantise_activations
 
 
@@ -91,6 +99,39 @@ def test_weights_of_8_bits_are_as_precise_as_their_rounding(kernel, rng):
     # Activations have 13 bits and more: off by half a step each, at random.
     atol = 6 * np.abs(x).max() / 6500 / 2 * np.sqrt((rounded**2).sum(axis=1)).max()
     np.testing.assert_allclose(out, exact, rtol=0, atol=atol)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    num_rows=st.integers(0, 19),
+    num_out=st.integers(1, 70),
+    num_in=st.sampled_from([1, 5, 64, 257, 700]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_weights_in_bfloat16_are_multiplied_as_they_are(num_rows, num_out, num_in, seed):
+    rng = np.random.default_rng(seed)
+    bits, x, norm = (
+        bits_of_float32(rows(rng, num_out, num_in)),
+        rows(rng, num_rows, num_in),
+        rows(rng, num_in),
+    )
+    weight, matrix = float32_of_bits(bits).astype(np.float64), bfloat16_matrix(bits)
+    before, results = paged_kv.kernels().active, []
+    try:
+        for kernel in paged_kv.kernels().available:
+            _binding.select_kernel(kernel)
+            out = np.full((num_rows, num_out + 3), np.nan, np.float32)
+            results.append(matrix(x, out=out[:, :num_out]))
+            assert np.isnan(out[:, num_out:]).all()
+            alone = [matrix(row[None], norm=norm, eps=1e-5)[0] for row in x]
+            np.testing.assert_array_equal(matrix(x, norm=norm, eps=1e-5), np.reshape(alone, (-1, num_out)))
+    finally:
+        _binding.select_kernel(before)
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
+        # A chain of num_in additions, each off by half a unit at most.
+        bound = num_in * 2.0**-24 * (np.abs(x.astype(np.float64)) @ np.abs(weight.T)) * 1.01 + 1e-30
+        assert (np.abs(result - x.astype(np.float64) @ weight.T) <= bound).all()
 
 
 def test_what_comes_out_is_added_or_gated(kernel, rng):

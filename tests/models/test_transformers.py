@@ -126,8 +126,9 @@ def test_the_8_bit_head_costs_little(bitnet, prompts):
 
 @pytest.mark.parametrize("rope", [None, LLAMA_3])
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_a_llama_gives_the_same_logits(tmp_path, prompts, rope, is_tied):
-    """Its weights rounded to 8 bits first: what is left is the rounding of activations, 13 bits and more."""
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_a_llama_gives_the_same_logits(tmp_path, prompts, rope, is_tied, weights):
+    """Its weights rounded first: what is left is the rounding of activations to 13 bits, or nothing."""
     parameters = {"rope_theta": 10000.0, "rope_type": "default"} | (rope or {})
     config = transformers.LlamaConfig(
         **{"vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3},
@@ -140,17 +141,18 @@ def test_a_llama_gives_the_same_logits(tmp_path, prompts, rope, is_tied):
         for name, parameter in model.named_parameters():
             if name.endswith("_proj.weight"):
                 largest = parameter.abs().amax(1, keepdim=True)
-                parameter.copy_((parameter * (127 / largest)).round() * (largest / 127))
+                rounded = (parameter * (127 / largest)).round() * (largest / 127)
+                parameter.copy_(rounded if weights == "int8" else parameter.bfloat16())
             elif name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
             elif "embed" in name or "lm_head" in name:
                 parameter.normal_()
     model.save_pretrained(tmp_path)
     expected = theirs(model, prompts)
-    ours = BitNetModel.from_pretrained(tmp_path, head="float32")
+    ours = BitNetModel.from_pretrained(tmp_path, head="float32", weights=weights)
     size = np.concatenate(expected).std()
     got = prefill(ours, prompts)
     for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * size)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=(1e-4 if weights == "int8" else 1e-5) * size)
     for together, alone in zip(got, decode(ours, prompts), strict=True):
         np.testing.assert_array_equal(together, alone)

@@ -103,12 +103,9 @@ static pkv_rounded round_row(void *to, int64_t padded, const float *x, int64_t c
   return rounded;
 }
 
-/* Scale 16 sums of a row, of which `count` are outputs, and put them where they go. */
-static void put_row(float *restrict out, const int32_t *restrict sums, pkv_rounded rounded,
-                    const float *restrict scales, int64_t count, int32_t then) {
-  float values[PKV_OUT_BLOCK];
-  for (int i = 0; i < PKV_OUT_BLOCK; i++)
-    values[i] = (float)(sums[i] - rounded.sum) / rounded.factor * scales[i];
+/* Put 16 values of a row, of which `count` are outputs, where they go. */
+static inline void put_values(float *restrict out, const float *restrict values, int64_t count,
+                              int32_t then) {
   switch (then) {
     case PKV_STORE: memcpy(out, values, (size_t)count * sizeof *values); break;
     case PKV_ADD:
@@ -124,4 +121,63 @@ static void put_row(float *restrict out, const int32_t *restrict sums, pkv_round
       for (int i = 0; i < 8; i++) out[i] = values[i] / (1.0f + expf(-values[i])) * values[8 + i];
       break;
   }
+}
+
+/* Scale 16 sums of a row, and put them. */
+static void put_row(float *restrict out, const int32_t *restrict sums, pkv_rounded rounded,
+                    const float *restrict scales, int64_t count, int32_t then) {
+  float values[PKV_OUT_BLOCK];
+  for (int i = 0; i < PKV_OUT_BLOCK; i++)
+    values[i] = (float)(sums[i] - rounded.sum) / rounded.factor * scales[i];
+  put_values(out, values, count, then);
+}
+
+/* ---- weights in bfloat16 */
+
+static void norm_or_copy(float *restrict to, int64_t padded, const float *restrict x, int64_t count,
+                         const float *restrict norm, float eps) {
+  if (norm)
+    norm_row(to, x, norm, count, eps);
+  else
+    memcpy(to, x, (size_t)count * sizeof *to);
+  memset(to + count, 0, (size_t)(padded - count) * sizeof *to);
+}
+
+/* Written as a loop: gcc takes a conversion of vectors through memory. */
+static inline void widen_lanes(lanes *to, const uint16_t *stored) {
+  int32_t bits[LANES];
+  for (int i = 0; i < LANES; i++) bits[i] = (int32_t)((uint32_t)stored[i] << 16);
+  memcpy(to, bits, sizeof bits);
+}
+
+static inline __attribute__((always_inline)) void bfloat16_rows(const uint16_t *weights, int64_t num_in,
+                                                                const float *rows, int64_t row_stride,
+                                                                int num_rows, float sums[][PKV_OUT_BLOCK]) {
+  lanes totals[4][2];
+  EACH (r, num_rows) totals[r][0] = totals[r][1] = (lanes){};
+  for (int64_t i = 0; i < num_in; i++, weights += PKV_OUT_BLOCK) {
+    __builtin_prefetch((const char *)weights + 2048);
+    lanes low, high;
+    widen_lanes(&low, weights);
+    widen_lanes(&high, weights + LANES);
+    EACH (r, num_rows) {
+      float x = ((const float *)((const char *)rows + r * row_stride))[i];
+      lanes repeated = {x, x, x, x, x, x, x, x};
+      totals[r][0] += low * repeated;
+      totals[r][1] += high * repeated;
+    }
+  }
+  EACH (r, num_rows) memcpy(sums[r], totals[r], sizeof totals[r]);
+}
+
+/* Each sum is one chain over the inputs, nothing fused: the same bits everywhere. */
+static void bfloat16(const uint16_t *weights, int64_t num_in, const float *rows, int64_t row_stride,
+                     int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
+  for (; num_rows > 0; num_rows -= 4, sums += 4, rows = (const float *)((const char *)rows + 4 * row_stride))
+    switch (num_rows) {
+      case 1: bfloat16_rows(weights, num_in, rows, row_stride, 1, sums); break;
+      case 2: bfloat16_rows(weights, num_in, rows, row_stride, 2, sums); break;
+      case 3: bfloat16_rows(weights, num_in, rows, row_stride, 3, sums); break;
+      default: bfloat16_rows(weights, num_in, rows, row_stride, 4, sums); break;
+    }
 }
