@@ -6,7 +6,7 @@ Weights are random, of the real shape: the same bytes and the same work.  Caches
 and values up to the context, so that only steps are computed that are timed: prompts of up to 512 tokens,
 then decoding.  The read ceiling is measured in the same run, and so is what the machine does without a cache.
 
-Imports timing and info.  Imported by cli and text.
+Imports timing and info.  Imported by cli and generation.
 """
 
 import argparse
