@@ -13,8 +13,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from .extras import require
 from .info import read_gb_per_s
 from .live_line import LiveLine
 from .machine import num_cpus
-from .model_bench import CEILING_BYTES, rounded
+from .model_bench import CEILING_BYTES, PAGE_SIZE, pages_of, rounded
 from .models.baselines import ConcatenatedCache, RecomputeStep
-from .models.bitnet import TINY_BITNET, BitNetModel
+from .models.bitnet import TINY_BITNET, BitNetModel, GenerationReport
 from .models.generate import Batch, generate_stream
 from .models.ternary import FloatArray
 from .models.timing import Clock, TimedCache, timed_matrices
+from .pool import mebibytes
 
 #: Steps that are measured without a cache, and with a concatenated one.
 STEPS_WITHOUT_CACHE, STEPS_CONCATENATED = 1, 8
@@ -73,9 +74,9 @@ def run(options: argparse.Namespace) -> int:
             f"a prompt of {max(map(len, prompts))} tokens and --max-tokens {options.max_tokens}; at least 1, "
             f"and together at most the model's {model.config.max_position_embeddings} positions"
         )
-    num_pages = sum(-(-(len(ids) + options.max_tokens) // 64) for ids in prompts)
+    num_pages = sum(pages_of(len(ids) + options.max_tokens) for ids in prompts)
     with model.new_cache(
-        num_pages=num_pages, page_size=64, max_sequences=len(prompts), dtype=options.kv_dtype
+        num_pages=num_pages, page_size=PAGE_SIZE, max_sequences=len(prompts), dtype=options.kv_dtype
     ) as cache:
         show = None if options.json else StreamedText(tokenizer, len(prompts) == 1)
         watch = Watch(model, cache)
@@ -177,56 +178,40 @@ class Watch:
         self._attention, self._weights = Clock(), Clock()
         # Serving asks a cache for sequences and steps, and for its pages' size and number.
         self.cache: Any = _Watched(cache, self._attention)
-        self._before = (0.0, 0.0)
-        self._prompt_tokens = self._decoded = 0
-        self._prefill_s, self._decode_s = 0.0, 0.0
+        stats = cache.stats()
+        self._token_bytes = stats.pool_bytes // (stats.num_pages * cache.page_size)
+        self._before = GenerationReport()
+        self._weights_s = self._attention_s = 0.0
+        self._decoded = 0
         self._steps: list[tuple[float, float, float, float]] = []
-        self._counted = (0, 0)
-        self._begin = 0.0
 
-    def timed(self) -> Any:
-        self._begin = time.perf_counter()
+    def timed(self) -> AbstractContextManager[None]:
         return timed_matrices(self.model, self._weights)
 
     def count(self, batch: Batch) -> None:
-        """After a step: take its times."""
-        now = time.perf_counter()
-        total, report = now - self._begin, batch.report
+        """After a step: take its times; what is done between steps is not in them."""
+        before, self._before = self._before, replace(batch.report)
         weights, attention = (
-            self._weights.seconds - self._before[0],
-            self._attention.seconds - self._before[1],
+            self._weights.seconds - self._weights_s,
+            self._attention.seconds - self._attention_s,
         )
-        num_prompt, num_new = (
-            report.num_prompt_tokens - self._counted[0],
-            report.num_new_tokens - self._counted[1],
-        )
-        if num_prompt:
-            self._prompt_tokens += num_prompt
-            self._prefill_s += total
-        else:
-            self._decoded += num_new
-            self._decode_s += total
+        self._weights_s, self._attention_s = self._weights.seconds, self._attention.seconds
+        if self._before.decode_ns > before.decode_ns:
+            self._decoded += self._before.num_new_tokens - before.num_new_tokens
             kv_bytes = self.pages.stats().num_tokens * self._token_bytes
+            total = (self._before.decode_ns - before.decode_ns) / 1e9
             self._steps.append((total, weights, attention, kv_bytes))
-        self._before = (self._weights.seconds, self._attention.seconds)
-        self._counted = (report.num_prompt_tokens, report.num_new_tokens)
-        self._begin = time.perf_counter()
-
-    @property
-    def _token_bytes(self) -> int:
-        stats = self.pages.stats()
-        return stats.pool_bytes // (stats.num_pages * self.pages.page_size)
 
     def report(self, prompt_tokens: int, new_tokens: int) -> Report:
         steps = np.array(self._steps or [(0.0,) * 4])
         total, weights, attention, _ = (float(value) for value in np.median(steps, axis=0))
         num_bytes = int(self.model.weight_bytes + np.mean(steps[:, 3])) if self._steps else 0
-        ceiling = read_gb_per_s(CEILING_BYTES, num_cpus())
+        ceiling, decode_ns = read_gb_per_s(CEILING_BYTES, num_cpus()), self._before.decode_ns
         return Report(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            prefill_tokens_per_s=self._prompt_tokens / self._prefill_s,
-            decode_tokens_per_s=self._decoded / self._decode_s if self._decode_s else 0.0,
+            prefill_tokens_per_s=1e9 * prompt_tokens / self._before.prefill_ns,
+            decode_tokens_per_s=1e9 * self._decoded / decode_ns if decode_ns else 0.0,
             ms_per_step=1e3 * total,
             weights_ms=1e3 * weights,
             attention_ms=1e3 * attention,
@@ -275,7 +260,6 @@ def concatenated(model: BitNetModel, lengths: list[int]) -> float:
 
 def lines_of(report: Report, num_prompts: int) -> list[str]:
     """Plain text."""
-    mebibytes: Callable[[int], str] = lambda count: f"{count / 2**20:,.0f} MiB"  # noqa: E731
     lines = [
         "",
         f"kernel {kernels().active}, {num_cpus()} threads, {num_prompts} sequences",

@@ -6,6 +6,8 @@
  * A row's bits depend on nothing but itself: its sums are exact integers, its norm adds in one order.  Few
  * rows are rounded by every thread for itself, which costs less than waiting; many are shared out first.
  *
+ * Weights in bfloat16 meet the normed floats as they are, each sum one chain over the inputs.
+ *
  * Source: Ma et al., The Era of 1-bit LLMs, 2024.
  */
 #include "bitlinear.h"

@@ -299,12 +299,14 @@ def generate_stream(
                 prompt, max_new_tokens, [Sampler(temperature, top_p, seed_of(seed, i, j)) for j in range(n)]
             )
         ]
+        places = {request: index for index, request in enumerate(requests)}
         num_told = [0] * len(requests)
         while batch.waiting or batch.running:
-            batch.step()
+            done = batch.step()
             if progress is not None:
                 progress(batch)
-            for index, request in enumerate(requests):
+            for request in (*done, *batch.running):
+                index = places[request]
                 for id in request.new_ids[num_told[index] :]:
                     num_told[index] += 1
                     yield index, id

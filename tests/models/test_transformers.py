@@ -12,11 +12,11 @@ import os
 import numpy as np
 import pytest
 
+from paged_kv.models.bitnet import BitNetConfig, BitNetModel
+
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-from paged_kv.models.bitnet import BitNetConfig, BitNetModel  # noqa: E402
 
 CONFIG = BitNetConfig(320, 128, 192, 3, 8, 2, 16, 512, 10000.0, 1e-5, 1, 2)
 LENGTHS = (70, 129, 5)

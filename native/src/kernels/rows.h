@@ -1,5 +1,5 @@
-/* Rows before and after a product: norm and rounding, scaling and gating; written once, compiled for each
- * instruction set.
+/* Rows before and after a product: norm and rounding, scaling and gating; and the product with weights in
+ * bfloat16, which needs no rounding.  Written once, compiled for each instruction set.
  *
  * All of it is elementwise, or adds in one order, with no multiply-add fused: the same bits everywhere, but
  * for SiLU's exponential, which is the C library's.
