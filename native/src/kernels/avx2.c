@@ -9,7 +9,7 @@
 
 #define KERNEL pkv_kernel_avx2
 #define KERNEL_NAME "avx2"
-enum { WIDTH = 8 };
+enum { WIDTH = 8, TILE_SUMS = 8 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
@@ -28,9 +28,9 @@ static inline float vec_sum(vec x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-/* Eight of these at once: the same additions, two, four and then eight vectors at a time. */
-#define HAS_EIGHT_SUMS
-static inline void vec_eight_sums(const vec x[8], float sums[8]) {
+/* A tile of these at once: the same additions, two, four and then eight vectors at a time. */
+#define SUMS_TILES
+static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
   __m256 halves[4], quarters[2];
   for (int i = 0; i < 4; i++) {
     __m256 a = (__m256)x[i], b = (__m256)x[4 + i];

@@ -13,7 +13,7 @@
 
 #define KERNEL pkv_kernel_avx512
 #define KERNEL_NAME "avx512"
-enum { WIDTH = 16 };
+enum { WIDTH = 16, TILE_SUMS = 16 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
@@ -33,6 +33,29 @@ static inline float vec_sum(vec x) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+/* A tile of these at once: the same additions, two, four, eight and then sixteen vectors at a time. */
+#define SUMS_TILES
+static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
+  __m512 quarters[4], eighths[2];
+  for (int i = 0; i < 4; i++) {
+    __m512 pairs[2];
+    for (int j = 0; j < 2; j++) {
+      __m512 a = (__m512)x[i + 8 * j], b = (__m512)x[i + 8 * j + 4];
+      pairs[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88),
+                                _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
+  }
+  for (int i = 0; i < 2; i++) {
+    __m512d a = _mm512_castps_pd(quarters[2 * i]), b = _mm512_castps_pd(quarters[2 * i + 1]);
+    eighths[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  __m512 even = _mm512_shuffle_ps(eighths[0], eighths[1], 0x88);
+  __m512 odd = _mm512_shuffle_ps(eighths[0], eighths[1], 0xdd);
+  _mm512_storeu_ps(sums, _mm512_add_ps(even, odd));
 }
 
 /* The last eight values of a row, zeros behind. */

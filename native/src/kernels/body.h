@@ -1,5 +1,5 @@
-/* The kernel, written once in verbs; each instruction set defines WIDTH, vec and the verbs, and includes
- * this.
+/* The kernel, written once in verbs; each instruction set defines WIDTH, TILE_SUMS, vec and the verbs, and
+ * includes this.
  *
  * One q row meets one run of tokens that it sees (kernel.h).  For each group of q heads:
  *
@@ -7,7 +7,8 @@
  *   softmax   m' = max(m, s), p = 2^(s - m') online: what was summed before is scaled by 2^(m - m')
  *   values    a = a * 2^(m - m') + p v       one chain of multiply-adds over ascending tokens
  *
- * so how many heads and tokens a tile takes at once changes no bit.  Between scores and softmax, scores are
+ * so how many heads and tokens a tile takes at once changes no bit: as many as its TILE_SUMS accumulators
+ * hold, of which there are enough to hide a multiply-add's latency.  Between scores and softmax, scores are
  * capped and biased where a call asks for that.  Everything is static: a copy of a function that is compiled
  * for a newer machine must not be the one that the linker keeps for all.
  *
@@ -19,8 +20,7 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum {
-  TILE_HEADS = 4,  /* q heads at once: with two tokens, eight sums, enough to hide a multiply-add's latency */
-  TILE_VALUES = 8, /* vectors of accumulated values at once */
+  TILE_HEADS = 4, /* q heads at once, and TILE_SUMS / heads tokens, or vectors of values */
   HAS_PART = WIDTH > 8,
   PART = WIDTH > 8 ? 8 : WIDTH, /* values in the last vector of a row of 8, 24, 40, ... */
 };
@@ -99,10 +99,17 @@ ALWAYS_INLINE vec vec_soft_cap(vec x, float factor) {
   return vec_select((ivec)(magnitude < 0.625f), small, (vec)((ivec)large | sign));
 }
 
+/* Read a byte of each line of a row, which the next tile will read in another order: memory is fastest where
+ * it is read in its own order, because that is what a CPU's own prefetching goes by (on Zen 4, rows of
+ * float32 four at a time are read at a third of the speed of the same rows one after the other). */
+ALWAYS_INLINE void touch_row(const char *row, int32_t num_bytes) {
+  for (int32_t i = 0; i < num_bytes; i += 64) (void)*(const volatile char *)(row + i);
+}
+
 /* Ask for a row of so many bytes, before it is read: values while keys are met, the next head's keys while
- * values are. */
+ * values are.  Into the second-level cache: the first waits for few lines at a time. */
 ALWAYS_INLINE void prefetch_row(const char *row, int32_t num_bytes) {
-  for (int32_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i);
+  for (int32_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
 ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
@@ -115,8 +122,8 @@ ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
 ALWAYS_INLINE void score_tile(const pkv_run *run, int64_t k_offset, int32_t dtype, const float *q,
                               int num_heads, int first, int num_tokens, float scores[][PKV_RUN_TOKENS]) {
   int32_t head_dim = run->head_dim, padded = pkv_padded(head_dim), d = 0;
-  vec sums[8] = {};
-  const char *k[8];
+  vec sums[TILE_SUMS] = {};
+  const char *k[TILE_SUMS];
   for (int t = 0; t < num_tokens; t++) k[t] = run->k[first + t] + k_offset;
   for (; d + WIDTH <= head_dim; d += WIDTH)
     for (int t = 0; t < num_tokens; t++) {
@@ -130,12 +137,12 @@ ALWAYS_INLINE void score_tile(const pkv_run *run, int64_t k_offset, int32_t dtyp
       for (int h = 0; h < num_heads; h++)
         sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
     }
-#ifdef HAS_EIGHT_SUMS
-  if (num_heads * num_tokens == 8) {
-    float eight[8];
-    vec_eight_sums(sums, eight);
+#ifdef SUMS_TILES
+  if (num_heads * num_tokens == TILE_SUMS) {
+    float added[TILE_SUMS];
+    vec_sums(sums, added);
     for (int h = 0; h < num_heads; h++)
-      memcpy(scores[h] + first, eight + h * num_tokens, (size_t)num_tokens * sizeof *eight);
+      memcpy(scores[h] + first, added + h * num_tokens, (size_t)num_tokens * sizeof *added);
     return;
   }
 #endif
@@ -143,13 +150,15 @@ ALWAYS_INLINE void score_tile(const pkv_run *run, int64_t k_offset, int32_t dtyp
     for (int t = 0; t < num_tokens; t++) scores[h][first + t] = vec_sum(sums[h * num_tokens + t]);
 }
 
-/* Scores of num_heads q heads (1, 2, 3 or 4) and the whole run, eight sums at a time. */
+/* Scores of num_heads q heads (1, 2, 3 or 4) and the whole run, a tile at a time. */
 ALWAYS_INLINE void score_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, int32_t dtype,
                                const float *q, int num_heads, float scores[][PKV_RUN_TOKENS]) {
+  int32_t k_bytes = stored_bytes(run->head_dim, dtype);
   int32_t v_bytes = stored_bytes(run->head_dim_v, run->v_dtype);
-  const int step = num_heads == 1 ? 8 : num_heads == 2 ? 4 : 2;
+  const int step = TILE_SUMS / num_heads;
   int t = 0;
   for (; t + step <= run->num_tokens; t += step) {
+    for (int i = 0; i < step; i++) touch_row(run->k[t + i] + k_offset, k_bytes);
     for (int i = 0; i < step; i++) prefetch_row(run->v[t + i] + v_offset, v_bytes);
     score_tile(run, k_offset, dtype, q, num_heads, t, step, scores);
   }
@@ -211,13 +220,15 @@ ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtyp
                               float weights[][PKV_RUN_TOKENS], const float *shrink, int num_heads, int32_t d,
                               int num_vectors, int count, float *accumulated) {
   int32_t k_bytes = d == 0 && run->k_ahead ? stored_bytes(run->head_dim, run->k_dtype) : 0;
+  int32_t v_bytes = d == 0 ? stored_bytes(run->head_dim_v, dtype) : 0;
   int32_t padded = pkv_padded(run->head_dim_v);
-  vec sums[TILE_VALUES];
+  vec sums[TILE_SUMS];
   for (int h = 0; h < num_heads; h++)
     for (int i = 0; i < num_vectors; i++)
       sums[h * num_vectors + i] = vec_load(accumulated + h * padded + d + i * WIDTH) * shrink[h];
   for (int32_t t = 0; t < run->num_tokens; t++) {
     const char *row = run->v[t] + v_offset;
+    touch_row(row, v_bytes);
     if (k_bytes) prefetch_row(run->k[t] + run->k_ahead, k_bytes);
     for (int i = 0; i < num_vectors; i++) {
       vec value = vec_load_stored(row, d + i * WIDTH, count, dtype);
@@ -233,7 +244,7 @@ ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtyp
 ALWAYS_INLINE void accumulate_heads(const pkv_run *run, int64_t v_offset, int32_t dtype,
                                     float weights[][PKV_RUN_TOKENS], const float *shrink, int num_heads,
                                     float *accumulated) {
-  const int step = num_heads == 1 ? 4 : 2;
+  const int step = TILE_SUMS / num_heads > 8 ? 8 : TILE_SUMS / num_heads;
   int32_t d = 0;
   for (; d + step * WIDTH <= run->head_dim_v; d += step * WIDTH)
     value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, WIDTH, accumulated);

@@ -9,7 +9,7 @@
 
 #define KERNEL pkv_kernel_portable
 #define KERNEL_NAME "portable"
-enum { WIDTH = 4 };
+enum { WIDTH = 4, TILE_SUMS = 8 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
