@@ -17,6 +17,8 @@
  *
  * Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, algorithm 3.
  */
+#include <stdbool.h>
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum {
@@ -103,13 +105,23 @@ ALWAYS_INLINE vec vec_soft_cap(vec x, float factor) {
  * it is read in its own order, because that is what a CPU's own prefetching goes by (on Zen 4, rows of
  * float32 four at a time are read at a third of the speed of the same rows one after the other). */
 ALWAYS_INLINE void touch_row(const char *row, int32_t num_bytes) {
-  for (int32_t i = 0; i < num_bytes; i += 64) (void)*(const volatile char *)(row + i);
+  const volatile char *bytes = row;
+  int32_t i = 0;
+  for (; i + 256 <= num_bytes; i += 256) bytes[i], bytes[i + 64], bytes[i + 128], bytes[i + 192];
+  for (; i < num_bytes; i += 64) bytes[i];
 }
 
 /* Ask for a row of so many bytes, before it is read: values while keys are met, the next head's keys while
  * values are.  Into the second-level cache: the first waits for few lines at a time. */
 ALWAYS_INLINE void prefetch_row(const char *row, int32_t num_bytes) {
-  for (int32_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+  int32_t i = 0;
+  for (; i + 256 <= num_bytes; i += 256) {
+    __builtin_prefetch(row + i, 0, 2);
+    __builtin_prefetch(row + i + 64, 0, 2);
+    __builtin_prefetch(row + i + 128, 0, 2);
+    __builtin_prefetch(row + i + 192, 0, 2);
+  }
+  for (; i < num_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
 ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
@@ -215,12 +227,13 @@ static float weigh(const pkv_run *run, float *scores, float *maximum, float *sum
 
 /* ---- values */
 
-/* Accumulate num_vectors vectors of dims from d on, for num_heads q heads; `count` values are in each. */
+/* Accumulate num_vectors vectors of dims from d on, for num_heads q heads; `count` values are in each.  The
+ * first tile of a run touches its rows, and asks for the next head's keys. */
 ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtype,
                               float weights[][PKV_RUN_TOKENS], const float *shrink, int num_heads, int32_t d,
-                              int num_vectors, int count, float *accumulated) {
-  int32_t k_bytes = d == 0 && run->k_ahead ? stored_bytes(run->head_dim, run->k_dtype) : 0;
-  int32_t v_bytes = d == 0 ? stored_bytes(run->head_dim_v, dtype) : 0;
+                              int num_vectors, int count, bool is_first, float *accumulated) {
+  int32_t k_bytes = run->k_ahead ? stored_bytes(run->head_dim, run->k_dtype) : 0;
+  int32_t v_bytes = stored_bytes(run->head_dim_v, dtype);
   int32_t padded = pkv_padded(run->head_dim_v);
   vec sums[TILE_SUMS];
   for (int h = 0; h < num_heads; h++)
@@ -228,8 +241,10 @@ ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtyp
       sums[h * num_vectors + i] = vec_load(accumulated + h * padded + d + i * WIDTH) * shrink[h];
   for (int32_t t = 0; t < run->num_tokens; t++) {
     const char *row = run->v[t] + v_offset;
-    touch_row(row, v_bytes);
-    if (k_bytes) prefetch_row(run->k[t] + run->k_ahead, k_bytes);
+    if (is_first) {
+      touch_row(row, v_bytes);
+      prefetch_row(run->k[t] + run->k_ahead, k_bytes);
+    }
     for (int i = 0; i < num_vectors; i++) {
       vec value = vec_load_stored(row, d + i * WIDTH, count, dtype);
       for (int h = 0; h < num_heads; h++)
@@ -246,12 +261,16 @@ ALWAYS_INLINE void accumulate_heads(const pkv_run *run, int64_t v_offset, int32_
                                     float *accumulated) {
   const int step = TILE_SUMS / num_heads > 8 ? 8 : TILE_SUMS / num_heads;
   int32_t d = 0;
+  if (step * WIDTH <= run->head_dim_v) {
+    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, WIDTH, true, accumulated);
+    d += step * WIDTH;
+  }
   for (; d + step * WIDTH <= run->head_dim_v; d += step * WIDTH)
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, WIDTH, accumulated);
+    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, WIDTH, false, accumulated);
   for (; d + WIDTH <= run->head_dim_v; d += WIDTH)
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, WIDTH, accumulated);
+    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, WIDTH, false, accumulated);
   if (HAS_PART && d < run->head_dim_v)
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, PART, accumulated);
+    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, PART, false, accumulated);
 }
 
 ALWAYS_INLINE void accumulate_stored(const pkv_run *run, int64_t v_offset, float weights[][PKV_RUN_TOKENS],
@@ -280,7 +299,7 @@ static void prepare_q(float *prepared, const char *q, int32_t dtype, float scale
 
 ALWAYS_INLINE void fold_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
                               const float *slopes, int num_heads, pkv_state state) {
-  float scores[TILE_HEADS][PKV_RUN_TOKENS], shrink[TILE_HEADS];
+  float scores[TILE_HEADS][PKV_RUN_TOKENS] __attribute__((aligned(64))), shrink[TILE_HEADS];
   score_stored(run, k_offset, v_offset, q, num_heads, scores);
   if (run->soft_cap > 0 || slopes) adjust(run, slopes, num_heads, scores);
   for (int h = 0; h < num_heads; h++) shrink[h] = weigh(run, scores[h], &state.maximum[h], &state.sum[h]);
