@@ -197,12 +197,11 @@ static scratch scratch_of(const job *job, int32_t worker) {
   return (scratch){floats + 2 * states, floats, floats + states};
 }
 
-/* Let the kernel fold the tokens of `mask` into a row's state; k and v hold their addresses, bit for bit. The
- * row's own token is to_own behind bit 0. */
-static void fold_run_into_row(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
-                              const char *const *v, int32_t to_own, int32_t head, const float *q,
-                              pkv_state state) {
-  float distances[PKV_RUN_TOKENS] = {0};
+/* Let the kernel fold the tokens of `mask` into the states of the run's rows; k and v hold their addresses,
+ * bit for bit. The first row's own token is to_own behind bit 0. */
+static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
+                        const char *const *v, int32_t to_own, int32_t head, const float *q, pkv_state state) {
+  float distances[PKV_RUN_TOKENS];
   const char *seen_k[PKV_RUN_TOKENS], *seen_v[PKV_RUN_TOKENS];
   int first = __builtin_ctzll(mask);
   uint64_t shifted = mask >> first;
@@ -219,6 +218,7 @@ static void fold_run_into_row(const job *job, pkv_run *run, uint64_t mask, const
   }
   int32_t q_head = head * run->group;
   if (job->slopes) {
+    memset(distances, 0, sizeof distances);
     int32_t i = 0;
     for (uint64_t left = shifted; left; left &= left - 1)
       distances[i++] = (float)(first + __builtin_ctzll(left) - to_own);
@@ -244,14 +244,21 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .head_dim = job->pages->head_dim,
                  .head_dim_v = job->pages->head_dim_v,
                  .soft_cap = job->soft_cap,
+                 .q_stride = job->q_floats,
+                 .state_stride = job->state_floats,
                  .group = job->num_q_heads / job->pages->num_kv_heads};
   for (int32_t head = 0; head < job->pages->num_kv_heads; head++) {
     run.k_ahead = head + 1 < job->pages->num_kv_heads ? (head + 1) * job->pages->k_head_stride : 0;
-    for (int32_t row = 0; row < block->num_rows; row++)
-      if (masks[row])
-        fold_run_into_row(job, &run, masks[row], k, v,
-                          num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
-                          q + row * job->q_floats, state_at(job, states, row));
+    run.is_near = false;
+    for (int32_t row = 0; row < block->num_rows; row += run.num_rows) {
+      run.num_rows = 1;
+      while (row + run.num_rows < block->num_rows && masks[row + run.num_rows] == masks[row]) run.num_rows++;
+      if (!masks[row]) continue;
+      fold_tokens(job, &run, masks[row], k, v,
+                  num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
+                  q + row * job->q_floats, state_at(job, states, row));
+      run.is_near = true;
+    }
   }
 }
 

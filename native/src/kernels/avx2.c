@@ -46,6 +46,13 @@ static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
   _mm256_storeu_ps(sums, _mm256_add_ps(even, odd));
 }
 
+/* The largest.  Lanes are all NaN, or none is. */
+static inline float vec_largest(vec x) {
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 static inline vec vec_from_bfloat16(halves x) {

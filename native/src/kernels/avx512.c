@@ -58,6 +58,16 @@ static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
   _mm512_storeu_ps(sums, _mm512_add_ps(even, odd));
 }
 
+/* The largest.  Lanes are all NaN, or none is. */
+static inline float vec_largest(vec x) {
+  __m256 low = _mm512_castps512_ps256((__m512)x);
+  __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1));
+  __m256 eight = _mm256_max_ps(low, high);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
 /* The last eight values of a row, zeros behind. */
 #define LOADS_PARTS
 static inline vec vec_load_part(const float *from) { return (vec)_mm512_maskz_loadu_ps(0xff, from); }

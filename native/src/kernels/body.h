@@ -22,7 +22,7 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum {
-  TILE_HEADS = 4, /* q heads at once, and TILE_SUMS / heads tokens, or vectors of values */
+  MOST_QUERIES = 32, /* that meet a run together, up to four at once with TILE_SUMS / 4 tokens or vectors */
   HAS_PART = WIDTH > 8,
   PART = WIDTH > 8 ? 8 : WIDTH, /* values in the last vector of a row of 8, 24, 40, ... */
 };
@@ -128,73 +128,84 @@ ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
   return head_dim * (dtype == PKV_FLOAT32 ? 4 : 2);
 }
 
+/* Rows of one head that several queries meet: where they lie, as what. */
+typedef struct {
+  const char *const *rows; /* [count] */
+  int64_t offset;          /* from there */
+  int32_t count;
+  int32_t dim;
+  int32_t dtype;
+} head_rows;
+
 /* ---- scores */
 
-/* Scores of num_heads q heads and num_tokens tokens from `first` on. */
-ALWAYS_INLINE void score_tile(const pkv_run *run, int64_t k_offset, int32_t dtype, const float *q,
-                              int num_heads, int first, int num_tokens, float scores[][PKV_RUN_TOKENS]) {
-  int32_t head_dim = run->head_dim, padded = pkv_padded(head_dim), d = 0;
+/* Scores of num_queries and num_tokens keys from `first` on. */
+ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float *const *q, int num_queries,
+                              int first, int num_tokens, float scores[][PKV_RUN_TOKENS]) {
+  int32_t d = 0;
   vec sums[TILE_SUMS] = {};
   const char *k[TILE_SUMS];
-  for (int t = 0; t < num_tokens; t++) k[t] = run->k[first + t] + k_offset;
-  for (; d + WIDTH <= head_dim; d += WIDTH)
+  for (int t = 0; t < num_tokens; t++) k[t] = keys->rows[first + t] + keys->offset;
+  for (; d + WIDTH <= keys->dim; d += WIDTH)
     for (int t = 0; t < num_tokens; t++) {
       vec key = vec_load_stored(k[t], d, WIDTH, dtype);
-      for (int h = 0; h < num_heads; h++)
-        sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
+      for (int i = 0; i < num_queries; i++)
+        sums[i * num_tokens + t] = vec_fma(vec_load(q[i] + d), key, sums[i * num_tokens + t]);
     }
-  if (HAS_PART && d < head_dim)
+  if (HAS_PART && d < keys->dim)
     for (int t = 0; t < num_tokens; t++) {
       vec key = vec_load_stored(k[t], d, PART, dtype);
-      for (int h = 0; h < num_heads; h++)
-        sums[h * num_tokens + t] = vec_fma(vec_load(q + h * padded + d), key, sums[h * num_tokens + t]);
+      for (int i = 0; i < num_queries; i++)
+        sums[i * num_tokens + t] = vec_fma(vec_load(q[i] + d), key, sums[i * num_tokens + t]);
     }
 #ifdef SUMS_TILES
-  if (num_heads * num_tokens == TILE_SUMS) {
+  if (num_queries * num_tokens == TILE_SUMS) {
     float added[TILE_SUMS];
     vec_sums(sums, added);
-    for (int h = 0; h < num_heads; h++)
-      memcpy(scores[h] + first, added + h * num_tokens, (size_t)num_tokens * sizeof *added);
+    for (int i = 0; i < num_queries; i++)
+      memcpy(scores[i] + first, added + i * num_tokens, (size_t)num_tokens * sizeof *added);
     return;
   }
 #endif
-  for (int h = 0; h < num_heads; h++)
-    for (int t = 0; t < num_tokens; t++) scores[h][first + t] = vec_sum(sums[h * num_tokens + t]);
+  for (int i = 0; i < num_queries; i++)
+    for (int t = 0; t < num_tokens; t++) scores[i][first + t] = vec_sum(sums[i * num_tokens + t]);
 }
 
-/* Scores of num_heads q heads (1, 2, 3 or 4) and the whole run, a tile at a time. */
-ALWAYS_INLINE void score_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, int32_t dtype,
-                               const float *q, int num_heads, float scores[][PKV_RUN_TOKENS]) {
-  int32_t k_bytes = stored_bytes(run->head_dim, dtype);
-  int32_t v_bytes = stored_bytes(run->head_dim_v, run->v_dtype);
-  const int step = TILE_SUMS / num_heads;
+/* Scores of num_queries (1, 2 or 4) and all keys, a tile at a time.  Keys that come from memory are touched,
+ * and the values that will be met with them asked for. */
+ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_rows *ahead,
+                              const float *const *q, int num_queries, float scores[][PKV_RUN_TOKENS]) {
+  int32_t key_bytes = ahead ? stored_bytes(keys->dim, dtype) : 0;
+  int32_t ahead_bytes = ahead ? stored_bytes(ahead->dim, ahead->dtype) : 0;
+  const int step = TILE_SUMS / num_queries;
   int t = 0;
-  for (; t + step <= run->num_tokens; t += step) {
-    for (int i = 0; i < step; i++) touch_row(run->k[t + i] + k_offset, k_bytes);
-    for (int i = 0; i < step; i++) prefetch_row(run->v[t + i] + v_offset, v_bytes);
-    score_tile(run, k_offset, dtype, q, num_heads, t, step, scores);
+  for (; t + step <= keys->count; t += step) {
+    if (ahead) {
+      for (int i = 0; i < step; i++) touch_row(keys->rows[t + i] + keys->offset, key_bytes);
+      for (int i = 0; i < step; i++) prefetch_row(ahead->rows[t + i] + ahead->offset, ahead_bytes);
+    }
+    score_tile(keys, dtype, q, num_queries, t, step, scores);
   }
-  for (; t < run->num_tokens; t++) score_tile(run, k_offset, dtype, q, num_heads, t, 1, scores);
+  for (; t < keys->count; t++) score_tile(keys, dtype, q, num_queries, t, 1, scores);
 }
 
-ALWAYS_INLINE void score_stored(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
-                                int num_heads, float scores[][PKV_RUN_TOKENS]) {
-  switch (run->k_dtype) {
-    case PKV_FLOAT32: score_heads(run, k_offset, v_offset, PKV_FLOAT32, q, num_heads, scores); break;
-    case PKV_FLOAT16: score_heads(run, k_offset, v_offset, PKV_FLOAT16, q, num_heads, scores); break;
-    case PKV_BFLOAT16: score_heads(run, k_offset, v_offset, PKV_BFLOAT16, q, num_heads, scores); break;
+ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, const float *const *q,
+                              int num_queries, float scores[][PKV_RUN_TOKENS]) {
+  switch (keys->dtype) {
+    case PKV_FLOAT32: score_keys(keys, PKV_FLOAT32, ahead, q, num_queries, scores); break;
+    case PKV_FLOAT16: score_keys(keys, PKV_FLOAT16, ahead, q, num_queries, scores); break;
+    case PKV_BFLOAT16: score_keys(keys, PKV_BFLOAT16, ahead, q, num_queries, scores); break;
   }
 }
 
 /* What a call asks of scores beyond their scale: bend them, and let them fall with distance. */
-static void adjust(const pkv_run *run, const float *slopes, int num_heads, float scores[][PKV_RUN_TOKENS]) {
-  for (int h = 0; h < num_heads; h++)
-    for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
-      vec s = vec_load(scores[h] + t);
-      if (run->soft_cap > 0) s = vec_soft_cap(s, run->soft_cap);
-      if (slopes) s = vec_fma((vec){} + slopes[h], vec_load(run->distances + t), s);
-      vec_store(scores[h] + t, s);
-    }
+static void adjust(const pkv_run *run, const float *slope, int32_t row, float *scores) {
+  for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
+    vec s = vec_load(scores + t);
+    if (run->soft_cap > 0) s = vec_soft_cap(s, run->soft_cap);
+    if (slope) s = vec_fma((vec){} + *slope, vec_load(run->distances + t) - (float)row, s);
+    vec_store(scores + t, s);
+  }
 }
 
 /* ---- softmax */
@@ -209,8 +220,7 @@ static float weigh(const pkv_run *run, float *scores, float *maximum, float *sum
     vec some = vec_load(scores + t);
     most = vec_select((ivec)(some > most), some, most);
   }
-  float largest = most[0];
-  for (int i = 1; i < WIDTH; i++) largest = most[i] > largest ? most[i] : largest;
+  float largest = vec_largest(most);
   /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
   float subtracted = largest == -__builtin_inff() ? 0.0f : largest;
   vec sums = {};
@@ -227,63 +237,63 @@ static float weigh(const pkv_run *run, float *scores, float *maximum, float *sum
 
 /* ---- values */
 
-/* Accumulate num_vectors vectors of dims from d on, for num_heads q heads; `count` values are in each.  The
- * first tile of a run touches its rows, and asks for the next head's keys. */
-ALWAYS_INLINE void value_tile(const pkv_run *run, int64_t v_offset, int32_t dtype,
-                              float weights[][PKV_RUN_TOKENS], const float *shrink, int num_heads, int32_t d,
-                              int num_vectors, int count, bool is_first, float *accumulated) {
-  int32_t k_bytes = run->k_ahead ? stored_bytes(run->head_dim, run->k_dtype) : 0;
-  int32_t v_bytes = stored_bytes(run->head_dim_v, dtype);
-  int32_t padded = pkv_padded(run->head_dim_v);
+/* Accumulate num_vectors vectors of dims from d on, for num_queries; `count` values are in each.  Rows that
+ * come from memory are touched, and what comes next asked for. */
+ALWAYS_INLINE void value_tile(const head_rows *values, int32_t dtype, const head_rows *ahead,
+                              float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
+                              int32_t d, int num_vectors, int count, float *const *accumulated) {
+  int32_t value_bytes = ahead ? stored_bytes(values->dim, dtype) : 0;
+  int32_t ahead_bytes = ahead ? stored_bytes(ahead->dim, ahead->dtype) : 0;
   vec sums[TILE_SUMS];
-  for (int h = 0; h < num_heads; h++)
-    for (int i = 0; i < num_vectors; i++)
-      sums[h * num_vectors + i] = vec_load(accumulated + h * padded + d + i * WIDTH) * shrink[h];
-  for (int32_t t = 0; t < run->num_tokens; t++) {
-    const char *row = run->v[t] + v_offset;
-    if (is_first) {
-      touch_row(row, v_bytes);
-      prefetch_row(run->k[t] + run->k_ahead, k_bytes);
+  for (int i = 0; i < num_queries; i++)
+    for (int j = 0; j < num_vectors; j++)
+      sums[i * num_vectors + j] = vec_load(accumulated[i] + d + j * WIDTH) * shrink[i];
+  for (int32_t t = 0; t < values->count; t++) {
+    const char *row = values->rows[t] + values->offset;
+    if (ahead) {
+      touch_row(row, value_bytes);
+      prefetch_row(ahead->rows[t] + ahead->offset, ahead_bytes);
     }
-    for (int i = 0; i < num_vectors; i++) {
-      vec value = vec_load_stored(row, d + i * WIDTH, count, dtype);
-      for (int h = 0; h < num_heads; h++)
-        sums[h * num_vectors + i] = vec_fma(vec_all(&weights[h][t]), value, sums[h * num_vectors + i]);
+    for (int j = 0; j < num_vectors; j++) {
+      vec value = vec_load_stored(row, d + j * WIDTH, count, dtype);
+      for (int i = 0; i < num_queries; i++)
+        sums[i * num_vectors + j] = vec_fma(vec_all(&weights[i][t]), value, sums[i * num_vectors + j]);
     }
   }
-  for (int h = 0; h < num_heads; h++)
-    for (int i = 0; i < num_vectors; i++)
-      vec_store(accumulated + h * padded + d + i * WIDTH, sums[h * num_vectors + i]);
+  for (int i = 0; i < num_queries; i++)
+    for (int j = 0; j < num_vectors; j++)
+      vec_store(accumulated[i] + d + j * WIDTH, sums[i * num_vectors + j]);
 }
 
-ALWAYS_INLINE void accumulate_heads(const pkv_run *run, int64_t v_offset, int32_t dtype,
-                                    float weights[][PKV_RUN_TOKENS], const float *shrink, int num_heads,
-                                    float *accumulated) {
-  const int step = TILE_SUMS / num_heads > 8 ? 8 : TILE_SUMS / num_heads;
+ALWAYS_INLINE void accumulate_values(const head_rows *values, int32_t dtype, const head_rows *ahead,
+                                     float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
+                                     float *const *accumulated) {
+  const int step = TILE_SUMS / num_queries > 8 ? 8 : TILE_SUMS / num_queries;
   int32_t d = 0;
-  if (step * WIDTH <= run->head_dim_v) {
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, WIDTH, true, accumulated);
+  if (ahead && step * WIDTH <= values->dim) {
+    value_tile(values, dtype, ahead, weights, shrink, num_queries, d, step, WIDTH, accumulated);
     d += step * WIDTH;
   }
-  for (; d + step * WIDTH <= run->head_dim_v; d += step * WIDTH)
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, step, WIDTH, false, accumulated);
-  for (; d + WIDTH <= run->head_dim_v; d += WIDTH)
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, WIDTH, false, accumulated);
-  if (HAS_PART && d < run->head_dim_v)
-    value_tile(run, v_offset, dtype, weights, shrink, num_heads, d, 1, PART, false, accumulated);
+  for (; d + step * WIDTH <= values->dim; d += step * WIDTH)
+    value_tile(values, dtype, NULL, weights, shrink, num_queries, d, step, WIDTH, accumulated);
+  for (; d + WIDTH <= values->dim; d += WIDTH)
+    value_tile(values, dtype, NULL, weights, shrink, num_queries, d, 1, WIDTH, accumulated);
+  if (HAS_PART && d < values->dim)
+    value_tile(values, dtype, NULL, weights, shrink, num_queries, d, 1, PART, accumulated);
 }
 
-ALWAYS_INLINE void accumulate_stored(const pkv_run *run, int64_t v_offset, float weights[][PKV_RUN_TOKENS],
-                                     const float *shrink, int num_heads, float *accumulated) {
-  switch (run->v_dtype) {
+ALWAYS_INLINE void accumulate_some(const head_rows *values, const head_rows *ahead,
+                                   float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
+                                   float *const *accumulated) {
+  switch (values->dtype) {
     case PKV_FLOAT32:
-      accumulate_heads(run, v_offset, PKV_FLOAT32, weights, shrink, num_heads, accumulated);
+      accumulate_values(values, PKV_FLOAT32, ahead, weights, shrink, num_queries, accumulated);
       break;
     case PKV_FLOAT16:
-      accumulate_heads(run, v_offset, PKV_FLOAT16, weights, shrink, num_heads, accumulated);
+      accumulate_values(values, PKV_FLOAT16, ahead, weights, shrink, num_queries, accumulated);
       break;
     case PKV_BFLOAT16:
-      accumulate_heads(run, v_offset, PKV_BFLOAT16, weights, shrink, num_heads, accumulated);
+      accumulate_values(values, PKV_BFLOAT16, ahead, weights, shrink, num_queries, accumulated);
       break;
   }
 }
@@ -297,30 +307,83 @@ static void prepare_q(float *prepared, const char *q, int32_t dtype, float scale
   if (HAS_PART && d < head_dim) vec_store(prepared + d, vec_load_stored(q, d, PART, dtype) * scale);
 }
 
-ALWAYS_INLINE void fold_heads(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
-                              const float *slopes, int num_heads, pkv_state state) {
-  float scores[TILE_HEADS][PKV_RUN_TOKENS] __attribute__((aligned(64))), shrink[TILE_HEADS];
-  score_stored(run, k_offset, v_offset, q, num_heads, scores);
-  if (run->soft_cap > 0 || slopes) adjust(run, slopes, num_heads, scores);
-  for (int h = 0; h < num_heads; h++) shrink[h] = weigh(run, scores[h], &state.maximum[h], &state.sum[h]);
-  accumulate_stored(run, v_offset, scores, shrink, num_heads, state.accumulated);
+/* Queries that meet the run: the q heads of a group, of each row. */
+typedef struct {
+  int count;
+  const float *q[MOST_QUERIES];
+  float *maximum[MOST_QUERIES];
+  float *sum[MOST_QUERIES];
+  float *accumulated[MOST_QUERIES];
+  int32_t head[MOST_QUERIES]; /* of the group */
+  int32_t row[MOST_QUERIES];
+} queries;
+
+/* So many of the queries from i on are met at once. */
+ALWAYS_INLINE int tile_of(const queries *queries, int i) {
+  int left = queries->count - i;
+  return left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+static void score(const head_rows *keys, const head_rows *ahead, const queries *queries,
+                  float scores[][PKV_RUN_TOKENS]) {
+  for (int i = 0; i < queries->count; ahead = NULL) {
+    int tile = tile_of(queries, i);
+    switch (tile) {
+      case 4: score_some(keys, ahead, queries->q + i, 4, scores + i); break;
+      case 2: score_some(keys, ahead, queries->q + i, 2, scores + i); break;
+      case 1: score_some(keys, ahead, queries->q + i, 1, scores + i); break;
+    }
+    i += tile;
+  }
+}
+
+static void accumulate(const head_rows *values, const head_rows *ahead, const queries *queries,
+                       float weights[][PKV_RUN_TOKENS], const float *shrink) {
+  for (int i = 0; i < queries->count; ahead = NULL) {
+    int tile = tile_of(queries, i);
+    switch (tile) {
+      case 4: accumulate_some(values, ahead, weights + i, shrink + i, 4, queries->accumulated + i); break;
+      case 2: accumulate_some(values, ahead, weights + i, shrink + i, 2, queries->accumulated + i); break;
+      case 1: accumulate_some(values, ahead, weights + i, shrink + i, 1, queries->accumulated + i); break;
+    }
+    i += tile;
+  }
+}
+
+static void fold_queries(const pkv_run *run, const head_rows *keys, const head_rows *values,
+                         const head_rows *next_keys, const queries *queries) {
+  float scores[MOST_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64))), shrink[MOST_QUERIES];
+  score(keys, run->is_near ? NULL : values, queries, scores);
+  for (int i = 0; i < queries->count; i++) {
+    if (run->soft_cap > 0 || run->alibi_slopes)
+      adjust(run, run->alibi_slopes ? run->alibi_slopes + queries->head[i] : NULL, queries->row[i],
+             scores[i]);
+    shrink[i] = weigh(run, scores[i], queries->maximum[i], queries->sum[i]);
+  }
+  accumulate(values, run->is_near ? NULL : next_keys, queries, scores, shrink);
 }
 
 static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
                      pkv_state state) {
-  int32_t h = 0;
-  while (h < run->group) {
-    const float *q_heads = q + h * pkv_padded(run->head_dim);
-    const float *slopes = run->alibi_slopes ? run->alibi_slopes + h : NULL;
-    pkv_state heads = {state.maximum + h, state.sum + h, state.accumulated + h * pkv_padded(run->head_dim_v)};
-    int32_t left = run->group - h;
-    if (left >= 4)
-      fold_heads(run, k_offset, v_offset, q_heads, slopes, 4, heads), h += 4;
-    else if (left >= 2)
-      fold_heads(run, k_offset, v_offset, q_heads, slopes, 2, heads), h += 2;
-    else
-      fold_heads(run, k_offset, v_offset, q_heads, slopes, 1, heads), h += 1;
-  }
+  head_rows keys = {run->k, k_offset, run->num_tokens, run->head_dim, run->k_dtype};
+  head_rows values = {run->v, v_offset, run->num_tokens, run->head_dim_v, run->v_dtype};
+  head_rows next_keys = {run->k, run->k_ahead, run->num_tokens, run->k_ahead ? run->head_dim : 0,
+                         run->k_dtype};
+  queries queries = {0};
+  for (int32_t row = 0; row < run->num_rows; row++)
+    for (int32_t head = 0; head < run->group; head++) {
+      int i = queries.count++;
+      int64_t at = row * run->state_stride;
+      queries.q[i] = q + row * run->q_stride + head * pkv_padded(run->head_dim);
+      queries.maximum[i] = state.maximum + at + head;
+      queries.sum[i] = state.sum + at + head;
+      queries.accumulated[i] = state.accumulated + at + head * pkv_padded(run->head_dim_v);
+      queries.head[i] = head;
+      queries.row[i] = row;
+      if (queries.count < MOST_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
+      fold_queries(run, &keys, &values, &next_keys, &queries);
+      queries.count = 0;
+    }
 }
 
 /* By how much each of two sums shrinks when they are brought to their common maximum. */

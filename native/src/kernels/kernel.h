@@ -24,10 +24,14 @@ typedef struct {
   int32_t group;        /* q heads that share a kv head */
   const char *const *k; /* [num_tokens]: the token's row, kv head 0 */
   const char *const *v;
+  int32_t is_near;           /* the tokens were read a moment ago: nothing need be asked of memory */
   int64_t k_ahead;           /* bytes from a token's row to what will be read next of it, 0: nothing */
+  int32_t num_rows;          /* of q, of consecutive positions, that see these tokens */
+  int64_t q_stride;          /* floats from one to the next */
+  int64_t state_stride;      /* floats from a row's state to the next row's */
   float soft_cap;            /* 0: none */
   const float *alibi_slopes; /* [group], NULL: none */
-  const float *distances;    /* [num_tokens]: position minus the q row's; counts with slopes */
+  const float *distances;    /* [num_tokens]: position minus the first q row's; counts with slopes */
 } pkv_run;
 
 /* The state of some q heads of one row: softmax seen so far. */
@@ -41,7 +45,8 @@ typedef struct {
   const char *name;
   /* One head of q times scale, from dtype, padded with zeros. */
   void (*prepare_q)(float *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim);
-  /* Fold a run of one kv head, k_offset and v_offset bytes into its tokens, into its group's state. */
+  /* Fold a run of one kv head, k_offset and v_offset bytes into its tokens, into its group's state, of each
+   * row. */
   void (*fold_run)(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q, pkv_state state);
   /* Fold `later`, the state over tokens that come after, into `state`. */
   void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v);

@@ -24,6 +24,12 @@ static inline vec vec_all(const float *x) { return (vec){*x, *x, *x, *x}; }
 /* The sum as a tree: halves onto each other, until one is left. */
 static inline float vec_sum(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
+/* The largest.  Lanes are all NaN, or none is. */
+static inline float vec_largest(vec x) {
+  float low = x[0] > x[2] ? x[0] : x[2], high = x[1] > x[3] ? x[1] : x[3];
+  return low > high ? low : high;
+}
+
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 static inline vec vec_from_bfloat16(halves x) { return (vec)vshlq_n_u32(vmovl_u16((uint16x4_t)x), 16); }
