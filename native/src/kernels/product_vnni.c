@@ -14,6 +14,9 @@
 
 enum { PREFETCH_BYTES = 2048, ROWS = 8 };
 
+/* Sums of few rows are each added up in several chains, or every addition would wait for the one before. */
+#define CHAINS(num_rows) ((num_rows) == 1 ? 4 : (num_rows) <= 4 ? 2 : 1)
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 /* Four bytes of a row, or two shorts, repeated. */
@@ -23,37 +26,52 @@ ALWAYS_INLINE __m512i repeated(const void *x) {
   return _mm512_set1_epi32(four);
 }
 
+ALWAYS_INLINE void add_chains(__m512i *totals, int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+  const int chains = CHAINS(num_rows);
+  EACH (r, num_rows) {
+    for (int c = 1; c < chains; c++)
+      totals[r * chains] = _mm512_add_epi32(totals[r * chains], totals[r * chains + c]);
+    _mm512_storeu_si512(sums[r], totals[r * chains]);
+  }
+}
+
 ALWAYS_INLINE void ternary_rows(const uint8_t *weights, int64_t num_groups, const int8_t *rows,
                                 int64_t row_stride, int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
   const __m512i three = _mm512_set1_epi8(3);
+  const int chains = CHAINS(num_rows);
   __m512i totals[ROWS];
-  EACH (r, num_rows) totals[r] = _mm512_setzero_si512();
+  EACH (r, num_rows * chains) totals[r] = _mm512_setzero_si512();
   for (int64_t group = 0; group < num_groups; group++, weights += PKV_GROUP_BYTES) {
     _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
     __m512i packed = _mm512_loadu_si512(weights);
     EACH (i, 4) {
       __m512i codes = _mm512_and_si512(packed, three);
       EACH (r, num_rows)
-        totals[r] = _mm512_dpbusd_epi32(totals[r], codes,
-                                        repeated(rows + r * row_stride + PKV_IN_GROUP * group + 4 * i));
+        totals[r * chains + i % chains] =
+            _mm512_dpbusd_epi32(totals[r * chains + i % chains], codes,
+                                repeated(rows + r * row_stride + PKV_IN_GROUP * group + 4 * i));
       packed = _mm512_srli_epi16(packed, 2);
     }
   }
-  EACH (r, num_rows) _mm512_storeu_si512(sums[r], totals[r]);
+  add_chains(totals, num_rows, sums);
 }
 
 ALWAYS_INLINE void int8_rows(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
                              int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+  const int chains = CHAINS(num_rows);
   __m512i totals[ROWS];
-  EACH (r, num_rows) totals[r] = _mm512_setzero_si512();
-  for (int64_t i = 0; i < num_in; i += 2, weights += 2 * PKV_OUT_BLOCK) {
-    if (i % 4 == 0) _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
-    __m512i widened = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)weights));
-    EACH (r, num_rows)
-      totals[r] =
-          _mm512_dpwssd_epi32(totals[r], widened, repeated((const char *)rows + r * row_stride + 2 * i));
-  }
-  EACH (r, num_rows) _mm512_storeu_si512(sums[r], totals[r]);
+  EACH (r, num_rows * chains) totals[r] = _mm512_setzero_si512();
+  for (int64_t first = 0; first < num_in; first += 2 * CHAINS(1))
+    EACH (c, CHAINS(1)) {
+      if (c % 2 == 0) _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
+      __m512i widened = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)weights));
+      EACH (r, num_rows)
+        totals[r * chains + c % chains] =
+            _mm512_dpwssd_epi32(totals[r * chains + c % chains], widened,
+                                repeated((const char *)rows + r * row_stride + 2 * (first + 2 * c)));
+      weights += 2 * PKV_OUT_BLOCK;
+    }
+  add_chains(totals, num_rows, sums);
 }
 
 /* A function of its own for each number of rows. */
