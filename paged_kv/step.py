@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from ._binding import lib
 from .arrays import Array, array_of, rows_of
-from .attention import Attention, append
+from .attention import Append, Attention, RepeatedAttention
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
 from .sequence import Sequence
-from .store import Store
+from .store import Store, taken
 
 
 class Step:
@@ -36,7 +36,7 @@ class Step:
     thread; one that is collected while it is open is rolled back.
     """
 
-    __slots__ = ("_batch", "_is_open", "_plan", "_seqs", "_store", "_written")
+    __slots__ = ("_batch", "_is_open", "_num_copies", "_plan", "_seqs", "_slots", "_store", "_written")
 
     def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
         self._seqs, keys = keys_of(seqs)
@@ -47,6 +47,8 @@ class Step:
             store.open_plans[id(self._plan)] = self._plan
         self._store = store
         self._batch = self._plan.batch
+        self._slots = self._plan.handle.slot_mapping
+        self._num_copies = self._plan.handle.num_copies
         self._written = bytearray(store.layout.num_layers)
         self._is_open = True
 
@@ -117,9 +119,14 @@ class Step:
         with self._store as store:
             self._require_open()
             layer = store.layer(layer)
-            rows = self._new_rows(k, v)
+            pages, num_tokens = store.pages_of[layer], self._plan.num_tokens
+            append = taken(store.repeatable_appends)
             self._copy_shared_tails(layer)
-            append(store.layer_pages + layer, self._plan.num_tokens, self._plan.handle.slot_mapping, **rows)
+            if not append or append.num_tokens != num_tokens or not append.repeat(pages, self._slots, k, v):
+                rows = self._new_rows(k, v)
+                append = Append((k, rows["k"]), (v, rows["v"]))
+                append.run(pages, self._slots)
+            store.repeatable_appends.append(append)
             self._written[layer] = 1
 
     def attend(
@@ -165,6 +172,18 @@ class Step:
                 raise ArgumentError("give k and v, or neither, to attend to what was written")
             if k is None and not self._written[layer]:
                 raise LayerNotWritten(f"layer {layer} has no keys and values yet; write them, or give them")
+            is_plain = (
+                sinks is None
+                and alibi_slopes is None
+                and return_lse is False
+                and (sm_scale is None or type(sm_scale) is float)
+                and type(logits_soft_cap) is float
+            )
+            scale = (sm_scale, logits_soft_cap)
+            if is_plain and not self._num_copies:
+                result = self._repeat(layer, q, k, v, scale, out)
+                if result is not None:
+                    return result
             inputs = {} if k is None else self._new_rows(k, v)
             call = Attention(
                 store.layer_pages + layer,
@@ -182,7 +201,22 @@ class Step:
             self._copy_shared_tails(layer)
             result = call.run(store.threads, self._batch)
             self._written[layer] = 1
+            if is_plain and (repeated := RepeatedAttention.of(call, (q, k, v), scale)):
+                store.repeatable.append(repeated)
             return result
+
+    def _repeat(self, layer: int, q: Any, k: Any, v: Any, scale: tuple[Any, Any], out: Any) -> Any:
+        """What attend returns, if a call that was made had arrays that look alike; else None."""
+        store = self._store
+        repeated = taken(store.repeatable)
+        if not repeated or repeated.num_tokens != self._plan.num_tokens or repeated.scale != scale:
+            return None
+        pages, threads = store.pages_of[layer], store.threads
+        result = repeated.run(pages, self._slots, (q, k, v), out, threads, self._batch)
+        if result is not None:
+            self._written[layer] = 1
+            store.repeatable.append(repeated)
+        return result
 
     # ---- the end
 

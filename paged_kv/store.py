@@ -4,20 +4,24 @@ Pool, block tables, layout and threads, and one lock.  The lock covers bookkeepi
 attention runs.  Calls that read or write pages enter the store for as long as they run, so that closing can
 wait for them.
 
-Imports block_table.  Imported by sequence, step and cache, which hold it and not each other.
+Imports block_table and attention.  Imported by sequence, step and cache, which hold it and not each other.
 """
 
 import os
 import threading
 from collections import deque
 from types import TracebackType
+from typing import TypeVar
 from weakref import WeakSet
 
 from ._binding import DTYPE_CODES, ffi, integer, shared_threads
+from .attention import Append, RepeatedAttention
 from .block_table import BlockTables, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
 from .pool import PagePool
+
+Call = TypeVar("Call", Append, RepeatedAttention)
 
 
 class Store:
@@ -40,6 +44,10 @@ class Store:
         self.pool = PagePool(num_pages, layout.page_bytes)
         self.tables = BlockTables(self.pool, layout.page_size, max_sequences, max_seq_len, window)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
+        self.pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
+        #: Calls that can be repeated; whoever repeats one takes it for as long as it runs.
+        self.repeatable: deque[RepeatedAttention] = deque(maxlen=4)
+        self.repeatable_appends: deque[Append] = deque(maxlen=4)
         for layer in range(layout.num_layers):
             self._describe_layer(layer, num_pages)
         self.closed = False
@@ -56,7 +64,9 @@ class Store:
         """A lock that nobody holds: at first, and in a forked child, whose other threads are not there."""
         self.lock = threading.Lock()
         self._idle = threading.Condition(self.lock)
-        self._num_running = 0
+        #: An entry for each call that runs.  It is made before `closed` is looked at, and `close` looks for
+        #: entries after it has set that: one of the two sees the other, and no call waits for a lock.
+        self._running: deque[None] = deque()
 
     def _describe_layer(self, layer: int, num_pages: int) -> None:
         layout = self.layout
@@ -99,17 +109,21 @@ class Store:
         return integer("layer", layer, 0, self.layout.num_layers - 1)
 
     def __enter__(self) -> "Store":
-        with self.lock:
+        self._running.append(None)
+        if self.closed:
+            self._leave()
             self.require_open()
-            self._num_running += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self.lock:
-            self._num_running -= 1
-            if not self._num_running:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._running.pop()
+        if self.closed:
+            with self.lock:
                 self._idle.notify_all()
 
     def close(self) -> None:
@@ -118,10 +132,18 @@ class Store:
             if self.closed:
                 return
             self.closed = True
-            self._idle.wait_for(lambda: not self._num_running)
+            self._idle.wait_for(lambda: not self._running)
             for plan in list(self.open_plans.values()):
                 self.roll_back(plan)
             self.pool.close()
+
+
+def taken(calls: deque[Call]) -> Call | None:
+    """The last of them, which is the taker's until it is put back; threads may take at once."""
+    try:
+        return calls.pop()
+    except IndexError:
+        return None
 
 
 _stores: WeakSet[Store] = WeakSet()

@@ -10,6 +10,7 @@ FLOORS = [
     {"errors", "layout", "machine", "reference", "extras", "live_line"},
     {"_binding"},
     {"arrays"},
+    {"form"},
     {"attention"},
     {"foreign"},
     {"pool"},

@@ -417,6 +417,20 @@ static void scale_options(job *job, float *memory) {
   }
 }
 
+/* Do `span` bytes of the one meet those of the other? */
+static bool meets(const pkv_rows *a, int64_t a_span, const pkv_rows *b, int64_t b_span) {
+  return a->data < b->data + b_span && b->data < a->data + a_span;
+}
+
+int32_t pkv_out_overlaps(const pkv_attention *attention, const int64_t *spans) {
+  const pkv_rows *q = &attention->q, *out = &attention->out;
+  bool is_q = out->data == q->data && out->token_stride == q->token_stride &&
+              out->head_stride == q->head_stride && spans[3] == spans[0];
+  return (!is_q && meets(out, spans[3], q, spans[0])) ||
+         (attention->slots &&
+          (meets(out, spans[3], &attention->k, spans[1]) || meets(out, spans[3], &attention->v, spans[2])));
+}
+
 /* Cut the work for up to num_workers, find memory for it, do it. */
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
   int64_t total = total_cost(job);

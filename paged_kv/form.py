@@ -1,0 +1,85 @@
+"""Forms: what an array looks like, apart from where it lies.
+
+Layers pass arrays that look alike, over and over.  The first of them is asked everything (arrays.py); of the
+next ones it is enough to see that they have its form, and to take their address: a twentieth of the time.
+
+Imports arrays.  Imported by attention.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ._binding import ffi
+from .arrays import Array, is_tensor
+
+
+class Form:
+    """The form of an array that was described already, of at least one element and three axes.
+
+    `pointer(array)` is the address of another one as a `char *`, or None when that does not look the same.
+    """
+
+    __slots__ = (
+        "_dtype",
+        "_is_bits",
+        "_is_dense",
+        "_kind",
+        "_layout",
+        "_shape",
+        "_strides",
+        "pointer",
+        "span",
+    )
+
+    pointer: Callable[[Any], Any]
+
+    def __init__(self, array: Any, described: Array) -> None:
+        self._kind = type(array)
+        self._dtype = array.dtype
+        self._shape = array.shape
+        #: Bytes from the first to the one behind the last; no stride is negative.
+        low, high = described.extent
+        self.span = high - low
+        if is_tensor(array):
+            self._layout = array.layout
+            self._strides = array.stride()
+            self.pointer = self._of_tensor
+        else:
+            self._strides = array.strides
+            self._is_dense = array.flags.c_contiguous
+            self._is_bits = array.dtype.kind == "V" or array.dtype.name == "bfloat16"
+            self.pointer = self._of_numpy
+
+    def _of_numpy(self, array: Any) -> Any:
+        if (
+            type(array) is not np.ndarray
+            or array.shape != self._shape
+            or array.dtype is not self._dtype
+            or array.strides != self._strides
+        ):
+            return None
+        if self._is_bits:
+            return ffi.from_buffer(array[0, 0].view(np.uint16))
+        # Of an array with gaps, its first row has none.
+        return ffi.from_buffer(array if self._is_dense else array[0, 0])
+
+    def _of_tensor(self, tensor: Any) -> Any:
+        if (
+            type(tensor) is not self._kind
+            or tensor.shape != self._shape
+            or tensor.dtype is not self._dtype
+            or not tensor.is_cpu
+            or tensor.layout is not self._layout
+            or tensor.requires_grad
+            or tensor.stride() != self._strides
+        ):
+            return None
+        return ffi.cast("char *", tensor.data_ptr())
+
+
+def has_form(array: Any, described: Array) -> bool:
+    """Can it stand for others that look alike?  What is unusual is asked everything each time."""
+    is_usual = type(array) is np.ndarray or (is_tensor(array) and not array.requires_grad)
+    return is_usual and 0 not in described.shape and min(described.strides) >= 0
