@@ -6,6 +6,7 @@ Imported by the benchmarks that hold a figure against a ceiling.
 import functools
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ def _walk() -> tuple:
         flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
         subprocess.run(["cc", *flags, str(SOURCE), "-o", str(library)], check=True)
         return ffi, ffi.dlopen(str(library))
+
+
+def reader(memory: np.ndarray, chunk_bytes: int, order: np.ndarray, num_threads: int) -> Callable[[], float]:
+    """A call that reads these chunks of memory, uint8, in this order."""
+    ffi, lib = _walk()
+    offsets = np.ascontiguousarray(order, np.int64) * chunk_bytes
+    base, at = ffi.from_buffer("char[]", memory), ffi.from_buffer("int64_t[]", offsets)
+    return lambda: lib.walk_read(base, chunk_bytes, at, len(offsets), num_threads)
 
 
 def gb_per_s(

@@ -29,7 +29,7 @@ def run(script, *options):
 
 def test_every_benchmark_is_among_them():
     scripts = {path.name for path in FOLDER.glob("*.py") if "def main" in path.read_text()}
-    assert scripts == {*SCRIPTS, "run_all.py"}
+    assert scripts == {*SCRIPTS, "run_all.py", "compare.py"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -43,6 +43,15 @@ def test_a_benchmark_prints_rows_of_json(script):
 def test_a_benchmark_prints_a_table():
     lines = run("planning.py").splitlines()
     assert lines[0].startswith("cpu ") and len(lines) == 4
+
+
+def test_rivals_give_what_float64_gives(tmp_path):
+    pytest.importorskip("torch")
+    run("compare.py", "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["work"] for row in rows} == {"decode", "prefill", "append"}
+    assert {"paged_kv", "torch", "walk"} <= {row["rival"] for row in rows}
+    assert all(row["error"] < 1e-5 for row in rows)
 
 
 def test_a_plot_is_drawn(tmp_path):

@@ -151,3 +151,22 @@ def test_parts_may_be_tensors(rng):
     weights = (lses - lses.logsumexp(0)).exp()[..., None]
     expected = (weights * outputs.to(torch.bfloat16).float()).sum(0)
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_tensors_that_look_like_the_last_ones_are_asked_what_changes(rng):
+    with make_cache() as cache:
+        step = cache.step([cache.sequence()], [1])
+        q, k = torch.from_numpy(rows(rng, 1, 2, 32)), torch.from_numpy(rows(rng, 1, 2, 32))
+        wide = torch.from_numpy(rows(rng, 1, 6, 32))
+        for _ in range(3):
+            for v in (k, torch.from_numpy(rows(rng, 1, 2, 32)), wide[:, 1:3], wide[:, 3:5]):
+                # One token: its value, whatever the scores are.
+                assert torch.equal(step.attend(0, q, k, v), v)
+                assert torch.equal(step.attend(0, q, k, v, out=torch.empty_like(q)), v)
+        with pytest.raises(ArgumentError, match="requires grad"):
+            step.attend(0, q.clone().requires_grad_(), k, k)
+        with pytest.raises(ArgumentError, match="strided CPU tensor"):
+            step.attend(0, q, k.to_sparse(), k)
+        with pytest.raises(ArgumentError, match="overlaps"):
+            step.attend(0, wide[:, 0:2], k, k, out=wide[:, 1:3])
+        step.rollback()
