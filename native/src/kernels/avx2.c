@@ -53,6 +53,9 @@ static inline float vec_largest(vec x) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+/* Is any lane of a comparison true? */
+static inline int vec_any(ivec mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
+
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 static inline vec vec_from_bfloat16(halves x) {

@@ -75,6 +75,9 @@ static inline halves halves_load_part(const char *from) {
   return (halves)_mm256_maskz_loadu_epi16(0xff, from);
 }
 
+/* Is any lane of a comparison true? */
+static inline int vec_any(ivec mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 static inline vec vec_from_bfloat16(halves x) {

@@ -419,26 +419,46 @@ ALWAYS_INLINE vec saturate(vec x, float largest) {
   return vec_select(is_beyond, (vec)(limit | sign), x);
 }
 
-ALWAYS_INLINE halves vec_to_bfloat16(vec x) {
+ALWAYS_INLINE ivec rounded_to_bfloat16(ivec bits) { return bits + 0x7fff + ((bits >> 16) & 1); }
+
+static halves vec_to_bfloat16(vec x) {
   ivec bits = (ivec)x;
-  ivec rounded = bits + 0x7fff + ((bits >> 16) & 1);
   ivec quiet = bits | 0x400000;
   ivec is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  ivec result = (is_nan & quiet) | (~is_nan & rounded);
+  ivec result = (is_nan & quiet) | (~is_nan & rounded_to_bfloat16(bits));
   return vec_low_halves((result >> 16) & 0xffff);
 }
 
-ALWAYS_INLINE void narrow_some(char *stored, const float *values, int count, int32_t dtype) {
+/* To 16 bits; with `is_tame`, no value is beyond the stored range, inf or NaN. */
+ALWAYS_INLINE void narrow_some(char *stored, const float *values, int count, int32_t dtype, bool is_tame) {
   vec x = vec_load_some(values, count);
-  halves h = dtype == PKV_BFLOAT16 ? vec_to_bfloat16(saturate(x, 0x1.fep127f))
-                                   : vec_to_float16(saturate(x, 65504.0f));
+  halves h;
+  if (dtype == PKV_FLOAT16)
+    h = vec_to_float16(is_tame ? x : saturate(x, 65504.0f));
+  else if (is_tame)
+    h = vec_low_halves((rounded_to_bfloat16((ivec)x) >> 16) & 0xffff);
+  else
+    h = vec_to_bfloat16(saturate(x, 0x1.fep127f));
   memcpy(stored, &h, (size_t)count * 2);
 }
 
-ALWAYS_INLINE void narrow_as(char *stored, const float *values, int64_t count, int32_t dtype) {
+ALWAYS_INLINE void narrow_all(char *stored, const float *values, int64_t count, int32_t dtype, bool is_tame) {
   int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) narrow_some(stored + 2 * i, values + i, WIDTH, dtype);
-  if (HAS_PART && i < count) narrow_some(stored + 2 * i, values + i, PART, dtype);
+  for (; i + WIDTH <= count; i += WIDTH) narrow_some(stored + 2 * i, values + i, WIDTH, dtype, is_tame);
+  if (HAS_PART && i < count) narrow_some(stored + 2 * i, values + i, PART, dtype, is_tame);
+}
+
+/* What is not tame is rare, and takes twice as long: rows are looked at first. */
+ALWAYS_INLINE void narrow_as(char *stored, const float *values, int64_t count, int32_t dtype) {
+  const ivec largest = (ivec)((vec){} + (dtype == PKV_BFLOAT16 ? 0x1.fep127f : 65504.0f));
+  ivec beyond = {};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) beyond |= ((ivec)vec_load(values + i) & 0x7fffffff) > largest;
+  if (HAS_PART && i < count) beyond |= ((ivec)vec_load_part(values + i) & 0x7fffffff) > largest;
+  if (vec_any(beyond))
+    narrow_all(stored, values, count, dtype, false);
+  else
+    narrow_all(stored, values, count, dtype, true);
 }
 
 static void narrow(char *stored, const float *values, int64_t count, int32_t dtype) {

@@ -30,6 +30,9 @@ static inline float vec_largest(vec x) {
   return low > high ? low : high;
 }
 
+/* Is any lane of a comparison true? */
+static inline int vec_any(ivec mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 static inline vec vec_from_bfloat16(halves x) { return (vec)vshlq_n_u32(vmovl_u16((uint16x4_t)x), 16); }
