@@ -137,6 +137,11 @@ typedef struct {
   int32_t dtype;
 } head_rows;
 
+/* Does memory alone decide how long rows of this dtype take?  Then a CPU's own prefetching does best. */
+ALWAYS_INLINE bool is_bound_by_memory(int32_t dtype, int num_queries) {
+  return dtype == PKV_FLOAT32 && num_queries < 4;
+}
+
 /* ---- scores */
 
 /* Scores of num_queries and num_tokens keys from `first` on. */
@@ -146,12 +151,17 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float 
   vec sums[TILE_SUMS] = {};
   const char *k[TILE_SUMS];
   for (int t = 0; t < num_tokens; t++) k[t] = keys->rows[first + t] + keys->offset;
-  for (; d + WIDTH <= keys->dim; d += WIDTH)
-    for (int t = 0; t < num_tokens; t++) {
-      vec key = vec_load_stored(k[t], d, WIDTH, dtype);
-      for (int i = 0; i < num_queries; i++)
-        sums[i * num_tokens + t] = vec_fma(vec_load(q[i] + d), key, sums[i * num_tokens + t]);
-    }
+  if (num_queries == 1 && is_bound_by_memory(dtype, 1)) /* in memory's order, row by row */
+    for (int t = 0; t < num_tokens; t++)
+      for (d = 0; d + WIDTH <= keys->dim; d += WIDTH)
+        sums[t] = vec_fma(vec_load(q[0] + d), vec_load_stored(k[t], d, WIDTH, dtype), sums[t]);
+  else
+    for (; d + WIDTH <= keys->dim; d += WIDTH)
+      for (int t = 0; t < num_tokens; t++) {
+        vec key = vec_load_stored(k[t], d, WIDTH, dtype);
+        for (int i = 0; i < num_queries; i++)
+          sums[i * num_tokens + t] = vec_fma(vec_load(q[i] + d), key, sums[i * num_tokens + t]);
+      }
   if (HAS_PART && d < keys->dim)
     for (int t = 0; t < num_tokens; t++) {
       vec key = vec_load_stored(k[t], d, PART, dtype);
@@ -172,11 +182,15 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float 
 }
 
 /* Scores of num_queries (1, 2 or 4) and all keys, a tile at a time.  Keys that come from memory are touched,
- * and the values that will be met with them asked for. */
+ * and the values that will be met with them asked for where there is time. */
 ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_rows *ahead,
                               const float *const *q, int num_queries, float scores[][PKV_RUN_TOKENS]) {
   int32_t key_bytes = ahead ? stored_bytes(keys->dim, dtype) : 0;
   int32_t ahead_bytes = ahead ? stored_bytes(ahead->dim, ahead->dtype) : 0;
+  if (is_bound_by_memory(dtype, num_queries)) {
+    ahead_bytes = 0;
+    if (num_queries == 1) key_bytes = 0;
+  }
   const int step = TILE_SUMS / num_queries;
   int t = 0;
   for (; t + step <= keys->count; t += step) {
@@ -244,6 +258,7 @@ ALWAYS_INLINE void value_tile(const head_rows *values, int32_t dtype, const head
                               int32_t d, int num_vectors, int count, float *const *accumulated) {
   int32_t value_bytes = ahead ? stored_bytes(values->dim, dtype) : 0;
   int32_t ahead_bytes = ahead ? stored_bytes(ahead->dim, ahead->dtype) : 0;
+  if (is_bound_by_memory(dtype, num_queries)) ahead_bytes = 0;
   vec sums[TILE_SUMS];
   for (int i = 0; i < num_queries; i++)
     for (int j = 0; j < num_vectors; j++)
