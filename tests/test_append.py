@@ -58,3 +58,21 @@ def test_each_layer_and_head_keeps_its_own(rng):
             one, two = first[layer][side], second[layer][side]
             np.testing.assert_array_equal(a.gather(layer)[side], np.concatenate([one[:17], two[3:]]))
             np.testing.assert_array_equal(b.gather(layer)[side], np.concatenate([one[17:], two[:3]]))
+
+
+@pytest.mark.parametrize("head_dim", [32, 40, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", DTYPES)
+def test_much_at_once_is_stored_like_little_at_a_time(kernel, given, dtype, head_dim, rng):
+    """Much is written past the caches where rows are whole lines."""
+    shape = {"num_layers": 1, "head_dim": head_dim, "dtype": dtype, "num_pages": 160, "page_size": 16}
+    cache = make_cache(**shape)
+    one, many = cache.sequence(), cache.sequence()
+    k, v = (rows(rng, 1200, 2, head_dim).astype(DTYPES[given]) for _ in "kv")
+    with cache.step([many], [1200]) as step:
+        step.write(0, k, v)
+    for begin in range(0, 1200, 10):
+        with cache.step([one], [10]) as step:
+            step.write(0, k[begin : begin + 10], v[begin : begin + 10])
+    for got, want in zip(many.gather(0), one.gather(0), strict=True):
+        np.testing.assert_array_equal(got, want)

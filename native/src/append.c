@@ -1,13 +1,22 @@
 /* Writing the keys and values of new tokens into their slots, whatever their dtype, and reading them back.
  *
  * A slot is page_id * page_size + offset; each head of a token is one dense row there.
+ *
+ * Rows of many tokens lie all over memory. A line that is written through the caches is read first, and
+ * pushes another one out, so that much is written past them: three times as fast, and it will be read among
+ * all the rest of its sequence's tokens.  Little, and what attention reads at once, stays in the caches.
  */
+#include "append.h"
+
+#include <stdatomic.h>
 #include <string.h>
 
-#include "../include/paged_kv.h"
-#include "kernels/kernel.h"
+enum {
+  ROWS_AHEAD = 8, /* a head's row of keys and one of values, each */
+  BYTES_PAST_CACHES = 128 << 10,
+};
 
-enum { ROWS_AHEAD = 8 }; /* a head's row of keys and one of values, each */
+static int64_t row_bytes(int32_t dim, int32_t dtype) { return dim * (dtype == PKV_FLOAT32 ? 4 : 2); }
 
 typedef struct {
   char *k;
@@ -40,6 +49,17 @@ static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const 
   }
 }
 
+/* The same past the caches, for whole lines. */
+static void convert_past_caches(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
+                                int32_t from_dtype, int32_t count) {
+  char row[PKV_MAX_HEAD_DIM * sizeof(float)] __attribute__((aligned(64)));
+  if (from_dtype != to_dtype) {
+    convert(kernel, row, to_dtype, from, from_dtype, count);
+    from = row;
+  }
+  kernel->copy_past_caches(to, from, row_bytes(count, to_dtype));
+}
+
 /* The heads of tokens, one after the other. */
 typedef struct {
   int64_t token;
@@ -57,40 +77,56 @@ static void move(cursor *at, const pkv_pages *pages, int64_t num_tokens, const i
   if (at->token < num_tokens) at->address = address_of(pages, slots[at->token]);
 }
 
-/* Rows are written all over memory, and a line has to come before it can be written: it is asked for a few
- * rows ahead.  (Stores past the caches, which fetch no lines, take twice as long.) */
-static void ask_for(const char *row, int64_t num_bytes) {
-  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i, 1);
+/* Rows are written all over memory, and a line that is written has to come first: it is asked for a few rows
+ * ahead. */
+static void ask_for(const cursor *at, const pkv_pages *pages) {
+  int64_t k_bytes = row_bytes(pages->head_dim, pages->k_dtype);
+  int64_t v_bytes = row_bytes(pages->head_dim_v, pages->v_dtype);
+  for (int64_t i = 0; i < k_bytes; i += 64) __builtin_prefetch(at->address.k + i, 1);
+  for (int64_t i = 0; i < v_bytes; i += 64) __builtin_prefetch(at->address.v + i, 1);
+}
+
+void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
+                    const int64_t *slots, const pkv_rows *k, const pkv_rows *v, bool past_caches) {
+  if (num_tokens < 1) return;
+  cursor at = {0, 0, address_of(pages, slots[0])}, ahead = at;
+  for (int i = 0; i < ROWS_AHEAD && ahead.token < num_tokens && !past_caches; i++) {
+    ask_for(&ahead, pages);
+    move(&ahead, pages, num_tokens, slots);
+  }
+  void (*write)(const pkv_kernel *, char *, int32_t, const char *, int32_t, int32_t) =
+      past_caches ? convert_past_caches : convert;
+  for (; at.token < num_tokens; move(&at, pages, num_tokens, slots)) {
+    if (ahead.token < num_tokens && !past_caches) {
+      ask_for(&ahead, pages);
+      move(&ahead, pages, num_tokens, slots);
+    }
+    write(kernel, at.address.k, pages->k_dtype,
+          k->data + at.token * k->token_stride + at.head * k->head_stride, k->dtype, pages->head_dim);
+    write(kernel, at.address.v, pages->v_dtype,
+          v->data + at.token * v->token_stride + at.head * v->head_stride, v->dtype, pages->head_dim_v);
+  }
+  if (past_caches) atomic_thread_fence(memory_order_seq_cst);
+}
+
+static bool is_whole_lines(uint64_t number) { return number % 64 == 0; }
+
+static bool has_whole_lines(const pkv_pages *pages) {
+  return is_whole_lines((uintptr_t)pages->k) && is_whole_lines((uintptr_t)pages->v) &&
+         is_whole_lines((uint64_t)(pages->k_page_stride | pages->k_head_stride | pages->k_token_stride)) &&
+         is_whole_lines((uint64_t)(pages->v_page_stride | pages->v_head_stride | pages->v_token_stride)) &&
+         is_whole_lines((uint64_t)row_bytes(pages->head_dim, pages->k_dtype)) &&
+         is_whole_lines((uint64_t)row_bytes(pages->head_dim_v, pages->v_dtype));
 }
 
 pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const pkv_rows *k,
                       const pkv_rows *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;
-  if (num_tokens < 1) return PKV_OK;
-  int64_t k_bytes = pages->head_dim * (pages->k_dtype == PKV_FLOAT32 ? 4 : 2);
-  int64_t v_bytes = pages->head_dim_v * (pages->v_dtype == PKV_FLOAT32 ? 4 : 2);
-  cursor ahead = {0, 0, address_of(pages, slots[0])};
-  for (int i = 0; i < ROWS_AHEAD && ahead.token < num_tokens; i++) {
-    ask_for(ahead.address.k, k_bytes);
-    ask_for(ahead.address.v, v_bytes);
-    move(&ahead, pages, num_tokens, slots);
-  }
-  for (int64_t token = 0; token < num_tokens; token++) {
-    slot_address to = address_of(pages, slots[token]);
-    const char *from_k = k->data + token * k->token_stride, *from_v = v->data + token * v->token_stride;
-    for (int32_t head = 0; head < pages->num_kv_heads; head++) {
-      if (ahead.token < num_tokens) {
-        ask_for(ahead.address.k, k_bytes);
-        ask_for(ahead.address.v, v_bytes);
-        move(&ahead, pages, num_tokens, slots);
-      }
-      convert(kernel, to.k + head * pages->k_head_stride, pages->k_dtype, from_k + head * k->head_stride,
-              k->dtype, pages->head_dim);
-      convert(kernel, to.v + head * pages->v_head_stride, pages->v_dtype, from_v + head * v->head_stride,
-              v->dtype, pages->head_dim_v);
-    }
-  }
+  int64_t token_bytes = pages->num_kv_heads * (row_bytes(pages->head_dim, pages->k_dtype) +
+                                               row_bytes(pages->head_dim_v, pages->v_dtype));
+  bool is_much = num_tokens * token_bytes >= BYTES_PAST_CACHES;
+  pkv_write_rows(kernel, pages, num_tokens, slots, k, v, is_much && has_whole_lines(pages));
   return PKV_OK;
 }
 

@@ -22,6 +22,7 @@
 #include <string.h>
 
 #include "../include/paged_kv.h"
+#include "append.h"
 #include "kernels/kernel.h"
 #include "threads.h"
 
@@ -473,8 +474,7 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
   if (attention->slots) {
     int64_t num_tokens = batch->qo_indptr[batch->num_seqs];
-    pkv_status status = pkv_append(pages, num_tokens, attention->slots, &attention->k, &attention->v);
-    if (status != PKV_OK) return status;
+    pkv_write_rows(kernel, pages, num_tokens, attention->slots, &attention->k, &attention->v, false);
   }
   job job = {.kernel = kernel, .pages = pages, .batch = batch, .attention = attention};
   job.scale = attention->sm_scale * LOG2_E;

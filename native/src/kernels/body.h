@@ -493,6 +493,20 @@ static void widen(float *values, const char *stored, int64_t count, int32_t dtyp
   }
 }
 
+/* Line by line, so that none is written in parts. */
+static void copy_past_caches(char *to, const char *from, int64_t num_bytes) {
+#ifdef __AVX__
+  for (int64_t i = 0; i < num_bytes; i += 64) {
+    __m256i low = _mm256_loadu_si256((const __m256i *)(from + i));
+    __m256i high = _mm256_loadu_si256((const __m256i *)(from + i + 32));
+    _mm256_stream_si256((__m256i *)(to + i), low);
+    _mm256_stream_si256((__m256i *)(to + i + 32), high);
+  }
+#else
+  memcpy(to, from, (size_t)num_bytes);
+#endif
+}
+
 /* ---- the result */
 
 static double finish(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v) {
@@ -510,4 +524,4 @@ static double finish(char *out, int32_t dtype, pkv_state state, const float *sin
   return sum == 0.0f ? -__builtin_inf() : maximum + log2((double)sum);
 }
 
-const pkv_kernel KERNEL = {KERNEL_NAME, prepare_q, fold_run, merge, finish, narrow, widen};
+const pkv_kernel KERNEL = {KERNEL_NAME, prepare_q, fold_run, merge, finish, narrow, widen, copy_past_caches};

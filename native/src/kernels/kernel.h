@@ -56,6 +56,8 @@ typedef struct {
   /* float32 to what is stored and back; count is a multiple of 8. */
   void (*narrow)(char *stored, const float *values, int64_t count, int32_t dtype);
   void (*widen)(float *values, const char *stored, int64_t count, int32_t dtype);
+  /* Copy lines of 64 bytes to where a line begins, without keeping them in a cache where that can be said. */
+  void (*copy_past_caches)(char *to, const char *from, int64_t num_bytes);
 } pkv_kernel;
 
 extern const pkv_kernel pkv_kernel_portable;

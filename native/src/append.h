@@ -1,0 +1,13 @@
+/* Writing rows into slots, for whoever checked them. */
+#ifndef PKV_APPEND_H
+#define PKV_APPEND_H
+#include <stdbool.h>
+
+#include "../include/paged_kv.h"
+#include "kernels/kernel.h"
+
+/* `past_caches`: where all rows are whole lines, and nobody reads them soon. */
+void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
+                    const int64_t *slots, const pkv_rows *k, const pkv_rows *v, bool past_caches);
+
+#endif
