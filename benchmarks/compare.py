@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--cells", help="decode: batch x context; prefill: new + past")
     parser.add_argument("--threads", type=int, default=num_cpus())
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each rival in each case (default 2)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each rival in each case (default 1)")
     parser.add_argument("--hot", action="store_true", help="one copy: what fits stays in the shared cache")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     parser.add_argument("--toy", action="store_true", help="a size that takes seconds")

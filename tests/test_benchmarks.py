@@ -29,7 +29,7 @@ def run(script, *options):
 
 def test_every_benchmark_is_among_them():
     scripts = {path.name for path in FOLDER.glob("*.py") if "def main" in path.read_text()}
-    assert scripts == {*SCRIPTS, "run_all.py", "compare.py"}
+    assert scripts == {*SCRIPTS, "run_all.py", "compare.py", "plot_rivals.py"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -52,6 +52,17 @@ def test_rivals_give_what_float64_gives(tmp_path):
     assert {row["work"] for row in rows} == {"decode", "prefill", "append"}
     assert {"paged_kv", "torch", "walk"} <= {row["rival"] for row in rows}
     assert all(row["error"] < 1e-5 for row in rows)
+
+
+def test_rivals_are_drawn(tmp_path):
+    row = {"shape": "4/2/32", "dtype": "float32", "cell": "2x64", "rival": "torch"}
+    figures = {"decode": "of_walk", "prefill": "gflop_per_s", "append": "ns_per_token_and_head"}
+    rows = [row | {"work": work, figure: 0.5} for work, figure in figures.items()]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    command = [sys.executable, str(FOLDER / "plot_rivals.py"), str(tmp_path / "rows.json"), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=100)
+    for work in figures:
+        assert (tmp_path / f"{work}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_plot_is_drawn(tmp_path):
