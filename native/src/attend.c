@@ -1,9 +1,9 @@
 /* Attention over pages: who computes which rows, and in which order the tokens of a row are met.
  *
- *   block   up to rows_per_block q rows of one sequence; they meet its tokens together, run by run
- *   run     64 tokens, or the whole pages that fit in them: folded into a row's state at once
- *   span    256 tokens, or the whole pages that fit: its runs fold into a state of its own, and the spans of
- * a row are merged left to right
+ *   block   some q rows of one sequence, and all heads or those of one kv head; they meet its tokens
+ * together, run by run run     64 tokens, or the whole pages that fit in them: folded into a row's state at
+ * once span    256 tokens, or the whole pages that fit: its runs fold into a state of its own, and the spans
+ * of a row are merged left to right
  *
  * Runs and spans are counted from a sequence's first page, whatever the batch and the threads are: so a row's
  * bits do not depend on them.  A thread takes a block at a time; blocks so long that the other threads would
@@ -36,9 +36,21 @@ enum {
 /* The kernels' exponentials are powers of 2. */
 static const float LOG2_E = 0x1.715476p+0f;
 
+/* What a block takes of a sequence: how many rows, and for how many heads. */
 typedef struct {
+  int32_t num_kv_heads;
+  int32_t num_q_heads;
+  int32_t num_rows;     /* at most */
+  int64_t q_floats;     /* of one row, prepared */
+  int64_t state_floats; /* of one row's state: maxima, sums, accumulated values */
+  int64_t value_floats; /* the latter of these */
+} extent;
+
+typedef struct {
+  const extent *extent;
   int32_t seq;
-  int32_t first_row; /* of all q rows */
+  int32_t first_head; /* of keys and values */
+  int32_t first_row;  /* of all q rows */
   int32_t num_rows;
   int32_t first_span; /* of its list of spans */
   int32_t end_span;
@@ -57,10 +69,8 @@ typedef struct {
   int32_t num_q_heads;
   int32_t run_tokens; /* of whole pages, or PKV_RUN_TOKENS of a larger one */
   int32_t span_tokens;
-  int32_t rows_per_block;
-  int64_t q_floats;     /* of one row, prepared */
-  int64_t state_floats; /* of one row's state: maxima, sums, accumulated values */
-  int64_t value_floats; /* the latter of these */
+  extent all_heads;
+  extent one_head;
 
   block *blocks;
   int64_t num_blocks;
@@ -104,9 +114,10 @@ static uint64_t visible(const pkv_batch *batch, int32_t seq, int32_t row, int32_
   return before_own & (in_window | bits_between(0, (int64_t)batch->num_sink_tokens - start));
 }
 
-static pkv_state state_at(const job *job, float *states, int64_t index) {
-  float *floats = states + index * job->state_floats;
-  return (pkv_state){floats, floats + job->num_q_heads, floats + job->state_floats - job->value_floats};
+static pkv_state state_at(const extent *extent, float *states, int64_t index) {
+  float *floats = states + index * extent->state_floats;
+  return (pkv_state){floats, floats + extent->num_q_heads,
+                     floats + extent->state_floats - extent->value_floats};
 }
 
 static pkv_state state_of_head(const job *job, pkv_state state, int32_t q_head) {
@@ -114,10 +125,10 @@ static pkv_state state_of_head(const job *job, pkv_state state, int32_t q_head) 
                      state.accumulated + q_head * pkv_padded(job->pages->head_dim_v)};
 }
 
-static void clear(const job *job, pkv_state state) {
-  for (int32_t h = 0; h < job->num_q_heads; h++) state.maximum[h] = -INFINITY;
-  memset(state.sum, 0, (size_t)job->num_q_heads * sizeof(float));
-  memset(state.accumulated, 0, (size_t)job->value_floats * sizeof(float));
+static void clear(const extent *extent, pkv_state state) {
+  for (int32_t h = 0; h < extent->num_q_heads; h++) state.maximum[h] = -INFINITY;
+  memset(state.sum, 0, (size_t)extent->num_q_heads * sizeof(float));
+  memset(state.accumulated, 0, (size_t)extent->value_floats * sizeof(float));
 }
 
 /* The end of the run that begins at token `start`. */
@@ -187,21 +198,26 @@ static bool is_first_span(const job *job, int32_t seq, int32_t row, int32_t star
 /* ---- a block */
 
 typedef struct {
-  float *q;      /* [rows_per_block], prepared */
-  float *states; /* [rows_per_block], of the spans merged so far */
-  float *span;   /* [rows_per_block], of the span at hand */
+  float *q;      /* [rows], prepared */
+  float *states; /* [rows], of the spans merged so far */
+  float *span;   /* [rows], of the span at hand */
 } scratch;
 
-static scratch scratch_of(const job *job, int32_t worker) {
+static int64_t scratch_floats(const extent *extent) {
+  return extent->num_rows * (2 * extent->state_floats + extent->q_floats);
+}
+
+static scratch scratch_of(const job *job, const extent *extent, int32_t worker) {
   float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
-  int64_t states = job->rows_per_block * job->state_floats;
+  int64_t states = extent->num_rows * extent->state_floats;
   return (scratch){floats + 2 * states, floats, floats + states};
 }
 
 /* Let the kernel fold the tokens of `mask` into the states of the run's rows; k and v hold their addresses,
  * bit for bit. The first row's own token is to_own behind bit 0. */
 static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
-                        const char *const *v, int32_t to_own, int32_t head, const float *q, pkv_state state) {
+                        const char *const *v, int32_t to_own, int32_t head, int32_t first_head,
+                        const float *q, pkv_state state) {
   float distances[PKV_RUN_TOKENS];
   const char *seen_k[PKV_RUN_TOKENS], *seen_v[PKV_RUN_TOKENS];
   int first = __builtin_ctzll(mask);
@@ -217,17 +233,18 @@ static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char 
     run->k = seen_k;
     run->v = seen_v;
   }
-  int32_t q_head = head * run->group;
+  int32_t own_head = (head - first_head) * run->group; /* of q's and the state's */
   if (job->slopes) {
     memset(distances, 0, sizeof distances);
     int32_t i = 0;
     for (uint64_t left = shifted; left; left &= left - 1)
       distances[i++] = (float)(first + __builtin_ctzll(left) - to_own);
-    run->alibi_slopes = job->slopes + q_head;
+    run->alibi_slopes = job->slopes + head * run->group;
     run->distances = distances;
   }
   job->kernel->fold_run(run, head * job->pages->k_head_stride, head * job->pages->v_head_stride,
-                        q + (int64_t)q_head * pkv_padded(run->head_dim), state_of_head(job, state, q_head));
+                        q + (int64_t)own_head * pkv_padded(run->head_dim),
+                        state_of_head(job, state, own_head));
 }
 
 static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end, const float *q,
@@ -245,11 +262,12 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .head_dim = job->pages->head_dim,
                  .head_dim_v = job->pages->head_dim_v,
                  .soft_cap = job->soft_cap,
-                 .q_stride = job->q_floats,
-                 .state_stride = job->state_floats,
+                 .q_stride = block->extent->q_floats,
+                 .state_stride = block->extent->state_floats,
                  .group = job->num_q_heads / job->pages->num_kv_heads};
-  for (int32_t head = 0; head < job->pages->num_kv_heads; head++) {
-    run.k_ahead = head + 1 < job->pages->num_kv_heads ? (head + 1) * job->pages->k_head_stride : 0;
+  int32_t end_head = block->first_head + block->extent->num_kv_heads;
+  for (int32_t head = block->first_head; head < end_head; head++) {
+    run.k_ahead = head + 1 < end_head ? (head + 1) * job->pages->k_head_stride : 0;
     run.is_near = false;
     for (int32_t row = 0; row < block->num_rows; row += run.num_rows) {
       run.num_rows = 1;
@@ -257,7 +275,7 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
       if (!masks[row]) continue;
       fold_tokens(job, &run, masks[row], k, v,
                   num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
-                  q + row * job->q_floats, state_at(job, states, row));
+                  block->first_head, q + row * run.q_stride, state_at(block->extent, states, row));
       run.is_near = true;
     }
   }
@@ -265,7 +283,8 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
 
 /* Fold the tokens of one span that anybody of the block sees, for each of its rows as far as it sees. */
 static void fold_span(const job *job, const block *block, int32_t start, const float *q, float *states) {
-  for (int32_t row = 0; row < block->num_rows; row++) clear(job, state_at(job, states, row));
+  for (int32_t row = 0; row < block->num_rows; row++)
+    clear(block->extent, state_at(block->extent, states, row));
   int32_t end = num_seen(job->batch, block->seq, block->first_row + block->num_rows - 1);
   if (end > (int64_t)start + job->span_tokens) end = start + job->span_tokens;
   while (start < end) {
@@ -279,46 +298,54 @@ static void fold_span(const job *job, const block *block, int32_t start, const f
 static void merge_span(const job *job, const block *block, int32_t start, float *states, float *later) {
   for (int32_t row = 0; row < block->num_rows; row++) {
     int32_t q_row = block->first_row + row;
-    pkv_state state = state_at(job, states, row), of_span = state_at(job, later, row);
+    pkv_state state = state_at(block->extent, states, row), of_span = state_at(block->extent, later, row);
     if (!sees_span(job, block->seq, q_row, start)) continue;
     if (is_first_span(job, block->seq, q_row, start))
-      memcpy(state.maximum, of_span.maximum, (size_t)job->state_floats * sizeof(float));
+      memcpy(state.maximum, of_span.maximum, (size_t)block->extent->state_floats * sizeof(float));
     else
-      job->kernel->merge(state, of_span, job->num_q_heads, job->pages->head_dim_v);
+      job->kernel->merge(state, of_span, block->extent->num_q_heads, job->pages->head_dim_v);
   }
+}
+
+static int32_t first_q_head(const job *job, const block *block) {
+  return block->first_head * (job->num_q_heads / job->pages->num_kv_heads);
 }
 
 static void finish_rows(const job *job, const block *block, float *states) {
   const pkv_rows *out = &job->attention->out;
   for (int64_t row = 0; row < block->num_rows; row++)
-    for (int32_t head = 0; head < job->num_q_heads; head++) {
-      int64_t q_row = block->first_row + row;
-      double sum = job->kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride,
-                                       out->dtype, state_of_head(job, state_at(job, states, row), head),
-                                       job->sinks ? job->sinks + head : NULL, job->pages->head_dim_v);
+    for (int32_t i = 0; i < block->extent->num_q_heads; i++) {
+      int64_t q_row = block->first_row + row, head = first_q_head(job, block) + i;
+      pkv_state state = state_of_head(job, state_at(block->extent, states, row), i);
+      double sum =
+          job->kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride, out->dtype,
+                              state, job->sinks ? job->sinks + head : NULL, job->pages->head_dim_v);
       if (job->attention->lse) job->attention->lse[q_row * job->num_q_heads + head] = (float)(sum * M_LN2);
     }
 }
 
 static float *partial_states(const job *job, const block *block, int32_t span) {
-  return job->partials + (block->first_partial + (int64_t)span * block->num_rows) * job->state_floats;
+  return job->partials +
+         (block->first_partial + (int64_t)span * block->num_rows) * block->extent->state_floats;
 }
 
 static void prepare_rows(const job *job, const block *block, float *prepared) {
   const pkv_rows *q = &job->attention->q;
-  int32_t head_dim = job->pages->head_dim;
+  int32_t head_dim = job->pages->head_dim, first = first_q_head(job, block);
   for (int64_t row = block->first_row; row < block->first_row + block->num_rows; row++)
-    for (int32_t head = 0; head < job->num_q_heads; head++, prepared += pkv_padded(head_dim))
+    for (int32_t head = first; head < first + block->extent->num_q_heads; head++) {
       job->kernel->prepare_q(prepared, q->data + row * q->token_stride + head * q->head_stride, q->dtype,
                              job->scale, head_dim);
+      prepared += pkv_padded(head_dim);
+    }
 }
 
 static void attend_block(const job *job, const block *block, int32_t worker) {
-  scratch scratch = scratch_of(job, worker);
+  scratch scratch = scratch_of(job, block->extent, worker);
   span_list spans = spans_of(job, block->seq, block->first_row, block->num_rows);
   prepare_rows(job, block, scratch.q);
   for (int32_t row = 0; spans.count == 0 && row < block->num_rows; row++)
-    clear(job, state_at(job, scratch.states, row));
+    clear(block->extent, state_at(block->extent, scratch.states, row));
   for (int32_t i = block->first_span; i < block->end_span; i++) {
     bool is_cut = block->first_partial >= 0;
     float *states = is_cut ? partial_states(job, block, i) : i == 0 ? scratch.states : scratch.span;
@@ -372,22 +399,38 @@ static int64_t total_cost(const job *job) {
   return total;
 }
 
+/* Are so many rows of a sequence cut by heads of keys and values too?  Where that makes enough blocks for
+ * everybody: each key is read for more rows at a time then. */
+static bool goes_by_head(const job *job, int32_t num_workers, int32_t num_rows) {
+  int64_t num_blocks =
+      (num_rows + job->one_head.num_rows - 1) / job->one_head.num_rows * (int64_t)job->pages->num_kv_heads;
+  return job->one_head.num_rows > job->all_heads.num_rows && num_rows > job->all_heads.num_rows &&
+         num_blocks >= PIECES_PER_WORKER * num_workers;
+}
+
 /* Write the blocks (when there is room for them) and count them.  A block that costs more than `share` is cut
  * into pieces of about that. */
 static work_size cut_work(const job *job, int32_t num_workers, int64_t share, block *blocks) {
   const pkv_batch *batch = job->batch;
   work_size size = {0, 0};
-  for (int32_t seq = 0; seq < batch->num_seqs; seq++)
-    for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += job->rows_per_block) {
+  for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
+    bool is_by_head = goes_by_head(job, num_workers, num_rows_of(batch, seq));
+    const extent *extent = is_by_head ? &job->one_head : &job->all_heads;
+    for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += extent->num_rows) {
       int32_t num_rows = batch->qo_indptr[seq + 1] - row;
-      if (num_rows > job->rows_per_block) num_rows = job->rows_per_block;
+      if (num_rows > extent->num_rows) num_rows = extent->num_rows;
       int32_t num_spans = spans_of(job, seq, row, num_rows).count;
+      for (int32_t head = 0; is_by_head && head < job->pages->num_kv_heads; head++, size.num_blocks++)
+        if (blocks) blocks[size.num_blocks] = (block){extent, seq, head, row, num_rows, 0, num_spans, -1};
+      if (is_by_head) continue;
       int64_t num_shares = (cost_of(batch, seq, row, num_rows) + share - 1) / share;
       bool is_cut = num_workers > 1 && num_spans > 1 && num_shares > 1;
       int32_t num_pieces = !is_cut ? 1 : num_spans < num_shares ? num_spans : (int32_t)num_shares;
       for (int32_t piece = 0; piece < num_pieces; piece++, size.num_blocks++)
         if (blocks)
-          blocks[size.num_blocks] = (block){seq,
+          blocks[size.num_blocks] = (block){extent,
+                                            seq,
+                                            0,
                                             row,
                                             num_rows,
                                             (int32_t)((int64_t)num_spans * piece / num_pieces),
@@ -395,12 +438,26 @@ static work_size cut_work(const job *job, int32_t num_workers, int64_t share, bl
                                             is_cut ? size.num_partials : -1};
       if (is_cut) size.num_partials += (int64_t)num_spans * num_rows;
     }
+  }
   return size;
 }
 
 static size_t aligned(size_t num_bytes) { return (num_bytes + 63) & ~(size_t)63; }
 
 static bool is_dim(int32_t dim) { return dim >= 8 && dim <= PKV_MAX_HEAD_DIM && dim % 8 == 0; }
+
+/* Blocks of so many heads, and the rows whose accumulated values take about so many bytes. */
+static extent extent_of(const pkv_pages *pages, int32_t num_q_heads, int32_t num_kv_heads,
+                        int64_t value_bytes) {
+  extent extent = {.num_kv_heads = num_kv_heads, .num_q_heads = num_q_heads};
+  extent.q_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim);
+  extent.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
+  /* Maxima and sums, padded so that accumulators are aligned. */
+  extent.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + extent.value_floats;
+  int64_t rows = value_bytes / (extent.value_floats * (int64_t)sizeof(float));
+  extent.num_rows = rows < 1 ? 1 : rows > MAX_ROWS_PER_BLOCK ? MAX_ROWS_PER_BLOCK : (int32_t)rows;
+  return extent;
+}
 
 static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
   return is_dim(pages->head_dim) && is_dim(pages->head_dim_v) && pages->page_size >= 1 &&
@@ -442,10 +499,10 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   work_size size = cut_work(job, num_workers, share, NULL);
   if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;
 
-  job->worker_bytes =
-      aligned((size_t)job->rows_per_block * (size_t)(2 * job->state_floats + job->q_floats) * sizeof(float));
+  int64_t all_heads = scratch_floats(&job->all_heads), one_head = scratch_floats(&job->one_head);
+  job->worker_bytes = aligned((size_t)(all_heads > one_head ? all_heads : one_head) * sizeof(float));
   size_t blocks_bytes = aligned((size_t)size.num_blocks * sizeof(block));
-  size_t partial_bytes = aligned((size_t)(size.num_partials * job->state_floats) * sizeof(float));
+  size_t partial_bytes = aligned((size_t)(size.num_partials * job->all_heads.state_floats) * sizeof(float));
   size_t options_bytes = aligned(2 * (size_t)job->num_q_heads * sizeof(float));
   size_t num_bytes = options_bytes + blocks_bytes + partial_bytes + (size_t)num_workers * job->worker_bytes;
   char *memory = threads ? pkv_threads_scratch(threads, num_bytes) : aligned_alloc(64, num_bytes);
@@ -483,12 +540,8 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
   job.span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
-  job.q_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim);
-  job.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
-  /* Maxima and sums, padded so that accumulators are aligned. */
-  job.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + job.value_floats;
-  int64_t rows = ROW_BYTES_PER_BLOCK / (job.value_floats * (int64_t)sizeof(float));
-  job.rows_per_block = rows < 1 ? 1 : rows > MAX_ROWS_PER_BLOCK ? MAX_ROWS_PER_BLOCK : (int32_t)rows;
+  job.all_heads = extent_of(pages, num_q_heads, pages->num_kv_heads, ROW_BYTES_PER_BLOCK);
+  job.one_head = extent_of(pages, num_q_heads / pages->num_kv_heads, 1, ROW_BYTES_PER_BLOCK / 2);
 
   int32_t num_workers = pkv_threads_claim(threads);
   if (num_workers == 0) return attend_with(NULL, 1, &job);
