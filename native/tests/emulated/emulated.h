@@ -1,5 +1,5 @@
 /* AVX-512 on a machine that has AVX2 only: SIMDe's emulation, and what its release 0.7.4 lacks: four
- * conversions, each as two halves, and two masked loads.  For tests: it is slow. */
+ * conversions, each as two halves, two masked loads and a shuffle of quarters.  For tests: it is slow. */
 #ifndef PKV_EMULATED_H
 #define PKV_EMULATED_H
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -73,5 +73,15 @@ static inline __m256i _mm512_cvtepi32_epi16(simde__m512i x) {
   memcpy(&result, to, sizeof to);
   return result;
 }
+
+/* Quarters: two of a, two of b. */
+static inline simde__m512 pkv_shuffle_quarters(simde__m512 a, simde__m512 b, int which) {
+  simde__m512 to;
+  for (int i = 0; i < 4; i++)
+    memcpy((char *)&to + 16 * i, (char *)(i < 2 ? &a : &b) + 16 * (which >> 2 * i & 3), 16);
+  return to;
+}
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4(a, b, which) pkv_shuffle_quarters(a, b, which)
 
 #endif
