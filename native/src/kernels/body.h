@@ -384,7 +384,8 @@ static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, con
   head_rows values = {run->v, v_offset, run->num_tokens, run->head_dim_v, run->v_dtype};
   head_rows next_keys = {run->k, run->k_ahead, run->num_tokens, run->k_ahead ? run->head_dim : 0,
                          run->k_dtype};
-  queries queries = {0};
+  queries queries;
+  queries.count = 0;
   for (int32_t row = 0; row < run->num_rows; row++)
     for (int32_t head = 0; head < run->group; head++) {
       int i = queries.count++;
