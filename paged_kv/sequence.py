@@ -62,7 +62,7 @@ class Sequence:
             k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)
             v = np.empty((len(slots), num_heads, layout.head_dim_v), np.float32)
             status = lib.pkv_gather(
-                store.layer_pages + layer,
+                store.pages_of[layer],
                 len(slots),
                 ffi.from_buffer("int64_t[]", slots),
                 ffi.from_buffer("float[]", k),

@@ -186,11 +186,11 @@ class Step:
                     return result
             inputs = {} if k is None else self._new_rows(k, v)
             call = Attention(
-                store.layer_pages + layer,
+                store.pages_of[layer],
                 self._plan.num_tokens,
                 (q, array_of("q", q)),
                 inputs,
-                self._plan.handle.slot_mapping if inputs else None,
+                self._slots if inputs else None,
                 sm_scale=sm_scale,
                 logits_soft_cap=logits_soft_cap,
                 sinks=sinks,
@@ -269,7 +269,7 @@ class Step:
         """Before a layer is first written: the pages that others hold too and that we append to."""
         plan = self._plan.handle
         if plan.num_copies and not self._written[layer]:
-            pages = self._store.layer_pages + layer
+            pages = self._store.pages_of[layer]
             lib.pkv_copy_blocks(pages, plan.num_copies, plan.copied_from, plan.copied_to)
 
     def _require_open(self) -> None:

@@ -121,7 +121,8 @@ class Store:
         self._leave()
 
     def _leave(self) -> None:
-        self._running.pop()
+        if self._running:  # a child that was forked within a call has none
+            self._running.pop()
         if self.closed:
             with self.lock:
                 self._idle.notify_all()
