@@ -75,22 +75,22 @@ static void multiply_block(const job *job, int64_t block, rounded from) {
     return;
   }
   int64_t row_stride = job->in_padded * value_bytes(job), num_rows = job->call->num_rows;
-  int64_t num_groups = job->in_padded / PKV_IN_GROUP;
+  int64_t num_groups = job->in_padded / PKV_IN_GROUP, first = block * PKV_OUT_BLOCK;
+  int64_t num_put = matrix->num_out - first < PKV_OUT_BLOCK ? matrix->num_out - first : PKV_OUT_BLOCK;
   int32_t sums[PKV_MOST_ROWS][PKV_OUT_BLOCK], row_tile = job->product->row_tile;
   for (int64_t row = 0; row < num_rows; row += row_tile) {
     int32_t count = num_rows - row < row_tile ? (int32_t)(num_rows - row) : row_tile;
     const char *rows = from.values + row * row_stride;
+    float *out = job->call->out + row * job->call->out_stride + first / job->gating;
+    for (int32_t i = 0; i < count; i++) __builtin_prefetch(out + i * job->call->out_stride, 1);
     if (matrix->kind == PKV_TERNARY)
       job->product->ternary((const uint8_t *)matrix->weights + block * num_groups * PKV_GROUP_BYTES,
                             num_groups, (const int8_t *)rows, row_stride, count, sums);
     else
       job->product->int8((const int8_t *)matrix->weights + block * PKV_OUT_BLOCK * job->in_padded,
                          job->in_padded, (const int16_t *)rows, row_stride, count, sums);
-    int64_t first = block * PKV_OUT_BLOCK, num_put = matrix->num_out - first;
-    if (num_put > PKV_OUT_BLOCK) num_put = PKV_OUT_BLOCK;
-    for (int32_t i = 0; i < count; i++)
-      job->product->put_row(job->call->out + (row + i) * job->call->out_stride + first / job->gating, sums[i],
-                            from.rows[row + i], matrix->scales + first, num_put, job->call->then);
+    job->product->put_rows(out, job->call->out_stride, sums, from.rows + row, count, matrix->scales + first,
+                           num_put, job->call->then);
   }
 }
 

@@ -46,8 +46,8 @@ typedef struct {
   /* kernels/rows.h */
   pkv_rounded (*round_row)(void *values, int64_t padded, const float *x, int64_t count, const float *norm,
                            float eps, int32_t most, bool is_ternary, float *buffer);
-  void (*put_row)(float *out, const int32_t *sums, pkv_rounded rounded, const float *scales, int64_t count,
-                  int32_t then);
+  void (*put_rows)(float *out, int64_t out_stride, int32_t (*sums)[PKV_OUT_BLOCK], const pkv_rounded *rows,
+                   int32_t num_rows, const float *scales, int64_t count, int32_t then);
   /* The same for weights in bfloat16, [num_in][16 outputs], and rows of floats. */
   void (*norm_or_copy)(float *to, int64_t padded, const float *x, int64_t count, const float *norm,
                        float eps);

@@ -26,4 +26,4 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
 }
 
 const pkv_product pkv_product_portable = {"portable", PKV_MOST_ROWS, ternary,  int8,      round_row,
-                                          put_row,    norm_or_copy,  bfloat16, put_values};
+                                          put_rows,   norm_or_copy,  bfloat16, put_values};

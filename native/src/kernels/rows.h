@@ -111,25 +111,32 @@ static inline void put_values(float *restrict out, const float *restrict values,
     case PKV_ADD:
       for (int64_t i = 0; i < count; i++) out[i] += values[i];
       break;
-    case PKV_RELU2_GATE: /* eight gates, and the eight that they gate */
-      for (int i = 0; i < 8; i++) {
-        float gate = values[i] < 0 ? 0 : values[i];
-        out[i] = gate * gate * values[8 + i];
-      }
+    case PKV_RELU2_GATE: { /* eight gates, and the eight that they gate */
+      /* In vectors of ours: gcc unrolls the loop first, into branches that nothing can foretell. */
+      lanes gates, gated;
+      memcpy(&gates, values, sizeof gates);
+      memcpy(&gated, values + LANES, sizeof gated);
+      gates = (lanes)((int_lanes)gates & ~(gates < 0));
+      gated *= gates * gates;
+      memcpy(out, &gated, sizeof gated);
       break;
+    }
     case PKV_SILU_GATE:
       for (int i = 0; i < 8; i++) out[i] = values[i] / (1.0f + expf(-values[i])) * values[8 + i];
       break;
   }
 }
 
-/* Scale 16 sums of a row, and put them. */
-static void put_row(float *restrict out, const int32_t *restrict sums, pkv_rounded rounded,
-                    const float *restrict scales, int64_t count, int32_t then) {
-  float values[PKV_OUT_BLOCK];
-  for (int i = 0; i < PKV_OUT_BLOCK; i++)
-    values[i] = (float)(sums[i] - rounded.sum) / rounded.factor * scales[i];
-  put_values(out, values, count, then);
+/* Scale 16 sums of each row, and put them. */
+static void put_rows(float *restrict out, int64_t out_stride, int32_t (*restrict sums)[PKV_OUT_BLOCK],
+                     const pkv_rounded *restrict rows, int32_t num_rows, const float *restrict scales,
+                     int64_t count, int32_t then) {
+  for (int32_t row = 0; row < num_rows; row++, out += out_stride) {
+    float values[PKV_OUT_BLOCK];
+    for (int i = 0; i < PKV_OUT_BLOCK; i++)
+      values[i] = (float)(sums[row][i] - rows[row].sum) / rows[row].factor * scales[i];
+    put_values(out, values, count, then);
+  }
 }
 
 /* ---- weights in bfloat16 */
