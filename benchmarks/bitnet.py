@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tiny_bitnet"))
 from numpy_form import NumpyBitNet
 
 NUM_SEQUENCES, PROMPT_TOKENS = 16, 64
+PAUSE_S = 0.3  # numpy's BLAS goes on spinning for a while, on cores that the next one needs
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"numpy form": [], "kernels": []}
     for _ in progress(range(repeats), "bitnet"):
         for way, model in (("numpy form", numpy_form), ("kernels", kernels)):
+            time.sleep(PAUSE_S)
             times[way].append(seconds_a_step(kernels, model, num_steps))
     medians = {way: float(np.median(values)) for way, values in times.items()}
     rows = [
