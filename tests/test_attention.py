@@ -176,6 +176,22 @@ def test_bits_are_the_same_for_any_chunks_and_threads(chosen, window, head_dim_v
         np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [8, 24, 72, 128])
+def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
+    """Keys are turned for many rows: every kernel then adds in another order of steps, not of sums."""
+    q, k, v = (rows(rng, 150, heads, head_dim) for heads in (6, 2, 2))
+    shape = {"num_layers": 1, "head_dim": head_dim, "dtype": dtype, "num_threads": 1}
+    with make_cache(**shape) as cache:
+        with cache.step([cache.sequence()], [150]) as step:
+            expected = step.attend(0, q, k, v)
+        seq = cache.sequence()
+        for begin, end in itertools.pairwise([0, 3, 100, *range(101, 151)]):
+            with cache.step([seq], [end - begin]) as step:
+                got = step.attend(0, q[begin:end], k[begin:end], v[begin:end])
+            np.testing.assert_array_equal(got, expected[begin:end])
+
+
 def test_what_was_written_is_attended_to_with_the_same_bits(kernel, rng):
     q, k, v = rows(rng, 30, 4, 32), rows(rng, 30, 2, 32), rows(rng, 30, 2, 32)
     with make_cache(num_layers=2) as cache:

@@ -199,18 +199,22 @@ static bool is_first_span(const job *job, int32_t seq, int32_t row, int32_t star
 
 typedef struct {
   float *q;      /* [rows], prepared */
+  float *turned; /* room for a kernel's keys of a run */
   float *states; /* [rows], of the spans merged so far */
   float *span;   /* [rows], of the span at hand */
 } scratch;
 
-static int64_t scratch_floats(const extent *extent) {
-  return extent->num_rows * (2 * extent->state_floats + extent->q_floats);
+static int64_t turned_floats(const pkv_pages *pages) { return PKV_RUN_TOKENS * pkv_padded(pages->head_dim); }
+
+static int64_t scratch_floats(const pkv_pages *pages, const extent *extent) {
+  return extent->num_rows * (2 * extent->state_floats + extent->q_floats) + turned_floats(pages);
 }
 
 static scratch scratch_of(const job *job, const extent *extent, int32_t worker) {
   float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
   int64_t states = extent->num_rows * extent->state_floats;
-  return (scratch){floats + 2 * states, floats, floats + states};
+  float *behind = floats + 2 * states;
+  return (scratch){behind, behind + extent->num_rows * extent->q_floats, floats, floats + states};
 }
 
 /* Let the kernel fold the tokens of `mask` into the states of the run's rows; k and v hold their addresses,
@@ -247,8 +251,8 @@ static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char 
                         state_of_head(job, state, own_head));
 }
 
-static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end, const float *q,
-                               float *states) {
+static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end,
+                               const scratch *scratch, float *states) {
   const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
   uint64_t masks[MAX_ROWS_PER_BLOCK], all = 0;
   for (int32_t row = 0; row < block->num_rows; row++) {
@@ -262,6 +266,7 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .head_dim = job->pages->head_dim,
                  .head_dim_v = job->pages->head_dim_v,
                  .soft_cap = job->soft_cap,
+                 .turned = scratch->turned,
                  .q_stride = block->extent->q_floats,
                  .state_stride = block->extent->state_floats,
                  .group = job->num_q_heads / job->pages->num_kv_heads};
@@ -275,21 +280,22 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
       if (!masks[row]) continue;
       fold_tokens(job, &run, masks[row], k, v,
                   num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
-                  block->first_head, q + row * run.q_stride, state_at(block->extent, states, row));
+                  block->first_head, scratch->q + row * run.q_stride, state_at(block->extent, states, row));
       run.is_near = true;
     }
   }
 }
 
 /* Fold the tokens of one span that anybody of the block sees, for each of its rows as far as it sees. */
-static void fold_span(const job *job, const block *block, int32_t start, const float *q, float *states) {
+static void fold_span(const job *job, const block *block, int32_t start, const scratch *scratch,
+                      float *states) {
   for (int32_t row = 0; row < block->num_rows; row++)
     clear(block->extent, state_at(block->extent, states, row));
   int32_t end = num_seen(job->batch, block->seq, block->first_row + block->num_rows - 1);
   if (end > (int64_t)start + job->span_tokens) end = start + job->span_tokens;
   while (start < end) {
     int32_t run_end = end_of_run(job, start, end);
-    fold_run_into_rows(job, block, start, run_end, q, states);
+    fold_run_into_rows(job, block, start, run_end, scratch, states);
     start = run_end;
   }
 }
@@ -350,7 +356,7 @@ static void attend_block(const job *job, const block *block, int32_t worker) {
     bool is_cut = block->first_partial >= 0;
     float *states = is_cut ? partial_states(job, block, i) : i == 0 ? scratch.states : scratch.span;
     int32_t start = start_of_span(job, spans, i);
-    fold_span(job, block, start, scratch.q, states);
+    fold_span(job, block, start, &scratch, states);
     if (!is_cut && i > 0) merge_span(job, block, start, scratch.states, scratch.span);
   }
   if (block->first_partial < 0) finish_rows(job, block, scratch.states);
@@ -499,7 +505,8 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   work_size size = cut_work(job, num_workers, share, NULL);
   if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;
 
-  int64_t all_heads = scratch_floats(&job->all_heads), one_head = scratch_floats(&job->one_head);
+  int64_t all_heads = scratch_floats(job->pages, &job->all_heads);
+  int64_t one_head = scratch_floats(job->pages, &job->one_head);
   job->worker_bytes = aligned((size_t)(all_heads > one_head ? all_heads : one_head) * sizeof(float));
   size_t blocks_bytes = aligned((size_t)size.num_blocks * sizeof(block));
   size_t partial_bytes = aligned((size_t)(size.num_partials * job->all_heads.state_floats) * sizeof(float));

@@ -21,6 +21,23 @@ static inline vec vec_fma(vec a, vec b, vec c) {
 /* One float, everywhere. */
 static inline vec vec_all(const float *x) { return (vec)_mm256_broadcast_ss(x); }
 
+/* The same vector, which stays in a register: gcc would load it again for each multiply-add. */
+static inline vec vec_kept(vec x) {
+  __asm__("" : "+x"(x));
+  return x;
+}
+
+/* The lower halves of two, lanes in turn; the higher halves. */
+static inline vec vec_zip_low(vec a, vec b) {
+  __m256 outer = _mm256_unpacklo_ps((__m256)a, (__m256)b), inner = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  return (vec)_mm256_permute2f128_ps(outer, inner, 0x20);
+}
+
+static inline vec vec_zip_high(vec a, vec b) {
+  __m256 outer = _mm256_unpacklo_ps((__m256)a, (__m256)b), inner = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  return (vec)_mm256_permute2f128_ps(outer, inner, 0x31);
+}
+
 /* The sum as a tree: halves onto each other, until one is left. */
 static inline float vec_sum(vec x) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));

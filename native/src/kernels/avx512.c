@@ -25,6 +25,25 @@ static inline vec vec_fma(vec a, vec b, vec c) {
 /* One float, everywhere. */
 static inline vec vec_all(const float *x) { return (vec)_mm512_set1_ps(*x); }
 
+/* The same vector, which stays in a register: gcc would load it again for each multiply-add. */
+static inline vec vec_kept(vec x) {
+#ifndef PKV_EMULATED /* there it has none */
+  __asm__("" : "+v"(x));
+#endif
+  return x;
+}
+
+/* The lower halves of two, lanes in turn; the higher halves. */
+static inline vec vec_zip_low(vec a, vec b) {
+  const __m512i lanes = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return (vec)_mm512_permutex2var_ps((__m512)a, lanes, (__m512)b);
+}
+
+static inline vec vec_zip_high(vec a, vec b) {
+  const __m512i lanes = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return (vec)_mm512_permutex2var_ps((__m512)a, lanes, (__m512)b);
+}
+
 /* The sum as a tree: halves onto each other, until one is left. */
 static inline float vec_sum(vec x) {
   __m256 low = _mm512_castps512_ps256((__m512)x);

@@ -22,7 +22,8 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum {
-  MOST_QUERIES = 32, /* that meet a run together, up to four at once with TILE_SUMS / 4 tokens or vectors */
+  MOST_QUERIES = 32,  /* that meet a run together, up to four at once with TILE_SUMS / 4 tokens or vectors */
+  WORTH_TURNING = 48, /* queries: from here on, keys are turned for them */
   HAS_PART = WIDTH > 8,
   PART = WIDTH > 8 ? 8 : WIDTH, /* values in the last vector of a row of 8, 24, 40, ... */
 };
@@ -212,6 +213,8 @@ ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, con
   }
 }
 
+#include "turned.h"
+
 /* What a call asks of scores beyond their scale: bend them, and let them fall with distance. */
 static void adjust(const pkv_run *run, const float *slope, int32_t row, float *scores) {
   for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
@@ -224,11 +227,14 @@ static void adjust(const pkv_run *run, const float *slope, int32_t row, float *s
 
 /* ---- softmax */
 
-/* Turn a head's scores into weights, 0 beyond the run; update its maximum and sum.
- * Returns the factor by which what was accumulated before shrinks. */
-static float weigh(const pkv_run *run, float *scores, float *maximum, float *sum) {
-  int32_t padded = (run->num_tokens + WIDTH - 1) / WIDTH * WIDTH;
-  for (int32_t t = run->num_tokens; t < padded; t++) scores[t] = -__builtin_inff();
+/* What a run changes of a query's state: by what its exponentials shrink, as a power of 2, and what is added
+ * to their sum. */
+typedef struct {
+  float exponent, added;
+} change;
+
+/* Turn a head's `padded` scores into weights; update its maximum. */
+ALWAYS_INLINE change weigh_all(float *scores, int32_t padded, float *maximum) {
   vec most = (vec){} + *maximum;
   for (int32_t t = 0; t < padded; t += WIDTH) {
     vec some = vec_load(scores + t);
@@ -243,10 +249,17 @@ static float weigh(const pkv_run *run, float *scores, float *maximum, float *sum
     vec_store(scores + t, weights);
     sums += weights;
   }
-  float shrink = exp2_of(*maximum - subtracted);
+  change change = {*maximum - subtracted, vec_sum(sums)};
   *maximum = largest;
-  *sum = *sum * shrink + vec_sum(sums);
-  return shrink;
+  return change;
+}
+
+/* Weights are 0 beyond the run. */
+static change weigh(const pkv_run *run, float *scores, float *maximum) {
+  if (run->num_tokens == PKV_RUN_TOKENS) return weigh_all(scores, PKV_RUN_TOKENS, maximum);
+  int32_t padded = (run->num_tokens + WIDTH - 1) / WIDTH * WIDTH;
+  for (int32_t t = run->num_tokens; t < padded; t++) scores[t] = -__builtin_inff();
+  return weigh_all(scores, padded, maximum);
 }
 
 /* ---- values */
@@ -339,10 +352,16 @@ ALWAYS_INLINE int tile_of(const queries *queries, int i) {
   return left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-static void score(const head_rows *keys, const head_rows *ahead, const queries *queries,
+/* Of a run's keys, or of the same keys turned. */
+static void score(const head_rows *keys, const float *turned, const head_rows *ahead, const queries *queries,
                   float scores[][PKV_RUN_TOKENS]) {
   for (int i = 0; i < queries->count; ahead = NULL) {
     int tile = tile_of(queries, i);
+    if (turned && tile == 4) {
+      score_turned(turned, keys->dim, keys->count, queries->q + i, 4, scores + i);
+      i += tile;
+      continue;
+    }
     switch (tile) {
       case 4: score_some(keys, ahead, queries->q + i, 4, scores + i); break;
       case 2: score_some(keys, ahead, queries->q + i, 2, scores + i); break;
@@ -365,16 +384,21 @@ static void accumulate(const head_rows *values, const head_rows *ahead, const qu
   }
 }
 
-static void fold_queries(const pkv_run *run, const head_rows *keys, const head_rows *values,
-                         const head_rows *next_keys, const queries *queries) {
-  float scores[MOST_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64))), shrink[MOST_QUERIES];
-  score(keys, run->is_near ? NULL : values, queries, scores);
+static void fold_queries(const pkv_run *run, const head_rows *keys, const float *turned,
+                         const head_rows *values, const head_rows *next_keys, const queries *queries) {
+  float scores[MOST_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  float shrink[MOST_QUERIES] = {}, added[MOST_QUERIES];
+  score(keys, turned, run->is_near ? NULL : values, queries, scores);
   for (int i = 0; i < queries->count; i++) {
     if (run->soft_cap > 0 || run->alibi_slopes)
       adjust(run, run->alibi_slopes ? run->alibi_slopes + queries->head[i] : NULL, queries->row[i],
              scores[i]);
-    shrink[i] = weigh(run, scores[i], queries->maximum[i], queries->sum[i]);
+    change change = weigh(run, scores[i], queries->maximum[i]);
+    shrink[i] = change.exponent;
+    added[i] = change.added;
   }
+  for (int i = 0; i < queries->count; i += WIDTH) vec_store(shrink + i, vec_exp2(vec_load(shrink + i)));
+  for (int i = 0; i < queries->count; i++) *queries->sum[i] = *queries->sum[i] * shrink[i] + added[i];
   accumulate(values, run->is_near ? NULL : next_keys, queries, scores, shrink);
 }
 
@@ -384,6 +408,8 @@ static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, con
   head_rows values = {run->v, v_offset, run->num_tokens, run->head_dim_v, run->v_dtype};
   head_rows next_keys = {run->k, run->k_ahead, run->num_tokens, run->k_ahead ? run->head_dim : 0,
                          run->k_dtype};
+  const float *turned = run->num_rows * run->group >= WORTH_TURNING ? run->turned : NULL;
+  if (turned) turn_keys(&keys, run->is_near ? NULL : &values, run->turned);
   queries queries;
   queries.count = 0;
   for (int32_t row = 0; row < run->num_rows; row++)
@@ -397,7 +423,7 @@ static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, con
       queries.head[i] = head;
       queries.row[i] = row;
       if (queries.count < MOST_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
-      fold_queries(run, &keys, &values, &next_keys, &queries);
+      fold_queries(run, &keys, turned, &values, &next_keys, &queries);
       queries.count = 0;
     }
 }

@@ -29,6 +29,7 @@ typedef struct {
   int32_t num_rows;          /* of q, of consecutive positions, that see these tokens */
   int64_t q_stride;          /* floats from one to the next */
   int64_t state_stride;      /* floats from a row's state to the next row's */
+  float *turned;             /* room for keys: [PKV_RUN_TOKENS * padded head_dim], 64-byte aligned */
   float soft_cap;            /* 0: none */
   const float *alibi_slopes; /* [group], NULL: none */
   const float *distances;    /* [num_tokens]: position minus the first q row's; counts with slopes */
