@@ -133,10 +133,11 @@ class RepeatedAttention:
     Calls with sinks, slopes or an lse and those with unusual arrays are not repeated: `of` returns None.
     """
 
-    __slots__ = ("_arguments", "_forms", "_out_shape", "_spans", "num_tokens", "scale")
+    __slots__ = ("_arguments", "_forms", "_out_shape", "_rows", "_spans", "num_tokens", "scale")
 
     def __init__(self, call: Attention, forms: tuple[Any, ...], scale: tuple[Any, Any]) -> None:
-        self._arguments = call._arguments
+        arguments = self._arguments = call._arguments
+        self._rows = (arguments.q, arguments.k, arguments.v, arguments.out)
         self._forms = forms
         self.scale = scale
         q_rows, out_rows, _ = call._rows
@@ -167,17 +168,18 @@ class RepeatedAttention:
         q, k, v = arrays
         q_form, k_form, v_form, out_form = self._forms
         arguments = self._arguments
+        q_rows, k_rows, v_rows, out_rows = self._rows
         if (k is None) != (k_form is None) or (q_at := q_form.pointer(q)) is None:
             return None
         if k_form is not None:
             k_at, v_at = k_form.pointer(k), v_form.pointer(v)
             if k_at is None or v_at is None:
                 return None
-            arguments.k.data, arguments.v.data, arguments.slots = k_at, v_at, slots
+            k_rows.data, v_rows.data, arguments.slots = k_at, v_at, slots
         result = empty_like(q, self._out_shape) if out is None else out
         if (out_at := out_form.pointer(result)) is None:
             return None
-        arguments.q.data, arguments.out.data = q_at, out_at
+        q_rows.data, out_rows.data = q_at, out_at
         if out is not None:
             is_read_only = type(out) is np.ndarray and not out.flags.writeable
             if is_read_only or lib.pkv_out_overlaps(arguments, self._spans):

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from ._binding import ffi
 from .arrays import Array, is_tensor
+
+from_buffer = ffi.from_buffer
 
 
 class Form:
@@ -21,17 +24,7 @@ class Form:
     `pointer(array)` is the address of another one as a `char *`, or None when that does not look the same.
     """
 
-    __slots__ = (
-        "_dtype",
-        "_is_bits",
-        "_is_dense",
-        "_kind",
-        "_layout",
-        "_shape",
-        "_strides",
-        "pointer",
-        "span",
-    )
+    __slots__ = ("_dtype", "_kind", "_layout", "_shape", "_strides", "pointer", "span")
 
     pointer: Callable[[Any], Any]
 
@@ -48,22 +41,34 @@ class Form:
             self.pointer = self._of_tensor
         else:
             self._strides = array.strides
-            self._is_dense = array.flags.c_contiguous
-            self._is_bits = array.dtype.kind == "V" or array.dtype.name == "bfloat16"
-            self.pointer = self._of_numpy
+            is_bits = array.dtype.kind == "V" or array.dtype.name == "bfloat16"
+            is_dense = array.flags.c_contiguous and not is_bits
+            self.pointer = self._of_dense if is_dense else self._of_bits if is_bits else self._of_gapped
 
-    def _of_numpy(self, array: Any) -> Any:
-        if (
-            type(array) is not np.ndarray
-            or array.shape != self._shape
-            or array.dtype is not self._dtype
-            or array.strides != self._strides
-        ):
+    def _of_dense(self, array: Any) -> Any:
+        if type(array) is not ndarray or array.shape != self._shape or array.dtype is not self._dtype:
             return None
-        if self._is_bits:
-            return ffi.from_buffer(array[0, 0].view(np.uint16))
-        # Of an array with gaps, its first row has none.
-        return ffi.from_buffer(array if self._is_dense else array[0, 0])
+        try:
+            return from_buffer(array)  # which refuses what is not dense: strides need not be looked at
+        except ValueError:
+            return None
+
+    def _of_gapped(self, array: Any) -> Any:
+        if not self._has_strides(array):
+            return None
+        return from_buffer(array[0, 0])  # the first row has no gaps
+
+    def _of_bits(self, array: Any) -> Any:
+        """Of bfloat16, which no buffer knows."""
+        return from_buffer(array[0, 0].view(np.uint16)) if self._has_strides(array) else None
+
+    def _has_strides(self, array: Any) -> bool:
+        return (
+            type(array) is ndarray
+            and array.shape == self._shape
+            and array.dtype is self._dtype
+            and array.strides == self._strides
+        )
 
     def _of_tensor(self, tensor: Any) -> Any:
         if (
