@@ -17,7 +17,7 @@ from pathlib import Path
 from harness import machine
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("planning", "append_latency", "requested_table", "utilization", "attention")
+BENCHMARKS = ("planning", "seam", "append_latency", "requested_table", "utilization", "attention")
 BENCHMARKS += ("bitnet", "matrices")
 
 

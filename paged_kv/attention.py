@@ -7,6 +7,7 @@ Imports form.  Imported by foreign and step.
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from ._binding import FLOAT32_MAX, check, ffi, lib, real
 from .arrays import (
@@ -20,6 +21,8 @@ from .arrays import (
 )
 from .errors import ArgumentError
 from .form import Form, has_form
+
+OUT_OVERLAPS = lib.PKV_OUT_OVERLAPS
 
 
 class Append:
@@ -143,6 +146,7 @@ class RepeatedAttention:
         q_rows, out_rows, _ = call._rows
         self.num_tokens, self._out_shape = q_rows.shape[0], out_rows.shape
         self._spans = ffi.new("int64_t[4]", [0 if form is None else form.span for form in forms])
+        arguments.spans = self._spans
 
     @classmethod
     def of(
@@ -180,11 +184,11 @@ class RepeatedAttention:
         if (out_at := out_form.pointer(result)) is None:
             return None
         q_rows.data, out_rows.data = q_at, out_at
-        if out is not None:
-            is_read_only = type(out) is np.ndarray and not out.flags.writeable
-            if is_read_only or lib.pkv_out_overlaps(arguments, self._spans):
-                return None
+        if type(out) is ndarray and not out.flags.writeable:
+            return None
         if status := lib.pkv_attend(threads, pages, batch, arguments):
+            if status == OUT_OVERLAPS:
+                return None
             check(status, "attend")
         return result
 

@@ -166,7 +166,8 @@ class Step:
         Cost: reads the keys and values of each sequence once for every block of its rows.
         """
         with self._store as store:
-            self._require_open()
+            if not self._is_open:
+                self._require_open()
             layer = store.layer(layer)
             if (k is None) != (v is None):
                 raise ArgumentError("give k and v, or neither, to attend to what was written")

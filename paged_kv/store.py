@@ -106,21 +106,20 @@ class Store:
 
     def layer(self, layer: object) -> int:
         """`layer` as an index; ArgumentError when there is no such layer."""
+        if type(layer) is int and 0 <= layer < len(self.pages_of):
+            return layer
         return integer("layer", layer, 0, self.layout.num_layers - 1)
 
     def __enter__(self) -> "Store":
         self._running.append(None)
         if self.closed:
-            self._leave()
+            self.__exit__(None, None, None)
             self.require_open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
         if self._running:  # a child that was forked within a call has none
             self._running.pop()
         if self.closed:

@@ -14,6 +14,7 @@ SCRIPTS = {
     "requested_table.py": {"figure", "claim_before", "claim_after", "naive", "preallocated", "ours"},
     "matrices.py": {"rows", "tokens_per_s", "ms", "g_products_per_s", "of_read_ceiling"},
     "bitnet.py": {"way", "sequences", "decode_tokens_per_s", "ms_per_step", "faster"},
+    "seam.py": {"call", "us", "us_of_c", "us_over_c"},
     "planning.py": {"num_sequences", "us", "us_per_sequence"},
     "utilization.py": {
         *("trace", "policy", "page_size", "utilization"),

@@ -486,8 +486,9 @@ static bool meets(const pkv_rows *a, int64_t a_span, const pkv_rows *b, int64_t 
   return a->data < b->data + b_span && b->data < a->data + a_span;
 }
 
-int32_t pkv_out_overlaps(const pkv_attention *attention, const int64_t *spans) {
+static bool out_overlaps(const pkv_attention *attention) {
   const pkv_rows *q = &attention->q, *out = &attention->out;
+  const int64_t *spans = attention->spans;
   bool is_q = out->data == q->data && out->token_stride == q->token_stride &&
               out->head_stride == q->head_stride && spans[3] == spans[0];
   return (!is_q && meets(out, spans[3], q, spans[0])) ||
@@ -536,6 +537,7 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   const pkv_kernel *kernel = pkv_active_kernel();
   int32_t num_q_heads = attention->num_q_heads;
   if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
+  if (attention->spans && out_overlaps(attention)) return PKV_OUT_OVERLAPS;
   if (attention->slots) {
     int64_t num_tokens = batch->qo_indptr[batch->num_seqs];
     pkv_write_rows(kernel, pages, num_tokens, attention->slots, &attention->k, &attention->v, false);
