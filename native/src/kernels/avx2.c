@@ -45,18 +45,18 @@ static inline float vec_sum(vec x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-/* A tile of these at once: the same additions, two, four and then eight vectors at a time. */
+/* A tile of these at once: the same additions, two, four and then eight vectors at a time.  Of two vectors,
+ * one part each stays where it is (a blend), and the others change places: one shuffle for two. */
 #define SUMS_TILES
 static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
   __m256 halves[4], quarters[2];
   for (int i = 0; i < 4; i++) {
     __m256 a = (__m256)x[i], b = (__m256)x[4 + i];
-    halves[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    halves[i] = _mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));
   }
   for (int i = 0; i < 2; i++) {
-    __m256d a = _mm256_castps_pd(halves[2 * i]), b = _mm256_castps_pd(halves[2 * i + 1]);
-    quarters[i] =
-        _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    __m256 a = halves[2 * i], b = halves[2 * i + 1];
+    quarters[i] = _mm256_add_ps(_mm256_blend_ps(a, b, 0xcc), _mm256_shuffle_ps(a, b, 0x4e));
   }
   __m256 even = _mm256_shuffle_ps(quarters[0], quarters[1], 0x88);
   __m256 odd = _mm256_shuffle_ps(quarters[0], quarters[1], 0xdd);

@@ -54,23 +54,25 @@ static inline float vec_sum(vec x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-/* A tile of these at once: the same additions, two, four, eight and then sixteen vectors at a time. */
+/* A tile of these at once: the same additions, two, four, eight and then sixteen vectors at a time.  Of two
+ * vectors, one part each stays where it is (a blend), and the others change places: one shuffle for two. */
 #define SUMS_TILES
 static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
-  __m512 quarters[4], eighths[2];
+  const __m512i quarters_swapped =
+      _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+  __m512 halves[8], quarters[4], eighths[2];
+  for (int i = 0; i < 8; i++) {
+    __m512 a = (__m512)x[i], b = (__m512)x[8 + i];
+    halves[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+  }
   for (int i = 0; i < 4; i++) {
-    __m512 pairs[2];
-    for (int j = 0; j < 2; j++) {
-      __m512 a = (__m512)x[i + 8 * j], b = (__m512)x[i + 8 * j + 4];
-      pairs[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    }
-    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88),
-                                _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
+    __m512 a = halves[i], b = halves[4 + i];
+    quarters[i] =
+        _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a, b), _mm512_permutex2var_ps(a, quarters_swapped, b));
   }
   for (int i = 0; i < 2; i++) {
-    __m512d a = _mm512_castps_pd(quarters[2 * i]), b = _mm512_castps_pd(quarters[2 * i + 1]);
-    eighths[i] =
-        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    __m512 a = quarters[2 * i], b = quarters[2 * i + 1];
+    eighths[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
   }
   __m512 even = _mm512_shuffle_ps(eighths[0], eighths[1], 0x88);
   __m512 odd = _mm512_shuffle_ps(eighths[0], eighths[1], 0xdd);

@@ -145,8 +145,14 @@ ALWAYS_INLINE bool is_bound_by_memory(int32_t dtype, int num_queries) {
 
 /* ---- scores */
 
+/* Queries side by side, vector by vector: as many pointers are more than there are registers for. */
+ALWAYS_INLINE void interleave(float *q, const float *const *from, int num_queries, int32_t dim) {
+  for (int32_t d = 0; d < dim; d += WIDTH)
+    for (int i = 0; i < num_queries; i++) vec_store(q + d * num_queries + i * WIDTH, vec_load(from[i] + d));
+}
+
 /* Scores of num_queries and num_tokens keys from `first` on. */
-ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float *const *q, int num_queries,
+ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float *q, int num_queries,
                               int first, int num_tokens, float scores[][PKV_RUN_TOKENS]) {
   int32_t d = 0;
   vec sums[TILE_SUMS] = {};
@@ -155,19 +161,21 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float 
   if (num_queries == 1 && is_bound_by_memory(dtype, 1)) /* in memory's order, row by row */
     for (int t = 0; t < num_tokens; t++)
       for (d = 0; d + WIDTH <= keys->dim; d += WIDTH)
-        sums[t] = vec_fma(vec_load(q[0] + d), vec_load_stored(k[t], d, WIDTH, dtype), sums[t]);
+        sums[t] = vec_fma(vec_load(q + d), vec_load_stored(k[t], d, WIDTH, dtype), sums[t]);
   else
     for (; d + WIDTH <= keys->dim; d += WIDTH)
       for (int t = 0; t < num_tokens; t++) {
         vec key = vec_load_stored(k[t], d, WIDTH, dtype);
         for (int i = 0; i < num_queries; i++)
-          sums[i * num_tokens + t] = vec_fma(vec_load(q[i] + d), key, sums[i * num_tokens + t]);
+          sums[i * num_tokens + t] =
+              vec_fma(vec_load(q + d * num_queries + i * WIDTH), key, sums[i * num_tokens + t]);
       }
   if (HAS_PART && d < keys->dim)
     for (int t = 0; t < num_tokens; t++) {
       vec key = vec_load_stored(k[t], d, PART, dtype);
       for (int i = 0; i < num_queries; i++)
-        sums[i * num_tokens + t] = vec_fma(vec_load(q[i] + d), key, sums[i * num_tokens + t]);
+        sums[i * num_tokens + t] =
+            vec_fma(vec_load(q + d * num_queries + i * WIDTH), key, sums[i * num_tokens + t]);
     }
 #ifdef SUMS_TILES
   if (num_queries * num_tokens == TILE_SUMS) {
@@ -185,7 +193,10 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float 
 /* Scores of num_queries (1, 2 or 4) and all keys, a tile at a time.  Keys that come from memory are touched,
  * and the values that will be met with them asked for where there is time. */
 ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_rows *ahead,
-                              const float *const *q, int num_queries, float scores[][PKV_RUN_TOKENS]) {
+                              const float *const *queries, int num_queries, float scores[][PKV_RUN_TOKENS]) {
+  float beside[4 * PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+  if (num_queries > 1) interleave(beside, queries, num_queries, keys->dim);
+  const float *q = num_queries > 1 ? beside : queries[0];
   int32_t key_bytes = ahead ? stored_bytes(keys->dim, dtype) : 0;
   int32_t ahead_bytes = ahead ? stored_bytes(ahead->dim, ahead->dtype) : 0;
   if (is_bound_by_memory(dtype, num_queries)) {
