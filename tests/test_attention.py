@@ -192,6 +192,22 @@ def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
             np.testing.assert_array_equal(got, expected[begin:end])
 
 
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("what", ["k", "v"])
+def test_a_nan_touches_the_rows_that_see_it_and_no_other(kernel, what, group, rng):
+    """Rows of a prompt meet a run together, also those that see less of it."""
+    q, k, v = rows(rng, 130, 2 * group, 32), rows(rng, 130, 2, 32), rows(rng, 130, 2, 32)
+    with make_cache(num_layers=1, num_pages=32) as cache:
+        with cache.step([cache.sequence()], [130]) as step:
+            expected = step.attend(0, q, k, v)
+        (k if what == "k" else v)[100, 0, 5] = np.nan
+        with cache.step([cache.sequence()], [130]) as step:
+            got = step.attend(0, q, k, v)
+    np.testing.assert_array_equal(got[:100], expected[:100])
+    np.testing.assert_array_equal(got[:, group:], expected[:, group:])
+    assert np.isnan(got[100:, :group, 5]).all()
+
+
 def test_what_was_written_is_attended_to_with_the_same_bits(kernel, rng):
     q, k, v = rows(rng, 30, 4, 32), rows(rng, 30, 2, 32), rows(rng, 30, 2, 32)
     with make_cache(num_layers=2) as cache:

@@ -28,7 +28,7 @@
 
 enum {
   ROW_BYTES_PER_BLOCK = 128 << 10, /* a block's accumulators: a share of the second-level cache */
-  MAX_ROWS_PER_BLOCK = 64,
+  MAX_ROWS_PER_BLOCK = 128,
   PIECES_PER_WORKER = 4,           /* at the end nobody waits longer than for one */
   BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
 };
@@ -251,12 +251,21 @@ static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char 
                         state_of_head(job, state, own_head));
 }
 
+/* Does a row see what the row before it sees, and nothing more but behind that? */
+static bool goes_on(uint64_t before, uint64_t mask) {
+  uint64_t more = mask & ~before;
+  if (before & ~mask) return false;
+  return !more || (before && __builtin_ctzll(more) > 63 - __builtin_clzll(before));
+}
+
 static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end,
                                const scratch *scratch, float *states) {
   const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
   uint64_t masks[MAX_ROWS_PER_BLOCK], all = 0;
+  int32_t num_seen_of[MAX_ROWS_PER_BLOCK];
   for (int32_t row = 0; row < block->num_rows; row++) {
     masks[row] = visible(job->batch, block->seq, block->first_row + row, start, end);
+    num_seen_of[row] = __builtin_popcountll(masks[row]);
     all |= masks[row];
   }
   if (!all) return;
@@ -276,11 +285,15 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
     run.is_near = false;
     for (int32_t row = 0; row < block->num_rows; row += run.num_rows) {
       run.num_rows = 1;
-      while (row + run.num_rows < block->num_rows && masks[row + run.num_rows] == masks[row]) run.num_rows++;
+      while (row + run.num_rows < block->num_rows &&
+             goes_on(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
+        run.num_rows++;
       if (!masks[row]) continue;
-      fold_tokens(job, &run, masks[row], k, v,
-                  num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
-                  block->first_head, scratch->q + row * run.q_stride, state_at(block->extent, states, row));
+      uint64_t mask = masks[row + run.num_rows - 1];
+      run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
+      fold_tokens(job, &run, mask, k, v, num_seen(job->batch, block->seq, block->first_row + row) - 1 - start,
+                  head, block->first_head, scratch->q + row * run.q_stride,
+                  state_at(block->extent, states, row));
       run.is_near = true;
     }
   }
@@ -323,10 +336,9 @@ static void finish_rows(const job *job, const block *block, float *states) {
     for (int32_t i = 0; i < block->extent->num_q_heads; i++) {
       int64_t q_row = block->first_row + row, head = first_q_head(job, block) + i;
       pkv_state state = state_of_head(job, state_at(block->extent, states, row), i);
-      double sum =
-          job->kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride, out->dtype,
-                              state, job->sinks ? job->sinks + head : NULL, job->pages->head_dim_v);
-      if (job->attention->lse) job->attention->lse[q_row * job->num_q_heads + head] = (float)(sum * M_LN2);
+      float *lse = job->attention->lse ? job->attention->lse + q_row * job->num_q_heads + head : NULL;
+      job->kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride, out->dtype, state,
+                          job->sinks ? job->sinks + head : NULL, job->pages->head_dim_v, lse);
     }
 }
 
@@ -550,7 +562,7 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
   job.span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
   job.all_heads = extent_of(pages, num_q_heads, pages->num_kv_heads, ROW_BYTES_PER_BLOCK);
-  job.one_head = extent_of(pages, num_q_heads / pages->num_kv_heads, 1, ROW_BYTES_PER_BLOCK / 2);
+  job.one_head = extent_of(pages, num_q_heads / pages->num_kv_heads, 1, ROW_BYTES_PER_BLOCK);
 
   int32_t num_workers = pkv_threads_claim(threads);
   if (num_workers == 0) return attend_with(NULL, 1, &job);

@@ -265,11 +265,11 @@ ALWAYS_INLINE change weigh_all(float *scores, int32_t padded, float *maximum) {
   return change;
 }
 
-/* Weights are 0 beyond the run. */
-static change weigh(const pkv_run *run, float *scores, float *maximum) {
-  if (run->num_tokens == PKV_RUN_TOKENS) return weigh_all(scores, PKV_RUN_TOKENS, maximum);
-  int32_t padded = (run->num_tokens + WIDTH - 1) / WIDTH * WIDTH;
-  for (int32_t t = run->num_tokens; t < padded; t++) scores[t] = -__builtin_inff();
+/* Weights are 0 beyond the tokens that are seen. */
+static change weigh(float *scores, int32_t num_seen, float *maximum) {
+  if (num_seen == PKV_RUN_TOKENS) return weigh_all(scores, PKV_RUN_TOKENS, maximum);
+  int32_t padded = (num_seen + WIDTH - 1) / WIDTH * WIDTH;
+  for (int32_t t = num_seen; t < padded; t++) scores[t] = -__builtin_inff();
   return weigh_all(scores, padded, maximum);
 }
 
@@ -355,6 +355,7 @@ typedef struct {
   float *accumulated[MOST_QUERIES];
   int32_t head[MOST_QUERIES]; /* of the group */
   int32_t row[MOST_QUERIES];
+  int32_t num_seen[MOST_QUERIES];
 } queries;
 
 /* So many of the queries from i on are met at once. */
@@ -363,34 +364,65 @@ ALWAYS_INLINE int tile_of(const queries *queries, int i) {
   return left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-/* Of a run's keys, or of the same keys turned. */
+/* Turned keys are met a tile of them at a time: so many of these tokens, where most of a tile is seen. */
+ALWAYS_INLINE int32_t num_met_turned(int32_t num_tokens) {
+  return (num_tokens + TURNED_TOKENS / 4) / TURNED_TOKENS * TURNED_TOKENS;
+}
+
+/* Of a run's keys, or of the same keys turned and the rest of them. */
+ALWAYS_INLINE void score_four(const head_rows *keys, const float *turned, const head_rows *ahead,
+                              const float *const *q, float scores[][PKV_RUN_TOKENS]) {
+  int32_t num_turned = turned ? num_met_turned(keys->count) : 0;
+  if (turned) score_turned(turned, keys->dim, num_turned, q, 4, scores);
+  if (num_turned >= keys->count) return;
+  head_rows rest = *keys;
+  rest.rows += num_turned;
+  rest.count -= num_turned;
+  score_some(&rest, ahead, q, 4, (float (*)[PKV_RUN_TOKENS])(scores[0] + num_turned));
+}
+
 static void score(const head_rows *keys, const float *turned, const head_rows *ahead, const queries *queries,
                   float scores[][PKV_RUN_TOKENS]) {
   for (int i = 0; i < queries->count; ahead = NULL) {
     int tile = tile_of(queries, i);
-    if (turned && tile == 4) {
-      score_turned(turned, keys->dim, keys->count, queries->q + i, 4, scores + i);
-      i += tile;
-      continue;
-    }
+    head_rows seen = *keys; /* by any of the tile */
+    seen.count = 0;
+    for (int j = i; j < i + tile; j++)
+      if (queries->num_seen[j] > seen.count) seen.count = queries->num_seen[j];
     switch (tile) {
-      case 4: score_some(keys, ahead, queries->q + i, 4, scores + i); break;
-      case 2: score_some(keys, ahead, queries->q + i, 2, scores + i); break;
-      case 1: score_some(keys, ahead, queries->q + i, 1, scores + i); break;
+      case 4: score_four(&seen, turned, ahead, queries->q + i, scores + i); break;
+      case 2: score_some(&seen, ahead, queries->q + i, 2, scores + i); break;
+      case 1: score_some(&seen, ahead, queries->q + i, 1, scores + i); break;
     }
     i += tile;
   }
+}
+
+/* The values from token `begin` on that one query sees and the others of its tile do not. */
+static void accumulate_rest(const head_rows *values, int32_t begin, int32_t end, float *weights,
+                            float *accumulated) {
+  const float as_it_is = 1.0f;
+  head_rows rest = *values;
+  rest.rows += begin;
+  rest.count = end - begin;
+  accumulate_some(&rest, NULL, (float (*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
 }
 
 static void accumulate(const head_rows *values, const head_rows *ahead, const queries *queries,
                        float weights[][PKV_RUN_TOKENS], const float *shrink) {
   for (int i = 0; i < queries->count; ahead = NULL) {
     int tile = tile_of(queries, i);
+    head_rows common = *values; /* seen by all of the tile */
+    for (int j = i; j < i + tile; j++)
+      if (queries->num_seen[j] < common.count) common.count = queries->num_seen[j];
     switch (tile) {
-      case 4: accumulate_some(values, ahead, weights + i, shrink + i, 4, queries->accumulated + i); break;
-      case 2: accumulate_some(values, ahead, weights + i, shrink + i, 2, queries->accumulated + i); break;
-      case 1: accumulate_some(values, ahead, weights + i, shrink + i, 1, queries->accumulated + i); break;
+      case 4: accumulate_some(&common, ahead, weights + i, shrink + i, 4, queries->accumulated + i); break;
+      case 2: accumulate_some(&common, ahead, weights + i, shrink + i, 2, queries->accumulated + i); break;
+      case 1: accumulate_some(&common, ahead, weights + i, shrink + i, 1, queries->accumulated + i); break;
     }
+    for (int j = i; j < i + tile; j++)
+      if (queries->num_seen[j] > common.count)
+        accumulate_rest(values, common.count, queries->num_seen[j], weights[j], queries->accumulated[j]);
     i += tile;
   }
 }
@@ -404,7 +436,7 @@ static void fold_queries(const pkv_run *run, const head_rows *keys, const float 
     if (run->soft_cap > 0 || run->alibi_slopes)
       adjust(run, run->alibi_slopes ? run->alibi_slopes + queries->head[i] : NULL, queries->row[i],
              scores[i]);
-    change change = weigh(run, scores[i], queries->maximum[i]);
+    change change = weigh(scores[i], queries->num_seen[i], queries->maximum[i]);
     shrink[i] = change.exponent;
     added[i] = change.added;
   }
@@ -419,7 +451,10 @@ static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, con
   head_rows values = {run->v, v_offset, run->num_tokens, run->head_dim_v, run->v_dtype};
   head_rows next_keys = {run->k, run->k_ahead, run->num_tokens, run->k_ahead ? run->head_dim : 0,
                          run->k_dtype};
-  const float *turned = run->num_rows * run->group >= WORTH_TURNING ? run->turned : NULL;
+  int32_t num_rows = run->num_rows; /* that see enough to meet keys turned */
+  for (int32_t row = 0; run->num_seen && row < run->num_rows; row++)
+    if (num_met_turned(run->num_seen[row]) == 0) num_rows--;
+  const float *turned = num_rows * run->group >= WORTH_TURNING ? run->turned : NULL;
   if (turned) turn_keys(&keys, run->is_near ? NULL : &values, run->turned);
   queries queries;
   queries.count = 0;
@@ -433,6 +468,7 @@ static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, con
       queries.accumulated[i] = state.accumulated + at + head * pkv_padded(run->head_dim_v);
       queries.head[i] = head;
       queries.row[i] = row;
+      queries.num_seen[i] = run->num_seen ? run->num_seen[row] : run->num_tokens;
       if (queries.count < MOST_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
       fold_queries(run, &keys, turned, &values, &next_keys, &queries);
       queries.count = 0;
@@ -547,7 +583,8 @@ static void copy_past_caches(char *to, const char *from, int64_t num_bytes) {
 
 /* ---- the result */
 
-static double finish(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v) {
+static void finish(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v,
+                   float *lse) {
   float values[PKV_MAX_HEAD_DIM] = {0}, sum = *state.sum, maximum = *state.maximum, shrink = 1.0f;
   if (sink) {
     common scale = in_common(maximum, *sink);
@@ -559,7 +596,7 @@ static double finish(char *out, int32_t dtype, pkv_state state, const float *sin
     for (int32_t d = 0; d < head_dim_v; d += WIDTH)
       vec_store(values + d, vec_load(state.accumulated + d) * shrink / sum);
   narrow(out, values, head_dim_v, dtype);
-  return sum == 0.0f ? -__builtin_inf() : maximum + log2((double)sum);
+  if (lse) *lse = sum == 0.0f ? -__builtin_inff() : (float)((maximum + log2((double)sum)) * M_LN2);
 }
 
 const pkv_kernel KERNEL = {KERNEL_NAME, prepare_q, fold_run, merge, finish, narrow, widen, copy_past_caches};

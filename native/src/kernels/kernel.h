@@ -1,9 +1,9 @@
-/* What an instruction set provides: four steps of attention on one row, and the conversions of stored values.
+/* What an instruction set provides: four steps of attention on q rows, and the conversions of stored values.
  *
  * A kernel knows neither pages nor sequences.  It gets a run, up to PKV_RUN_TOKENS token addresses that its q
- * row sees, and folds it into the row's state: per q head the maximum of its scores, the sum of their
- * exponentials and the accumulated values.  Scores are in units of log2, so that exponentials are powers
- * of 2; so are soft_cap, alibi_slopes and sinks.
+ * rows see, all or the first of them, and folds it into each row's state: per q head the maximum of its
+ * scores, the sum of their exponentials and the accumulated values.  Scores are in units of log2, so that
+ * exponentials are powers of 2; so are soft_cap, alibi_slopes and sinks.
  *
  * Prepared q and accumulated values take whole vectors of the widest kernel for each head: pkv_padded(dim).
  */
@@ -27,6 +27,7 @@ typedef struct {
   int32_t is_near;           /* the tokens were read a moment ago: nothing need be asked of memory */
   int64_t k_ahead;           /* bytes from a token's row to what will be read next of it, 0: nothing */
   int32_t num_rows;          /* of q, of consecutive positions, that see these tokens */
+  const int32_t *num_seen;   /* [num_rows]: how many of them, from the first on, at least 1; NULL: all */
   int64_t q_stride;          /* floats from one to the next */
   int64_t state_stride;      /* floats from a row's state to the next row's */
   float *turned;             /* room for keys: [PKV_RUN_TOKENS * padded head_dim], 64-byte aligned */
@@ -52,8 +53,9 @@ typedef struct {
   /* Fold `later`, the state over tokens that come after, into `state`. */
   void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v);
   /* One head: out = accumulated / (sum and the sink's weight), as dtype; 0 where that is 0.  `sink` may be
-   * NULL.  Returns the logarithm of the sum, in units of log2. */
-  double (*finish)(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v);
+   * NULL, and so may `lse`, which takes the natural logarithm of the sum. */
+  void (*finish)(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v,
+                 float *lse);
   /* float32 to what is stored and back; count is a multiple of 8. */
   void (*narrow)(char *stored, const float *values, int64_t count, int32_t dtype);
   void (*widen)(float *values, const char *stored, int64_t count, int32_t dtype);
