@@ -30,6 +30,7 @@ enum {
   ROW_BYTES_PER_BLOCK = 128 << 10, /* a block's accumulators: a share of the second-level cache */
   MAX_ROWS_PER_BLOCK = 128,
   PIECES_PER_WORKER = 4,           /* at the end nobody waits longer than for one */
+  TOKENS_PER_CHUNK = 32,           /* that a worker writes at a time */
   BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
 };
 
@@ -378,7 +379,7 @@ static void attend_blocks(void *context, int32_t worker) {
   job *job = context;
   long long i;
   while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
-    attend_block(job, &job->blocks[i], worker);
+    attend_block(job, &job->blocks[job->num_blocks - 1 - i], worker); /* the longest come first */
 }
 
 /* The last piece of a cut block knows all of its spans. */
@@ -508,6 +509,39 @@ static bool out_overlaps(const pkv_attention *attention) {
           (meets(out, spans[3], &attention->k, spans[1]) || meets(out, spans[3], &attention->v, spans[2])));
 }
 
+/* ---- new keys and values */
+
+static pkv_rows rows_from(const pkv_rows *rows, int64_t token) {
+  pkv_rows from = *rows;
+  from.data += token * rows->token_stride;
+  return from;
+}
+
+static void write_chunks(void *context, int32_t worker) {
+  (void)worker;
+  job *job = context;
+  const pkv_attention *attention = job->attention;
+  int64_t num_tokens = job->batch->qo_indptr[job->batch->num_seqs], token;
+  while ((token = atomic_fetch_add(&job->next_block, 1) * TOKENS_PER_CHUNK) < num_tokens) {
+    int64_t count = num_tokens - token < TOKENS_PER_CHUNK ? num_tokens - token : TOKENS_PER_CHUNK;
+    pkv_rows k = rows_from(&attention->k, token), v = rows_from(&attention->v, token);
+    pkv_write_rows(job->kernel, job->pages, count, attention->slots + token, &k, &v, false);
+  }
+}
+
+/* By everybody, where there is much: a prompt's. */
+static void write_new_rows(pkv_threads *threads, int32_t num_workers, job *job) {
+  if (!job->attention->slots) return;
+  bool is_much = job->batch->qo_indptr[job->batch->num_seqs] >= (int64_t)TOKENS_PER_CHUNK * num_workers;
+  if (num_workers > 1 && is_much)
+    pkv_threads_run(threads, num_workers, write_chunks, job);
+  else
+    write_chunks(job, 0);
+  atomic_store(&job->next_block, 0);
+}
+
+/* ---- all of it */
+
 /* Cut the work for up to num_workers, find memory for it, do it. */
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
   int64_t total = total_cost(job);
@@ -535,6 +569,7 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   job->num_blocks = size.num_blocks;
   cut_work(job, num_workers, share, job->blocks);
 
+  write_new_rows(threads, num_workers, job);
   if (num_workers > 1)
     pkv_threads_run(threads, num_workers, attend_blocks, job);
   else
@@ -550,10 +585,6 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   int32_t num_q_heads = attention->num_q_heads;
   if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
   if (attention->spans && out_overlaps(attention)) return PKV_OUT_OVERLAPS;
-  if (attention->slots) {
-    int64_t num_tokens = batch->qo_indptr[batch->num_seqs];
-    pkv_write_rows(kernel, pages, num_tokens, attention->slots, &attention->k, &attention->v, false);
-  }
   job job = {.kernel = kernel, .pages = pages, .batch = batch, .attention = attention};
   job.scale = attention->sm_scale * LOG2_E;
   job.soft_cap = attention->logits_soft_cap * LOG2_E;

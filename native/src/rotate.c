@@ -1,24 +1,63 @@
 /* Rotary positions: element i of a head turns with element i + head_dim / 2, by an angle of its token's
- * position.
+ * position.  A prompt's tokens are shared out among the threads.
  *
  * Source: Su et al., RoFormer, 2021.
  */
-#include "../include/paged_kv.h"
+#include <stdatomic.h>
+#include <stdbool.h>
 
-void pkv_rotate(const pkv_rows *rows, int64_t num_tokens, int32_t num_heads, int32_t head_dim,
-                const int32_t *positions, const float *cosines, const float *sines) {
-  int32_t half = head_dim / 2;
-  for (int64_t token = 0; token < num_tokens; token++) {
-    const float *restrict cosine = cosines + (int64_t)positions[token] * half;
-    const float *restrict sine = sines + (int64_t)positions[token] * half;
-    for (int32_t head = 0; head < num_heads; head++) {
-      float *restrict first = (float *)(rows->data + token * rows->token_stride + head * rows->head_stride);
-      float *restrict second = first + half;
-      for (int32_t i = 0; i < half; i++) {
-        float a = first[i], b = second[i];
-        first[i] = a * cosine[i] - b * sine[i];
-        second[i] = b * cosine[i] + a * sine[i];
-      }
+#include "../include/paged_kv.h"
+#include "threads.h"
+
+enum {
+  TOKENS_PER_CHUNK = 16,
+  BYTES_WORTH_A_THREAD = 128 << 10,
+};
+
+typedef struct {
+  const pkv_rows *rows;
+  int64_t num_tokens;
+  int32_t num_heads;
+  int32_t head_dim;
+  const int32_t *positions;
+  const float *cosines; /* [positions, head_dim / 2] */
+  const float *sines;
+  atomic_llong next_chunk;
+} job;
+
+static void rotate_token(const job *job, int64_t token) {
+  int32_t half = job->head_dim / 2;
+  const float *restrict cosine = job->cosines + (int64_t)job->positions[token] * half;
+  const float *restrict sine = job->sines + (int64_t)job->positions[token] * half;
+  char *row = job->rows->data + token * job->rows->token_stride;
+  for (int32_t head = 0; head < job->num_heads; head++) {
+    float *restrict first = (float *)(row + head * job->rows->head_stride);
+    float *restrict second = first + half;
+    for (int32_t i = 0; i < half; i++) {
+      float a = first[i], b = second[i];
+      first[i] = a * cosine[i] - b * sine[i];
+      second[i] = b * cosine[i] + a * sine[i];
     }
   }
+}
+
+static void rotate_chunks(void *context, int32_t worker) {
+  (void)worker;
+  job *job = context;
+  int64_t begin;
+  while ((begin = atomic_fetch_add(&job->next_chunk, 1) * TOKENS_PER_CHUNK) < job->num_tokens)
+    for (int64_t token = begin; token < begin + TOKENS_PER_CHUNK && token < job->num_tokens; token++)
+      rotate_token(job, token);
+}
+
+void pkv_rotate(pkv_threads *threads, const pkv_rows *rows, int64_t num_tokens, int32_t num_heads,
+                int32_t head_dim, const int32_t *positions, const float *cosines, const float *sines) {
+  job job = {rows, num_tokens, num_heads, head_dim, positions, cosines, sines, 0};
+  bool is_much = num_tokens * num_heads * head_dim * (int64_t)sizeof(float) >= BYTES_WORTH_A_THREAD;
+  int32_t num_workers = is_much ? pkv_threads_claim(threads) : 0;
+  if (num_workers > 1)
+    pkv_threads_run(threads, num_workers, rotate_chunks, &job);
+  else
+    rotate_chunks(&job, 0);
+  if (num_workers) pkv_threads_release(threads);
 }

@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .._binding import ffi, lib
+from .._binding import ffi, lib, shared_threads
 from ..arrays import array_of, set_rows
 from ..errors import ArgumentError
 from .matrix import ADD, RELU2_GATE, SILU_GATE, Matrix
@@ -83,7 +83,8 @@ class Rotation:
             return
         rows = ffi.new("pkv_rows *")
         set_rows(rows, array_of("heads", heads))
-        lib.pkv_rotate(rows, *heads.shape, ffi.from_buffer("int32_t[]", positions), *self._tables)
+        at = ffi.from_buffer("int32_t[]", positions)
+        lib.pkv_rotate(shared_threads(), rows, *heads.shape, at, *self._tables)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | None = None) -> FloatArray:
