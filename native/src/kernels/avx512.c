@@ -13,6 +13,7 @@
 
 #define KERNEL pkv_kernel_avx512
 #define KERNEL_NAME "avx512"
+#define WRITES_PAST_CACHES
 enum { WIDTH = 16, TILE_SUMS = 16 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));

@@ -569,7 +569,7 @@ static void widen(float *values, const char *stored, int64_t count, int32_t dtyp
 
 /* Line by line, so that none is written in parts. */
 static void copy_past_caches(char *to, const char *from, int64_t num_bytes) {
-#ifdef __AVX__
+#ifdef WRITES_PAST_CACHES /* whoever includes this has AVX */
   for (int64_t i = 0; i < num_bytes; i += 64) {
     __m256i low = _mm256_loadu_si256((const __m256i *)(from + i));
     __m256i high = _mm256_loadu_si256((const __m256i *)(from + i + 32));
