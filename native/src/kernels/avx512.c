@@ -115,4 +115,12 @@ static inline halves vec_to_float16(vec x) {
 /* The low 16 bits of each. */
 static inline halves vec_low_halves(ivec bits) { return (halves)_mm512_cvtepi32_epi16((__m512i)bits); }
 
+/* The high ones: every second of 32, at once. */
+#define TAKES_HIGH_HALVES
+static inline halves vec_high_halves(ivec bits) {
+  const __m512i odd = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019,
+                                        0x1f001d, 0, 0, 0, 0, 0, 0, 0, 0);
+  return (halves)_mm512_castsi512_si256(_mm512_permutexvar_epi16(odd, (__m512i)bits));
+}
+
 #include "body.h"

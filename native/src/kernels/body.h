@@ -19,7 +19,7 @@
  */
 #include <stdbool.h>
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#include "loops.h"
 
 enum {
   MOST_QUERIES = 32,  /* that meet a run together, up to four at once with TILE_SUMS / 4 tokens or vectors */
@@ -47,6 +47,10 @@ ALWAYS_INLINE halves halves_load_part(const char *from) {
   memcpy(&x, from, sizeof x);
   return x;
 }
+#endif
+
+#ifndef TAKES_HIGH_HALVES
+ALWAYS_INLINE halves vec_high_halves(ivec bits) { return vec_low_halves((bits >> 16) & 0xffff); }
 #endif
 
 /* `count` values, WIDTH or PART; zeros behind. */
@@ -515,39 +519,41 @@ static halves vec_to_bfloat16(vec x) {
   ivec quiet = bits | 0x400000;
   ivec is_nan = (bits & 0x7fffffff) > 0x7f800000;
   ivec result = (is_nan & quiet) | (~is_nan & rounded_to_bfloat16(bits));
-  return vec_low_halves((result >> 16) & 0xffff);
+  return vec_high_halves(result);
 }
 
 /* To 16 bits; with `is_tame`, no value is beyond the stored range, inf or NaN. */
-ALWAYS_INLINE void narrow_some(char *stored, const float *values, int count, int32_t dtype, bool is_tame) {
-  vec x = vec_load_some(values, count);
+ALWAYS_INLINE void narrow_some(char *stored, vec x, int count, int32_t dtype, bool is_tame) {
   halves h;
   if (dtype == PKV_FLOAT16)
     h = vec_to_float16(is_tame ? x : saturate(x, 65504.0f));
   else if (is_tame)
-    h = vec_low_halves((rounded_to_bfloat16((ivec)x) >> 16) & 0xffff);
+    h = vec_high_halves(rounded_to_bfloat16((ivec)x));
   else
     h = vec_to_bfloat16(saturate(x, 0x1.fep127f));
   memcpy(stored, &h, (size_t)count * 2);
 }
 
-ALWAYS_INLINE void narrow_all(char *stored, const float *values, int64_t count, int32_t dtype, bool is_tame) {
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) narrow_some(stored + 2 * i, values + i, WIDTH, dtype, is_tame);
-  if (HAS_PART && i < count) narrow_some(stored + 2 * i, values + i, PART, dtype, is_tame);
+/* Returns how far the magnitudes are from the largest that is stored: below 0 where one is beyond it. */
+ALWAYS_INLINE ivec narrow_all(char *stored, const float *values, int64_t count, int32_t dtype, bool is_tame) {
+  const ivec largest = (ivec)((vec){} + (dtype == PKV_BFLOAT16 ? 0x1.fep127f : 65504.0f));
+  ivec room = {};
+  for (int64_t i = 0; i < count; i += WIDTH) {
+    int some = HAS_PART && count - i < WIDTH ? PART : WIDTH;
+    vec x = vec_kept(some == WIDTH ? vec_load(values + i) : vec_load_part(values + i));
+    room |= largest - ((ivec)x & 0x7fffffff);
+    if (some == WIDTH)
+      narrow_some(stored + 2 * i, x, WIDTH, dtype, is_tame);
+    else
+      narrow_some(stored + 2 * i, x, PART, dtype, is_tame);
+  }
+  return room;
 }
 
-/* What is not tame is rare, and takes twice as long: rows are looked at first. */
+/* What is not tame is rare, and takes twice as long: all are taken for tame, and again when one was not. */
 ALWAYS_INLINE void narrow_as(char *stored, const float *values, int64_t count, int32_t dtype) {
-  const ivec largest = (ivec)((vec){} + (dtype == PKV_BFLOAT16 ? 0x1.fep127f : 65504.0f));
-  ivec beyond = {};
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) beyond |= ((ivec)vec_load(values + i) & 0x7fffffff) > largest;
-  if (HAS_PART && i < count) beyond |= ((ivec)vec_load_part(values + i) & 0x7fffffff) > largest;
-  if (vec_any(beyond))
+  if (vec_any(narrow_all(stored, values, count, dtype, true) < 0))
     narrow_all(stored, values, count, dtype, false);
-  else
-    narrow_all(stored, values, count, dtype, true);
 }
 
 static void narrow(char *stored, const float *values, int64_t count, int32_t dtype) {

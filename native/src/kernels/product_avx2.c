@@ -5,8 +5,6 @@
 
 #include "rows.h"
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 enum { PREFETCH_BYTES = 2048, ROWS = 4 };
 
 /* gcc adds up products among themselves first, in more registers than there are: a quarter slower. */

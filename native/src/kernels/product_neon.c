@@ -11,8 +11,6 @@
 
 enum { ROWS = 2 };
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 /* Four bytes of a row, or two shorts, repeated. */
 ALWAYS_INLINE int32x4_t repeated(const void *x) {
   int32_t four;

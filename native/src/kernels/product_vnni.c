@@ -17,8 +17,6 @@ enum { PREFETCH_BYTES = 2048, ROWS = 8 };
 /* Sums of few rows are each added up in several chains, or every addition would wait for the one before. */
 #define CHAINS(num_rows) ((num_rows) == 1 ? 4 : (num_rows) <= 4 ? 2 : 1)
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 /* Four bytes of a row, or two shorts, repeated. */
 ALWAYS_INLINE __m512i repeated(const void *x) {
   int32_t four;

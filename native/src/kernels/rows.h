@@ -10,14 +10,7 @@
 
 #include "../../include/paged_kv.h"
 #include "../bitlinear.h"
-
-/* A loop that is unrolled.  gcc keeps an array in memory where it unrolls the loop over it of its own accord,
- * and later; clang where it is told to. */
-#ifdef __clang__
-#define EACH(i, count) for (int i = 0; i < (count); i++)
-#else
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
-#endif
+#include "loops.h"
 
 /* Rows are met sixteen values at a time, in two vectors: gcc keeps wider ones in memory. */
 enum { LANES = 8, STEP = 2 * LANES };
@@ -157,9 +150,8 @@ static inline void widen_lanes(lanes *to, const uint16_t *stored) {
   memcpy(to, bits, sizeof bits);
 }
 
-static inline __attribute__((always_inline)) void bfloat16_rows(const uint16_t *weights, int64_t num_in,
-                                                                const float *rows, int64_t row_stride,
-                                                                int num_rows, float sums[][PKV_OUT_BLOCK]) {
+ALWAYS_INLINE void bfloat16_rows(const uint16_t *weights, int64_t num_in, const float *rows,
+                                 int64_t row_stride, int num_rows, float sums[][PKV_OUT_BLOCK]) {
   lanes totals[4][2];
   EACH (r, num_rows) totals[r][0] = totals[r][1] = (lanes){};
   for (int64_t i = 0; i < num_in; i++, weights += PKV_OUT_BLOCK) {

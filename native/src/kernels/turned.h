@@ -7,18 +7,11 @@
  *
  *   turned    [tile of TURNED_TOKENS tokens][lane, in that order][dim / WIDTH][token]
  *
- * So a tile of four queries reads it from front to back.  Turning costs what the scores of a few
- * queries cost, so that it pays for many (WORTH_TURNING).
+ * So a tile of four queries reads it from front to back.  Turning costs what the scores of a few queries
+ * cost, so that it pays for many (WORTH_TURNING).
+ *
  * Included by body.h.
  */
-/* A loop that is unrolled: gcc keeps an array in memory where it unrolls the loop over it of its own accord,
- * and later; clang where it is told to. */
-#ifdef __clang__
-#define EACH(i, count) for (int i = 0; i < (count); i++)
-#else
-#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
-#endif
-
 enum { TURNED_TOKENS = 2 * WIDTH, LEVELS = WIDTH == 16 ? 5 : WIDTH == 8 ? 4 : 3 };
 
 /* The lane that comes i-th in the tree: i with its bits the other way round.  Where lane i comes, too. */
