@@ -142,6 +142,35 @@ typedef struct {
   int32_t dtype;
 } head_rows;
 
+/* Asks for rows that come next, a few lines at each step of what is computed meanwhile.  Asked for all at
+ * once they wait for each other, and what is read now waits for them. */
+typedef struct {
+  const head_rows *rows;
+  const char *row; /* NULL: nothing is left to ask for */
+  int32_t next;    /* row */
+  int32_t offset;
+  int32_t row_bytes;
+  int32_t step_bytes;
+} cursor;
+
+/* Over `rows`, NULL for nothing, num_rows of them in num_steps steps. */
+ALWAYS_INLINE cursor cursor_over(const head_rows *rows, int32_t num_rows, int32_t num_steps) {
+  if (!rows || !rows->count || num_steps < 1) return (cursor){.row = NULL};
+  int32_t row_bytes = stored_bytes(rows->dim, rows->dtype);
+  return (cursor){rows,      row_bytes ? rows->rows[0] + rows->offset : NULL,   1, 0,
+                  row_bytes, (row_bytes * num_rows + num_steps - 1) / num_steps};
+}
+
+ALWAYS_INLINE void ask_ahead(cursor *at) {
+  if (!at->row) return;
+  for (int32_t end = at->offset + at->step_bytes; at->offset < end; at->offset += 64)
+    __builtin_prefetch(at->row + at->offset, 0, 2);
+  if (at->offset < at->row_bytes) return;
+  at->offset = 0;
+  at->row = at->next < at->rows->count ? at->rows->rows[at->next] + at->rows->offset : NULL;
+  at->next++;
+}
+
 /* Does memory alone decide how long rows of this dtype take?  Then a CPU's own prefetching does best. */
 ALWAYS_INLINE bool is_bound_by_memory(int32_t dtype, int num_queries) {
   return dtype == PKV_FLOAT32 && num_queries < 4;
@@ -156,8 +185,8 @@ ALWAYS_INLINE void interleave(float *q, const float *const *from, int num_querie
 }
 
 /* Scores of num_queries and num_tokens keys from `first` on. */
-ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float *q, int num_queries,
-                              int first, int num_tokens, float scores[][PKV_RUN_TOKENS]) {
+ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, cursor *ahead, const float *q,
+                              int num_queries, int first, int num_tokens, float scores[][PKV_RUN_TOKENS]) {
   int32_t d = 0;
   vec sums[TILE_SUMS] = {};
   const char *k[TILE_SUMS];
@@ -167,13 +196,15 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const float 
       for (d = 0; d + WIDTH <= keys->dim; d += WIDTH)
         sums[t] = vec_fma(vec_load(q + d), vec_load_stored(k[t], d, WIDTH, dtype), sums[t]);
   else
-    for (; d + WIDTH <= keys->dim; d += WIDTH)
+    for (; d + WIDTH <= keys->dim; d += WIDTH) {
+      ask_ahead(ahead);
       for (int t = 0; t < num_tokens; t++) {
         vec key = vec_load_stored(k[t], d, WIDTH, dtype);
         for (int i = 0; i < num_queries; i++)
           sums[i * num_tokens + t] =
               vec_fma(vec_load(q + d * num_queries + i * WIDTH), key, sums[i * num_tokens + t]);
       }
+    }
   if (HAS_PART && d < keys->dim)
     for (int t = 0; t < num_tokens; t++) {
       vec key = vec_load_stored(k[t], d, PART, dtype);
@@ -202,21 +233,18 @@ ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_r
   if (num_queries > 1) interleave(beside, queries, num_queries, keys->dim);
   const float *q = num_queries > 1 ? beside : queries[0];
   int32_t key_bytes = ahead ? stored_bytes(keys->dim, dtype) : 0;
-  int32_t ahead_bytes = ahead ? stored_bytes(ahead->dim, ahead->dtype) : 0;
   if (is_bound_by_memory(dtype, num_queries)) {
-    ahead_bytes = 0;
+    ahead = NULL;
     if (num_queries == 1) key_bytes = 0;
   }
   const int step = TILE_SUMS / num_queries;
+  cursor at = cursor_over(ahead, step, keys->dim / WIDTH);
   int t = 0;
   for (; t + step <= keys->count; t += step) {
-    if (ahead) {
-      for (int i = 0; i < step; i++) touch_row(keys->rows[t + i] + keys->offset, key_bytes);
-      for (int i = 0; i < step; i++) prefetch_row(ahead->rows[t + i] + ahead->offset, ahead_bytes);
-    }
-    score_tile(keys, dtype, q, num_queries, t, step, scores);
+    for (int i = 0; key_bytes && i < step; i++) touch_row(keys->rows[t + i] + keys->offset, key_bytes);
+    score_tile(keys, dtype, &at, q, num_queries, t, step, scores);
   }
-  for (; t < keys->count; t++) score_tile(keys, dtype, q, num_queries, t, 1, scores);
+  for (; t < keys->count; t++) score_tile(keys, dtype, &at, q, num_queries, t, 1, scores);
 }
 
 ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, const float *const *q,
@@ -281,22 +309,17 @@ static change weigh(float *scores, int32_t num_seen, float *maximum) {
 
 /* Accumulate num_vectors vectors of dims from d on, for num_queries; `count` values are in each.  Rows that
  * come from memory are touched, and what comes next asked for. */
-ALWAYS_INLINE void value_tile(const head_rows *values, int32_t dtype, const head_rows *ahead,
+ALWAYS_INLINE void value_tile(const head_rows *values, int32_t dtype, int32_t touched_bytes, cursor *ahead,
                               float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
                               int32_t d, int num_vectors, int count, float *const *accumulated) {
-  int32_t value_bytes = ahead ? stored_bytes(values->dim, dtype) : 0;
-  int32_t ahead_bytes = ahead ? stored_bytes(ahead->dim, ahead->dtype) : 0;
-  if (is_bound_by_memory(dtype, num_queries)) ahead_bytes = 0;
   vec sums[TILE_SUMS];
   for (int i = 0; i < num_queries; i++)
     for (int j = 0; j < num_vectors; j++)
       sums[i * num_vectors + j] = vec_load(accumulated[i] + d + j * WIDTH) * shrink[i];
   for (int32_t t = 0; t < values->count; t++) {
     const char *row = values->rows[t] + values->offset;
-    if (ahead) {
-      touch_row(row, value_bytes);
-      prefetch_row(ahead->rows[t] + ahead->offset, ahead_bytes);
-    }
+    touch_row(row, touched_bytes);
+    ask_ahead(ahead);
     for (int j = 0; j < num_vectors; j++) {
       vec value = vec_load_stored(row, d + j * WIDTH, count, dtype);
       for (int i = 0; i < num_queries; i++)
@@ -313,16 +336,15 @@ ALWAYS_INLINE void accumulate_values(const head_rows *values, int32_t dtype, con
                                      float *const *accumulated) {
   const int step = TILE_SUMS / num_queries > 8 ? 8 : TILE_SUMS / num_queries;
   int32_t d = 0;
-  if (ahead && step * WIDTH <= values->dim) {
-    value_tile(values, dtype, ahead, weights, shrink, num_queries, d, step, WIDTH, accumulated);
-    d += step * WIDTH;
-  }
-  for (; d + step * WIDTH <= values->dim; d += step * WIDTH)
-    value_tile(values, dtype, NULL, weights, shrink, num_queries, d, step, WIDTH, accumulated);
+  int32_t touched_bytes = ahead ? stored_bytes(values->dim, dtype) : 0; /* by the first tile */
+  cursor at =
+      cursor_over(is_bound_by_memory(dtype, num_queries) ? NULL : ahead, 1, values->dim / (step * WIDTH));
+  for (; d + step * WIDTH <= values->dim; d += step * WIDTH, touched_bytes = 0)
+    value_tile(values, dtype, touched_bytes, &at, weights, shrink, num_queries, d, step, WIDTH, accumulated);
   for (; d + WIDTH <= values->dim; d += WIDTH)
-    value_tile(values, dtype, NULL, weights, shrink, num_queries, d, 1, WIDTH, accumulated);
+    value_tile(values, dtype, 0, &at, weights, shrink, num_queries, d, 1, WIDTH, accumulated);
   if (HAS_PART && d < values->dim)
-    value_tile(values, dtype, NULL, weights, shrink, num_queries, d, 1, PART, accumulated);
+    value_tile(values, dtype, 0, &at, weights, shrink, num_queries, d, 1, PART, accumulated);
 }
 
 ALWAYS_INLINE void accumulate_some(const head_rows *values, const head_rows *ahead,
