@@ -173,7 +173,7 @@ ALWAYS_INLINE void ask_ahead(cursor *at) {
 
 /* Does memory alone decide how long rows of this dtype take?  Then a CPU's own prefetching does best. */
 ALWAYS_INLINE bool is_bound_by_memory(int32_t dtype, int num_queries) {
-  return dtype == PKV_FLOAT32 && num_queries < 4;
+  return dtype == PKV_FLOAT32 && num_queries == 1;
 }
 
 /* ---- scores */
@@ -191,7 +191,7 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, cursor *ahea
   vec sums[TILE_SUMS] = {};
   const char *k[TILE_SUMS];
   for (int t = 0; t < num_tokens; t++) k[t] = keys->rows[first + t] + keys->offset;
-  if (num_queries == 1 && is_bound_by_memory(dtype, 1)) /* in memory's order, row by row */
+  if (is_bound_by_memory(dtype, num_queries)) /* in memory's order, row by row */
     for (int t = 0; t < num_tokens; t++)
       for (d = 0; d + WIDTH <= keys->dim; d += WIDTH)
         sums[t] = vec_fma(vec_load(q + d), vec_load_stored(k[t], d, WIDTH, dtype), sums[t]);
@@ -232,11 +232,8 @@ ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_r
   float beside[4 * PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
   if (num_queries > 1) interleave(beside, queries, num_queries, keys->dim);
   const float *q = num_queries > 1 ? beside : queries[0];
+  if (is_bound_by_memory(dtype, num_queries)) ahead = NULL;
   int32_t key_bytes = ahead ? stored_bytes(keys->dim, dtype) : 0;
-  if (is_bound_by_memory(dtype, num_queries)) {
-    ahead = NULL;
-    if (num_queries == 1) key_bytes = 0;
-  }
   const int step = TILE_SUMS / num_queries;
   cursor at = cursor_over(ahead, step, keys->dim / WIDTH);
   int t = 0;
