@@ -116,19 +116,6 @@ ALWAYS_INLINE void touch_row(const char *row, int32_t num_bytes) {
   for (; i < num_bytes; i += 64) bytes[i];
 }
 
-/* Ask for a row of so many bytes, before it is read: values while keys are met, the next head's keys while
- * values are.  Into the second-level cache: the first waits for few lines at a time. */
-ALWAYS_INLINE void prefetch_row(const char *row, int32_t num_bytes) {
-  int32_t i = 0;
-  for (; i + 256 <= num_bytes; i += 256) {
-    __builtin_prefetch(row + i, 0, 2);
-    __builtin_prefetch(row + i + 64, 0, 2);
-    __builtin_prefetch(row + i + 128, 0, 2);
-    __builtin_prefetch(row + i + 192, 0, 2);
-  }
-  for (; i < num_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-}
-
 ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
   return head_dim * (dtype == PKV_FLOAT32 ? 4 : 2);
 }
@@ -142,8 +129,9 @@ typedef struct {
   int32_t dtype;
 } head_rows;
 
-/* Asks for rows that come next, a few lines at each step of what is computed meanwhile.  Asked for all at
- * once they wait for each other, and what is read now waits for them. */
+/* Asks for rows that come next, values while keys are met and the next head's keys while values are: a few
+ * lines at each step of what is computed meanwhile.  Asked for all at once they would wait for each other,
+ * and what is read now for them.  Into the second-level cache: the first waits for few lines at a time. */
 typedef struct {
   const head_rows *rows;
   const char *row; /* NULL: nothing is left to ask for */
@@ -157,8 +145,10 @@ typedef struct {
 ALWAYS_INLINE cursor cursor_over(const head_rows *rows, int32_t num_rows, int32_t num_steps) {
   if (!rows || !rows->count || num_steps < 1) return (cursor){.row = NULL};
   int32_t row_bytes = stored_bytes(rows->dim, rows->dtype);
-  return (cursor){rows,      row_bytes ? rows->rows[0] + rows->offset : NULL,   1, 0,
-                  row_bytes, (row_bytes * num_rows + num_steps - 1) / num_steps};
+  cursor at = {.rows = rows, .next = 1, .row_bytes = row_bytes};
+  at.row = row_bytes ? rows->rows[0] + rows->offset : NULL;
+  at.step_bytes = (row_bytes * num_rows + num_steps - 1) / num_steps;
+  return at;
 }
 
 ALWAYS_INLINE void ask_ahead(cursor *at) {
