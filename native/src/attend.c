@@ -1,9 +1,10 @@
 /* Attention over pages: who computes which rows, and in which order the tokens of a row are met.
  *
- *   block   some q rows of one sequence, and all heads or those of one kv head; they meet its tokens
- * together, run by run run     64 tokens, or the whole pages that fit in them: folded into a row's state at
- * once span    256 tokens, or the whole pages that fit: its runs fold into a state of its own, and the spans
- * of a row are merged left to right
+ *   block   some q rows of one sequence, and all heads or those of one kv head, which meet its tokens
+ *           together, run by run
+ *   run     64 tokens, or the whole pages that fit in them: folded into a row's state at once
+ *   span    256 tokens, or the whole pages that fit: its runs fold into a state of its own, and the spans
+ *           of a row are merged left to right
  *
  * Runs and spans are counted from a sequence's first page, whatever the batch and the threads are: so a row's
  * bits do not depend on them.  A thread takes a block at a time; blocks so long that the other threads would
