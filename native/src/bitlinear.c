@@ -54,12 +54,13 @@ static int64_t value_bytes(const job *job) {
   return job->matrix->kind == PKV_TERNARY ? 1 : job->matrix->kind == PKV_INT8 ? 2 : 4;
 }
 
-static void multiply_block_of_floats(const job *job, int64_t block, const char *values) {
+static void multiply_block_of_floats(const job *job, int64_t block, const char *values, int64_t row,
+                                     int64_t end) {
   int64_t row_stride = job->in_padded * value_bytes(job), first = block * PKV_OUT_BLOCK;
-  int64_t num_put = job->matrix->num_out - first, num_rows = job->call->num_rows;
+  int64_t num_put = job->matrix->num_out - first;
   float sums[PKV_MOST_ROWS][PKV_OUT_BLOCK];
-  for (int64_t row = 0; row < num_rows; row += PKV_MOST_ROWS) {
-    int32_t count = num_rows - row < PKV_MOST_ROWS ? (int32_t)(num_rows - row) : PKV_MOST_ROWS;
+  for (; row < end; row += PKV_MOST_ROWS) {
+    int32_t count = end - row < PKV_MOST_ROWS ? (int32_t)(end - row) : PKV_MOST_ROWS;
     job->product->bfloat16((const uint16_t *)job->matrix->weights + first * job->in_padded, job->in_padded,
                            (const float *)(values + row * row_stride), row_stride, count, sums);
     for (int32_t i = 0; i < count; i++)
@@ -68,18 +69,19 @@ static void multiply_block_of_floats(const job *job, int64_t block, const char *
   }
 }
 
-static void multiply_block(const job *job, int64_t block, rounded from) {
+/* Rows from `row` up to `end` with 16 outputs. */
+static void multiply_block(const job *job, int64_t block, rounded from, int64_t row, int64_t end) {
   const pkv_matrix *matrix = job->matrix;
   if (matrix->kind == PKV_BFLOAT16_WEIGHTS) {
-    multiply_block_of_floats(job, block, from.values);
+    multiply_block_of_floats(job, block, from.values, row, end);
     return;
   }
-  int64_t row_stride = job->in_padded * value_bytes(job), num_rows = job->call->num_rows;
+  int64_t row_stride = job->in_padded * value_bytes(job);
   int64_t num_groups = job->in_padded / PKV_IN_GROUP, first = block * PKV_OUT_BLOCK;
   int64_t num_put = matrix->num_out - first < PKV_OUT_BLOCK ? matrix->num_out - first : PKV_OUT_BLOCK;
   int32_t sums[PKV_MOST_ROWS][PKV_OUT_BLOCK], row_tile = job->product->row_tile;
-  for (int64_t row = 0; row < num_rows; row += row_tile) {
-    int32_t count = num_rows - row < row_tile ? (int32_t)(num_rows - row) : row_tile;
+  for (; row < end; row += row_tile) {
+    int32_t count = end - row < row_tile ? (int32_t)(end - row) : row_tile;
     const char *rows = from.values + row * row_stride;
     float *out = job->call->out + row * job->call->out_stride + first / job->gating;
     for (int32_t i = 0; i < count; i++) __builtin_prefetch(out + i * job->call->out_stride, 1);
@@ -130,6 +132,19 @@ static void round_shared(void *context, int32_t worker) {
     prepare_row(job, job->shared, row, buffer_of(job, worker));
 }
 
+/* The blocks of a chunk, each with as many rows as stay in the second cache, then with the next ones. */
+static void multiply_chunk(const job *job, int64_t chunk, rounded rows) {
+  const int64_t bytes_at_once = 256 << 10;
+  int64_t num_rows = job->call->num_rows, row_bytes = job->in_padded * value_bytes(job);
+  int64_t rows_at_once = round_up(bytes_at_once / row_bytes + 1, PKV_MOST_ROWS);
+  int64_t first = chunk * job->chunk, past = first + job->chunk;
+  if (past > job->num_blocks) past = job->num_blocks;
+  for (int64_t row = 0; row < num_rows; row += rows_at_once) {
+    int64_t end = num_rows - row < rows_at_once ? num_rows : row + rows_at_once;
+    for (int64_t block = first; block < past; block++) multiply_block(job, block, rows, row, end);
+  }
+}
+
 static void multiply_chunks(void *context, int32_t worker) {
   job *job = context;
   rounded rows = job->shared;
@@ -140,9 +155,7 @@ static void multiply_chunks(void *context, int32_t worker) {
   }
   long long chunk;
   while ((chunk = atomic_fetch_add(&job->next, 1)) * job->chunk < job->num_blocks)
-    for (int64_t block = chunk * job->chunk; block < (chunk + 1) * job->chunk && block < job->num_blocks;
-         block++)
-      multiply_block(job, block, rows);
+    multiply_chunk(job, chunk, rows);
 }
 
 static pkv_status multiply_with(pkv_threads *threads, int32_t num_workers, job *job) {

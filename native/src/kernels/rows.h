@@ -84,8 +84,11 @@ static pkv_rounded round_row(void *to, int64_t padded, const float *x, int64_t c
     x = buffer;
   }
   int32_t bits = largest_bits(x, count);
-  memset(to, 0, (size_t)padded * (is_ternary ? 1 : 2));
-  if (bits >= 0x7f800000) return (pkv_rounded){NAN, 0};
+  size_t item = is_ternary ? sizeof(int8_t) : sizeof(int16_t);
+  bool is_number = bits < 0x7f800000;
+  int64_t num_rounded = is_number ? count : 0;
+  memset((char *)to + (size_t)num_rounded * item, 0, (size_t)(padded - num_rounded) * item);
+  if (!is_number) return (pkv_rounded){NAN, 0};
   float largest;
   memcpy(&largest, &bits, sizeof largest);
   pkv_rounded rounded = {(float)most / (largest < 1e-5f ? 1e-5f : largest), 0};
