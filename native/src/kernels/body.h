@@ -106,13 +106,15 @@ ALWAYS_INLINE vec vec_soft_cap(vec x, float factor) {
   return vec_select((ivec)(magnitude < 0.625f), small, (vec)((ivec)large | sign));
 }
 
-/* Read a byte of each line of a row, which the next tile will read in another order: memory is fastest where
- * it is read in its own order, because that is what a CPU's own prefetching goes by (on Zen 4, rows of
- * float32 four at a time are read at a third of the speed of the same rows one after the other). */
-ALWAYS_INLINE void touch_row(const char *row, int32_t num_bytes) {
+/* Read a byte of each line of a row, which will be read in another order, or less evenly: memory is fastest
+ * where it is read in its own order, because that is what a CPU's own prefetching goes by (on Zen 4, rows of
+ * float32 four at a time are read at a third of the speed of the same rows one after the other).  So many
+ * lines `at_once`: the loop is to be short for many queries, and not to hold up the loads of one. */
+ALWAYS_INLINE void touch_row(const char *row, int32_t num_bytes, int at_once) {
   const volatile char *bytes = row;
   int32_t i = 0;
-  for (; i + 256 <= num_bytes; i += 256) bytes[i], bytes[i + 64], bytes[i + 128], bytes[i + 192];
+  for (; at_once > 1 && i + 64 * at_once <= num_bytes; i += 64 * at_once)
+    EACH (j, at_once) bytes[i + 64 * j];
   for (; i < num_bytes; i += 64) bytes[i];
 }
 
@@ -166,12 +168,29 @@ ALWAYS_INLINE bool is_bound_by_memory(int32_t dtype, int num_queries) {
   return dtype == PKV_FLOAT32 && num_queries == 1;
 }
 
+ALWAYS_INLINE int touched_at_once(int32_t dtype, int num_queries) {
+  return is_bound_by_memory(dtype, num_queries) ? 4 : 1;
+}
+
 /* ---- scores */
 
 /* Queries side by side, vector by vector: as many pointers are more than there are registers for. */
 ALWAYS_INLINE void interleave(float *q, const float *const *from, int num_queries, int32_t dim) {
   for (int32_t d = 0; d < dim; d += WIDTH)
     for (int i = 0; i < num_queries; i++) vec_store(q + d * num_queries + i * WIDTH, vec_load(from[i] + d));
+}
+
+/* One query and one key, up to its last whole vector, which `*d` is set behind. */
+ALWAYS_INLINE vec score_row(const float *q, const char *key, int32_t dim, int32_t dtype, int32_t *d) {
+  vec sum = {};
+  int32_t i = 0;
+  for (; i + 8 * WIDTH <= dim; i += 8 * WIDTH)
+    EACH (j, 8)
+      sum = vec_fma(vec_load(q + i + j * WIDTH), vec_load_stored(key, i + j * WIDTH, WIDTH, dtype), sum);
+  for (; i + WIDTH <= dim; i += WIDTH)
+    sum = vec_fma(vec_load(q + i), vec_load_stored(key, i, WIDTH, dtype), sum);
+  *d = i;
+  return sum;
 }
 
 /* Scores of num_queries and num_tokens keys from `first` on. */
@@ -182,9 +201,10 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, cursor *ahea
   const char *k[TILE_SUMS];
   for (int t = 0; t < num_tokens; t++) k[t] = keys->rows[first + t] + keys->offset;
   if (is_bound_by_memory(dtype, num_queries)) /* in memory's order, row by row */
-    for (int t = 0; t < num_tokens; t++)
-      for (d = 0; d + WIDTH <= keys->dim; d += WIDTH)
-        sums[t] = vec_fma(vec_load(q + d), vec_load_stored(k[t], d, WIDTH, dtype), sums[t]);
+    for (int t = 0; t < num_tokens; t++) {
+      touch_row(k[t], stored_bytes(keys->dim, dtype), touched_at_once(dtype, num_queries));
+      sums[t] = score_row(q, k[t], keys->dim, dtype, &d);
+    }
   else
     for (; d + WIDTH <= keys->dim; d += WIDTH) {
       ask_ahead(ahead);
@@ -228,7 +248,8 @@ ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_r
   cursor at = cursor_over(ahead, step, keys->dim / WIDTH);
   int t = 0;
   for (; t + step <= keys->count; t += step) {
-    for (int i = 0; key_bytes && i < step; i++) touch_row(keys->rows[t + i] + keys->offset, key_bytes);
+    for (int i = 0; key_bytes && i < step; i++)
+      touch_row(keys->rows[t + i] + keys->offset, key_bytes, touched_at_once(dtype, num_queries));
     score_tile(keys, dtype, &at, q, num_queries, t, step, scores);
   }
   for (; t < keys->count; t++) score_tile(keys, dtype, &at, q, num_queries, t, 1, scores);
@@ -305,7 +326,7 @@ ALWAYS_INLINE void value_tile(const head_rows *values, int32_t dtype, int32_t to
       sums[i * num_vectors + j] = vec_load(accumulated[i] + d + j * WIDTH) * shrink[i];
   for (int32_t t = 0; t < values->count; t++) {
     const char *row = values->rows[t] + values->offset;
-    touch_row(row, touched_bytes);
+    touch_row(row, touched_bytes, touched_at_once(dtype, num_queries));
     ask_ahead(ahead);
     for (int j = 0; j < num_vectors; j++) {
       vec value = vec_load_stored(row, d + j * WIDTH, count, dtype);

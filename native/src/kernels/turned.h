@@ -40,7 +40,7 @@ ALWAYS_INLINE void turn_keys_of(const head_rows *keys, int32_t dtype, const head
   int32_t num_vectors = num_vectors_of(keys->dim), key_bytes = stored_bytes(keys->dim, dtype);
   cursor at = cursor_over(ahead, 1, 1);
   for (int32_t t = 0; ahead && t < keys->count; t++) {
-    touch_row(keys->rows[t] + keys->offset, key_bytes);
+    touch_row(keys->rows[t] + keys->offset, key_bytes, 1);
     ask_ahead(&at);
   }
   for (int32_t t = 0; t < keys->count; t += TURNED_TOKENS)
