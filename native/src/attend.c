@@ -156,7 +156,7 @@ static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t m
     int32_t offset = start + t - page * pages->page_size;
     int64_t page_id = page_ids[page < batch->sink_pages ? page : batch->sink_pages + page - first_page];
     k[t] = pages->k + page_id * pages->k_page_stride + offset * pages->k_token_stride;
-    v[t] = pages->v + page_id * pages->v_page_stride + offset * pages->v_token_stride;
+    if (v) v[t] = pages->v + page_id * pages->v_page_stride + offset * pages->v_token_stride;
   }
 }
 
@@ -220,7 +220,8 @@ static scratch scratch_of(const job *job, const extent *extent, int32_t worker) 
 }
 
 /* Let the kernel fold the tokens of `mask` into the states of the run's rows; k and v hold their addresses,
- * bit for bit. The first row's own token is to_own behind bit 0. */
+ * bit for bit. The first row's own token is to_own behind bit 0.  The same tokens come next where nothing
+ * else was said. */
 static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
                         const char *const *v, int32_t to_own, int32_t head, int32_t first_head,
                         const float *q, pkv_state state) {
@@ -238,6 +239,10 @@ static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char 
     }
     run->k = seen_k;
     run->v = seen_v;
+  }
+  if (!run->k_next) {
+    run->k_next = run->k;
+    run->num_next = run->num_tokens;
   }
   int32_t own_head = (head - first_head) * run->group; /* of q's and the state's */
   if (job->slopes) {
@@ -260,6 +265,16 @@ static bool goes_on(uint64_t before, uint64_t mask) {
   return !more || (before && __builtin_ctzll(more) > 63 - __builtin_clzll(before));
 }
 
+/* The keys of the run that begins at `start`, as far as they go on from there.  Returns: how many. */
+static int32_t locate_next_keys(const job *job, const block *block, int32_t start, const char **k) {
+  int32_t row = block->first_row + block->num_rows - 1, end = num_seen(job->batch, block->seq, row);
+  if (start >= end) return 0;
+  uint64_t mask = visible(job->batch, block->seq, row, start, end_of_run(job, start, end));
+  if (mask & (mask + 1)) return 0; /* a gap between sinks and window: read without being asked for */
+  locate_tokens(job, block->seq, start, mask, k, NULL);
+  return __builtin_popcountll(mask);
+}
+
 static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end,
                                const scratch *scratch, float *states) {
   const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
@@ -272,6 +287,8 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
   }
   if (!all) return;
   locate_tokens(job, block->seq, start, all, k, v);
+  const char *next_k[PKV_RUN_TOKENS];
+  int32_t num_next = locate_next_keys(job, block, end, next_k);
   pkv_run run = {.k_dtype = job->pages->k_dtype,
                  .v_dtype = job->pages->v_dtype,
                  .head_dim = job->pages->head_dim,
@@ -283,7 +300,8 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .group = job->num_q_heads / job->pages->num_kv_heads};
   int32_t end_head = block->first_head + block->extent->num_kv_heads;
   for (int32_t head = block->first_head; head < end_head; head++) {
-    run.k_ahead = head + 1 < end_head ? (head + 1) * job->pages->k_head_stride : 0;
+    bool is_last = head + 1 == end_head;
+    run.next_offset = (is_last ? block->first_head : head + 1) * job->pages->k_head_stride;
     run.is_near = false;
     for (int32_t row = 0; row < block->num_rows; row += run.num_rows) {
       run.num_rows = 1;
@@ -292,6 +310,8 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
         run.num_rows++;
       if (!masks[row]) continue;
       uint64_t mask = masks[row + run.num_rows - 1];
+      run.k_next = is_last ? next_k : NULL;
+      run.num_next = num_next;
       run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
       fold_tokens(job, &run, mask, k, v, num_seen(job->batch, block->seq, block->first_row + row) - 1 - start,
                   head, block->first_head, scratch->q + row * run.q_stride,

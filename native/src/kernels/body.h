@@ -483,8 +483,7 @@ static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, con
                      pkv_state state) {
   head_rows keys = {run->k, k_offset, run->num_tokens, run->head_dim, run->k_dtype};
   head_rows values = {run->v, v_offset, run->num_tokens, run->head_dim_v, run->v_dtype};
-  head_rows next_keys = {run->k, run->k_ahead, run->num_tokens, run->k_ahead ? run->head_dim : 0,
-                         run->k_dtype};
+  head_rows next_keys = {run->k_next, run->next_offset, run->num_next, run->head_dim, run->k_dtype};
   int32_t num_rows = run->num_rows; /* that see enough to meet keys turned */
   for (int32_t row = 0; run->num_seen && row < run->num_rows; row++)
     if (num_met_turned(run->num_seen[row]) == 0) num_rows--;

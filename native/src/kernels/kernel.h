@@ -25,7 +25,9 @@ typedef struct {
   const char *const *k; /* [num_tokens]: the token's row, kv head 0 */
   const char *const *v;
   int32_t is_near;           /* the tokens were read a moment ago: nothing need be asked of memory */
-  int64_t k_ahead;           /* bytes from a token's row to what will be read next of it, 0: nothing */
+  const char *const *k_next; /* [num_next]: what will be read next: these tokens' keys, */
+  int64_t next_offset;       /* so many bytes into them */
+  int32_t num_next;
   int32_t num_rows;          /* of q, of consecutive positions, that see these tokens */
   const int32_t *num_seen;   /* [num_rows]: how many of them, from the first on, at least 1; NULL: all */
   int64_t q_stride;          /* floats from one to the next */
