@@ -10,6 +10,7 @@
 #define KERNEL pkv_kernel_avx2
 #define KERNEL_NAME "avx2"
 #define WRITES_PAST_CACHES
+#define ASKS_APART
 enum { WIDTH = 8, TILE_SUMS = 8 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
