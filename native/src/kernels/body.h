@@ -168,6 +168,12 @@ ALWAYS_INLINE bool is_bound_by_memory(int32_t dtype, int num_queries) {
   return dtype == PKV_FLOAT32 && num_queries == 1;
 }
 
+/* Are keys met in memory's order, one row after the other?  For one query a tile holds so many rows that
+ * their lines, touched at once, would wait for each other: 16 with AVX-512, and 8 of float32 are as large. */
+ALWAYS_INLINE bool goes_row_by_row(int32_t dtype, int num_queries) {
+  return num_queries == 1 && (TILE_SUMS > 8 || dtype == PKV_FLOAT32);
+}
+
 ALWAYS_INLINE int touched_at_once(int32_t dtype, int num_queries) {
   return is_bound_by_memory(dtype, num_queries) ? 4 : 1;
 }
@@ -200,10 +206,11 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, cursor *ahea
   vec sums[TILE_SUMS] = {};
   const char *k[TILE_SUMS];
   for (int t = 0; t < num_tokens; t++) k[t] = keys->rows[first + t] + keys->offset;
-  if (is_bound_by_memory(dtype, num_queries)) /* in memory's order, row by row */
+  if (goes_row_by_row(dtype, num_queries))
     for (int t = 0; t < num_tokens; t++) {
       touch_row(k[t], stored_bytes(keys->dim, dtype), touched_at_once(dtype, num_queries));
       sums[t] = score_row(q, k[t], keys->dim, dtype, &d);
+      ask_ahead(ahead);
     }
   else
     for (; d + WIDTH <= keys->dim; d += WIDTH) {
@@ -243,9 +250,10 @@ ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_r
   if (num_queries > 1) interleave(beside, queries, num_queries, keys->dim);
   const float *q = num_queries > 1 ? beside : queries[0];
   if (is_bound_by_memory(dtype, num_queries)) ahead = NULL;
-  int32_t key_bytes = ahead ? stored_bytes(keys->dim, dtype) : 0;
+  int32_t key_bytes = ahead && !goes_row_by_row(dtype, num_queries) ? stored_bytes(keys->dim, dtype) : 0;
   const int step = TILE_SUMS / num_queries;
-  cursor at = cursor_over(ahead, step, keys->dim / WIDTH);
+  cursor at = goes_row_by_row(dtype, num_queries) ? cursor_over(ahead, 1, 1)
+                                                  : cursor_over(ahead, step, keys->dim / WIDTH);
   int t = 0;
   for (; t + step <= keys->count; t += step) {
     for (int i = 0; key_bytes && i < step; i++)
