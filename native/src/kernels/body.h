@@ -168,8 +168,9 @@ ALWAYS_INLINE bool is_bound_by_memory(int32_t dtype, int num_queries) {
   return dtype == PKV_FLOAT32 && num_queries == 1;
 }
 
-/* Are keys met in memory's order, one row after the other?  For one query a tile holds so many rows that
- * their lines, touched at once, would wait for each other: 16 with AVX-512, and 8 of float32 are as large. */
+/* Are keys that come from memory met in its order, one row after the other?  For one query a tile holds so
+ * many rows that their lines, touched at once, would wait for each other: 16 with AVX-512, and 8 of float32
+ * are as large. */
 ALWAYS_INLINE bool goes_row_by_row(int32_t dtype, int num_queries) {
   return num_queries == 1 && (TILE_SUMS > 8 || dtype == PKV_FLOAT32);
 }
@@ -200,13 +201,14 @@ ALWAYS_INLINE vec score_row(const float *q, const char *key, int32_t dim, int32_
 }
 
 /* Scores of num_queries and num_tokens keys from `first` on. */
-ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, cursor *ahead, const float *q,
-                              int num_queries, int first, int num_tokens, float scores[][PKV_RUN_TOKENS]) {
+ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, bool is_by_row, cursor *ahead,
+                              const float *q, int num_queries, int first, int num_tokens,
+                              float scores[][PKV_RUN_TOKENS]) {
   int32_t d = 0;
   vec sums[TILE_SUMS] = {};
   const char *k[TILE_SUMS];
   for (int t = 0; t < num_tokens; t++) k[t] = keys->rows[first + t] + keys->offset;
-  if (goes_row_by_row(dtype, num_queries))
+  if (is_by_row)
     for (int t = 0; t < num_tokens; t++) {
       touch_row(k[t], stored_bytes(keys->dim, dtype), touched_at_once(dtype, num_queries));
       sums[t] = score_row(q, k[t], keys->dim, dtype, &d);
@@ -249,18 +251,18 @@ ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_r
   float beside[4 * PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
   if (num_queries > 1) interleave(beside, queries, num_queries, keys->dim);
   const float *q = num_queries > 1 ? beside : queries[0];
+  bool is_by_row = ahead && goes_row_by_row(dtype, num_queries);
   if (is_bound_by_memory(dtype, num_queries)) ahead = NULL;
-  int32_t key_bytes = ahead && !goes_row_by_row(dtype, num_queries) ? stored_bytes(keys->dim, dtype) : 0;
+  int32_t key_bytes = ahead && !is_by_row ? stored_bytes(keys->dim, dtype) : 0;
   const int step = TILE_SUMS / num_queries;
-  cursor at = goes_row_by_row(dtype, num_queries) ? cursor_over(ahead, 1, 1)
-                                                  : cursor_over(ahead, step, keys->dim / WIDTH);
+  cursor at = is_by_row ? cursor_over(ahead, 1, 1) : cursor_over(ahead, step, keys->dim / WIDTH);
   int t = 0;
   for (; t + step <= keys->count; t += step) {
     for (int i = 0; key_bytes && i < step; i++)
       touch_row(keys->rows[t + i] + keys->offset, key_bytes, touched_at_once(dtype, num_queries));
-    score_tile(keys, dtype, &at, q, num_queries, t, step, scores);
+    score_tile(keys, dtype, is_by_row, &at, q, num_queries, t, step, scores);
   }
-  for (; t < keys->count; t++) score_tile(keys, dtype, &at, q, num_queries, t, 1, scores);
+  for (; t < keys->count; t++) score_tile(keys, dtype, is_by_row, &at, q, num_queries, t, 1, scores);
 }
 
 ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, const float *const *q,
