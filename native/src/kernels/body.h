@@ -131,9 +131,10 @@ typedef struct {
   int32_t dtype;
 } head_rows;
 
-/* Asks for rows that come next, values while keys are met and the next head's keys while values are: a few
- * lines at each step of what is computed meanwhile.  Asked for all at once they would wait for each other,
- * and what is read now for them.  Into the second-level cache: the first waits for few lines at a time. */
+/* Asks for rows that come next, values while keys are met and the next keys, of the next head or run, while
+ * values are: a few lines at each step of what is computed meanwhile.  Asked for all at once they would wait
+ * for each other, and what is read now for them.  Into the second-level cache: the first waits for few lines
+ * at a time. */
 typedef struct {
   const head_rows *rows;
   const char *row; /* NULL: nothing is left to ask for */
