@@ -22,6 +22,9 @@
 
 enum {
   CHUNKS_PER_WORKER = 8,
+  ROWS_WORTH_LOOKUPS = 32,
+  MOST_ROWS_LOOKED_UP = 256, /* with them, the blocks' sums stay in the second cache */
+  MOST_BLOCKS_LOOKED_UP = 80,
   ROWS_WORTH_SHARING = 16, /* up to here every worker rounds all rows: one start of the workers, not two */
 };
 
@@ -38,6 +41,9 @@ typedef struct {
   int64_t in_padded;
   int64_t num_blocks; /* of 16 outputs */
   int64_t chunk;      /* blocks that a worker takes at a time */
+  int64_t chunk_rows; /* and rows, when many */
+  int64_t num_items;  /* chunks of all */
+  bool is_many;       /* the rows are enough for product->ternary_many */
   int32_t most;       /* the largest magnitude of an activation */
   int32_t gating;     /* outputs of the product for one that is put: 2 when gated */
   bool is_shared;     /* the rows are rounded once for all workers */
@@ -47,7 +53,8 @@ typedef struct {
   atomic_llong next;
 } job;
 
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+static int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
 /* Of an activation as the product takes it. */
 static int64_t value_bytes(const job *job) {
@@ -145,6 +152,33 @@ static void multiply_chunk(const job *job, int64_t chunk, rounded rows) {
   }
 }
 
+/* Rows that remain of eights, and a last block that has no other, go by themselves. */
+static void multiply_many(const job *job, int64_t item, rounded from, char *scratch) {
+  const pkv_matrix *matrix = job->matrix;
+  int64_t num_chunks = divide_up(job->num_blocks, job->chunk);
+  int64_t first = item % num_chunks * job->chunk, row = item / num_chunks * job->chunk_rows;
+  int64_t past = job->num_blocks - first < job->chunk ? job->num_blocks : first + job->chunk;
+  int64_t end = job->call->num_rows - row < job->chunk_rows ? job->call->num_rows : row + job->chunk_rows;
+  int64_t num_rows = (end - row) / PKV_MOST_ROWS * PKV_MOST_ROWS, num_blocks = (past - first) / 2 * 2;
+  int64_t num_groups = job->in_padded / PKV_IN_GROUP;
+  int32_t (*sums)[PKV_OUT_BLOCK] = (int32_t (*)[PKV_OUT_BLOCK])scratch;
+  job->product->ternary_many((const uint8_t *)matrix->weights + first * num_groups * PKV_GROUP_BYTES,
+                             num_groups, num_blocks, (const int8_t *)from.values + row * job->in_padded,
+                             job->in_padded, num_rows, sums, sums + num_blocks * num_rows);
+  for (int64_t i = 0; i < num_rows; i += PKV_MOST_ROWS)
+    for (int64_t block = 0; block < num_blocks; block++) {
+      int64_t out = (first + block) * PKV_OUT_BLOCK, num_put = matrix->num_out - out;
+      job->product->put_rows(job->call->out + (row + i) * job->call->out_stride + out / job->gating,
+                             job->call->out_stride, sums + block * num_rows + i, from.rows + row + i,
+                             PKV_MOST_ROWS, matrix->scales + out,
+                             num_put < PKV_OUT_BLOCK ? num_put : PKV_OUT_BLOCK, job->call->then);
+    }
+  if (num_rows < end - row)
+    for (int64_t block = first; block < past; block++) multiply_block(job, block, from, row + num_rows, end);
+  for (int64_t block = first + num_blocks; block < past; block++)
+    multiply_block(job, block, from, row, row + num_rows);
+}
+
 static void multiply_chunks(void *context, int32_t worker) {
   job *job = context;
   rounded rows = job->shared;
@@ -153,19 +187,47 @@ static void multiply_chunks(void *context, int32_t worker) {
     for (int64_t row = 0; row < job->call->num_rows; row++)
       prepare_row(job, rows, row, buffer_of(job, worker));
   }
-  long long chunk;
-  while ((chunk = atomic_fetch_add(&job->next, 1)) * job->chunk < job->num_blocks)
-    multiply_chunk(job, chunk, rows);
+  long long item;
+  while ((item = atomic_fetch_add(&job->next, 1)) < job->num_items)
+    if (job->is_many)
+      multiply_many(job, item, rows, (char *)buffer_of(job, worker));
+    else
+      multiply_chunk(job, item, rows);
+}
+
+static void run(pkv_threads *threads, int32_t num_workers, void (*work)(void *, int32_t), job *job) {
+  if (num_workers > 1)
+    pkv_threads_run(threads, num_workers, work, job);
+  else
+    work(job, 0);
+}
+
+/* The bytes that a worker needs: its sums and indices, and at least what rounding needs. */
+static int64_t share_out_many(job *job, int32_t num_workers, int64_t least_bytes) {
+  int64_t num_chunks = round_up(divide_up(job->num_blocks, MOST_BLOCKS_LOOKED_UP), num_workers);
+  job->chunk = round_up(divide_up(job->num_blocks, num_chunks), 2);
+  job->chunk_rows = job->call->num_rows < MOST_ROWS_LOOKED_UP ? job->call->num_rows : MOST_ROWS_LOOKED_UP;
+  job->num_items = divide_up(job->num_blocks, job->chunk) * divide_up(job->call->num_rows, job->chunk_rows);
+  int64_t sums_bytes = job->chunk * job->chunk_rows * (int64_t)sizeof(int32_t[PKV_OUT_BLOCK]);
+  int64_t num_bytes = sums_bytes + job->chunk / 2 * PKV_PAIR_BYTES;
+  return num_bytes > least_bytes ? num_bytes : least_bytes;
 }
 
 static pkv_status multiply_with(pkv_threads *threads, int32_t num_workers, job *job) {
   const int64_t bytes_worth_a_thread = 64 << 10;
   int64_t weight_bytes = job->num_blocks * PKV_OUT_BLOCK * job->in_padded * job->matrix->bits / 8;
   if (weight_bytes * (job->call->num_rows + 3) / 4 < bytes_worth_a_thread) num_workers = 1;
-  job->is_shared = num_workers > 1 && job->call->num_rows > ROWS_WORTH_SHARING;
-  job->chunk = round_up(job->num_blocks, (int64_t)num_workers * CHUNKS_PER_WORKER) /
-               ((int64_t)num_workers * CHUNKS_PER_WORKER);
-  int64_t own_bytes = job->in_padded * (int64_t)sizeof(float) + (job->is_shared ? 0 : rounded_bytes(job));
+  job->is_many = job->matrix->kind == PKV_TERNARY && job->product->ternary_many &&
+                 job->call->num_rows >= ROWS_WORTH_LOOKUPS;
+  job->is_shared = job->is_many || (num_workers > 1 && job->call->num_rows > ROWS_WORTH_SHARING);
+  int64_t own_bytes = job->in_padded * (int64_t)sizeof(float);
+  if (job->is_many) {
+    own_bytes = share_out_many(job, num_workers, own_bytes);
+  } else {
+    job->chunk = divide_up(job->num_blocks, (int64_t)num_workers * CHUNKS_PER_WORKER);
+    job->num_items = divide_up(job->num_blocks, job->chunk);
+    if (!job->is_shared) own_bytes += rounded_bytes(job);
+  }
   job->scratch_bytes = (size_t)round_up(own_bytes, 64);
   size_t shared_bytes = job->is_shared ? (size_t)round_up(rounded_bytes(job), 64) : 0;
   size_t num_bytes = shared_bytes + (size_t)num_workers * job->scratch_bytes;
@@ -174,13 +236,10 @@ static pkv_status multiply_with(pkv_threads *threads, int32_t num_workers, job *
   job->scratch = memory + shared_bytes;
   if (job->is_shared) {
     job->shared = rounded_in(job, memory);
-    pkv_threads_run(threads, num_workers, round_shared, job);
+    run(threads, num_workers, round_shared, job);
     atomic_store(&job->next, 0);
   }
-  if (num_workers > 1)
-    pkv_threads_run(threads, num_workers, multiply_chunks, job);
-  else
-    multiply_chunks(job, 0);
+  run(threads, num_workers, multiply_chunks, job);
   if (!threads) free(memory);
   return PKV_OK;
 }

@@ -31,6 +31,7 @@ enum {
   PKV_GROUP_BYTES = PKV_OUT_BLOCK * PKV_IN_GROUP / 4,
   PKV_GROUPS_ADDED = 16, /* in 16 bits, before they are added in 32 */
   PKV_MOST_ROWS = 8,     /* of a tile */
+  PKV_PAIR_BYTES = 5376, /* of scratch, for two blocks of ternary_many */
 };
 
 typedef struct {
@@ -54,6 +55,10 @@ typedef struct {
   void (*bfloat16)(const uint16_t *weights, int64_t num_in, const float *rows, int64_t row_stride,
                    int32_t num_rows, float sums[][PKV_OUT_BLOCK]);
   void (*put_values)(float *out, const float *values, int64_t count, int32_t then);
+  /* NULL, or ternary weights of an even number of blocks, one behind the other, with many rows, a multiple of
+   * 8: sums[block][row][16], with PKV_PAIR_BYTES of scratch, on a cache line, for each two blocks. */
+  void (*ternary_many)(const uint8_t *weights, int64_t num_groups, int64_t num_blocks, const int8_t *rows,
+                       int64_t row_stride, int64_t num_rows, int32_t (*sums)[PKV_OUT_BLOCK], void *scratch);
 } pkv_product;
 
 extern const pkv_product pkv_product_portable;
@@ -64,7 +69,7 @@ extern const pkv_product pkv_product_neon;
 extern const pkv_product pkv_product_avx2;
 #endif
 #ifdef PKV_HAVE_VNNI
-extern const pkv_product pkv_product_vnni;
+extern const pkv_product pkv_product_vnni, pkv_product_vnni_lookups;
 #endif
 
 /* The best of those that are not better than the active kernel. */

@@ -46,6 +46,17 @@ static int has_vnni(void) {
 }
 #endif
 
+#ifdef PKV_HAVE_VNNI
+/* AMD's CPUs look up words on a port that multiply-adds leave free, Intel's do not. */
+static int looks_up_beside(void) {
+#ifdef PKV_EMULATED
+  return 1;
+#else
+  return __builtin_cpu_is("amd");
+#endif
+}
+#endif
+
 static const struct {
   const pkv_kernel *kernel;
   const pkv_product *product;
@@ -103,7 +114,8 @@ const pkv_product *pkv_active_product(void) {
   if (index < 0) return NULL;
 #ifdef PKV_HAVE_VNNI
   /* Skylake's AVX-512 lacks it. */
-  if (kernels[index].kernel == &pkv_kernel_avx512 && has_vnni()) return &pkv_product_vnni;
+  if (kernels[index].kernel == &pkv_kernel_avx512 && has_vnni())
+    return looks_up_beside() ? &pkv_product_vnni_lookups : &pkv_product_vnni;
 #endif
   return kernels[index].product;
 }

@@ -34,9 +34,9 @@ def expected_ternary(weight, scale, x):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    num_rows=st.integers(0, 11),
+    num_rows=st.integers(0, 11) | st.sampled_from([32, 41, 300]),
     num_out=st.integers(1, 70),
-    num_in=st.sampled_from([1, 5, 64, 255, 256, 257, 700]),
+    num_in=st.sampled_from([1, 5, 64, 100, 255, 256, 257, 336, 700]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_ternary_products_are_exact(num_rows, num_out, num_in, seed):
@@ -58,14 +58,17 @@ def test_ternary_products_are_exact(num_rows, num_out, num_in, seed):
 def test_sums_at_the_edge_of_their_range_do_not_overflow(kernel):
     """All activations at their largest magnitude, of either sign, against weights of one sign."""
     for weight, x in itertools.product((-1, 1), (-1, 1)):
-        matrix = ternary_matrix(np.full((16, 11008), weight, np.int8), np.ones(1, np.float32))
-        out = matrix(np.full((5, 11008), x, np.float32))
-        np.testing.assert_array_equal(out, np.full((5, 16), 11008.0 * weight * x))
+        matrix = ternary_matrix(np.full((32, 11008), weight, np.int8), np.ones(1, np.float32))
+        for num_rows in (5, 32):
+            out = matrix(np.full((num_rows, 11008), x, np.float32))
+            np.testing.assert_array_equal(out, np.full((num_rows, 32), 11008.0 * weight * x))
         floats = np.full((16, 11008), weight, np.float32)
-        np.testing.assert_allclose(int8_matrix(floats)(np.full((5, 11008), x, np.float32)), out, rtol=1e-5)
+        np.testing.assert_allclose(
+            int8_matrix(floats)(np.full((5, 11008), x, np.float32)), out[:5, :16], rtol=1e-5
+        )
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 4, 9, 130])
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 9, 33, 130])
 def test_rows_do_not_know_of_each_other_nor_of_threads(kernel, num_rows, rng):
     x = rows(rng, num_rows, 1000)
     norm = rows(rng, 1000)
@@ -76,8 +79,9 @@ def test_rows_do_not_know_of_each_other_nor_of_threads(kernel, num_rows, rng):
         np.testing.assert_array_equal(together, alone)
 
 
-def test_every_kernel_gives_the_same_bits(rng):
-    x, norm, before, results = rows(rng, 7, 300), rows(rng, 300), paged_kv.kernels().active, []
+@pytest.mark.parametrize("num_rows", [7, 45])
+def test_every_kernel_gives_the_same_bits(num_rows, rng):
+    x, norm, before, results = rows(rng, num_rows, 300), rows(rng, 300), paged_kv.kernels().active, []
     maps = ternary_matrix(ternary(rng, 64, 300), rows(rng, 64)), int8_matrix(rows(rng, 64, 300))
     try:
         for kernel in paged_kv.kernels().available:

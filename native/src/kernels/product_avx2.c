@@ -100,5 +100,5 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
   }
 }
 
-const pkv_product pkv_product_avx2 = {"avx2",   ROWS,         ternary,  int8,      round_row,
-                                      put_rows, norm_or_copy, bfloat16, put_values};
+const pkv_product pkv_product_avx2 = {"avx2",   ROWS,         ternary,  int8,       round_row,
+                                      put_rows, norm_or_copy, bfloat16, put_values, NULL};

@@ -72,6 +72,8 @@ ALWAYS_INLINE void int8_rows(const int8_t *weights, int64_t num_in, const int16_
   add_chains(totals, num_rows, sums);
 }
 
+#include "lookups.h"
+
 /* A function of its own for each number of rows. */
 #define OF_ROWS(call)           \
   switch (num_rows) {           \
@@ -93,11 +95,13 @@ static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *ro
 }
 
 static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
-                 int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+                 int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]){
 #define CALL(count) int8_rows(weights, num_in, rows, row_stride, count, sums)
-  OF_ROWS(CALL)
+    OF_ROWS(CALL)
 #undef CALL
 }
 
-const pkv_product pkv_product_vnni = {"vnni",   ROWS,         ternary,  int8,      round_row,
-                                      put_rows, norm_or_copy, bfloat16, put_values};
+#define PRODUCT(name, many) \
+  {name, ROWS, ternary, int8, round_row, put_rows, norm_or_copy, bfloat16, put_values, many}
+const pkv_product pkv_product_vnni = PRODUCT("vnni", NULL);
+const pkv_product pkv_product_vnni_lookups = PRODUCT("vnni with lookups", ternary_many);

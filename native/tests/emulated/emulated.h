@@ -1,5 +1,6 @@
 /* AVX-512 on a machine that has AVX2 only: SIMDe's emulation, and what its release 0.7.4 lacks: four
- * conversions, each as two halves, two masked loads and a shuffle of quarters.  For tests: it is slow. */
+ * conversions and a shift, each as two halves, two masked loads and a shuffle of quarters.  For tests: it is
+ * slow. */
 #ifndef PKV_EMULATED_H
 #define PKV_EMULATED_H
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -72,6 +73,13 @@ static inline __m256i _mm512_cvtepi32_epi16(simde__m512i x) {
   for (int i = 0; i < 16; i++) to[i] = (int16_t)from[i];
   memcpy(&result, to, sizeof to);
   return result;
+}
+
+#undef _mm512_srai_epi32
+static inline simde__m512i _mm512_srai_epi32(simde__m512i x, unsigned count) {
+  pkv_512 to = {.ints = x};
+  for (int i = 0; i < 2; i++) to.int_halves[i] = _mm256_srai_epi32(to.int_halves[i], (int)count);
+  return to.ints;
 }
 
 /* Quarters: two of a, two of b. */
