@@ -179,10 +179,12 @@ ALWAYS_INLINE int64_t periods_of(int64_t num_groups, int64_t done) {
 static void start_sums(const int8_t *row, int64_t num_groups, int32_t (*sums)[PKV_OUT_BLOCK],
                        int64_t num_blocks, int64_t block_stride) {
   int32_t total = 0;
-  for (int64_t done = 0; done < num_groups; done += CHUNK_GROUPS) {
-    int64_t first = done * PKV_IN_GROUP, count = 3 * periods_of(num_groups, done) * PKV_IN_GROUP;
-    for (int64_t i = first; i < first + count; i++) total += row[i];
-  }
+  for (int64_t done = 0; done < num_groups; done += CHUNK_GROUPS)
+    for (int64_t group = done; group < done + 3 * periods_of(num_groups, done); group++) {
+      __m128i inputs = _mm_loadu_si128((const __m128i *)(row + group * PKV_IN_GROUP));
+      __m128i halves = _mm_sad_epu8(_mm_xor_si128(inputs, _mm_set1_epi8(-128)), _mm_setzero_si128());
+      total += _mm_cvtsi128_si32(halves) + _mm_extract_epi16(halves, 4) - 128 * PKV_IN_GROUP;
+    }
   for (int64_t b = 0; b < num_blocks; b++)
     _mm512_storeu_si512(sums[b * block_stride], _mm512_set1_epi32(total));
 }
