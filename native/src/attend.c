@@ -144,6 +144,10 @@ static int32_t end_of_run(const job *job, int32_t start, int32_t span_end) {
   return end < span_end ? end : span_end;
 }
 
+static bool are_in_page(const job *job, int32_t start, int32_t end) {
+  return start / job->pages->page_size == (end - 1) / job->pages->page_size;
+}
+
 /* The addresses of those of the tokens from `start` on whose bit is set. */
 static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t mask, const char **k,
                           const char **v) {
@@ -220,11 +224,11 @@ static scratch scratch_of(const job *job, const extent *extent, int32_t worker) 
 }
 
 /* Let the kernel fold the tokens of `mask` into the states of the run's rows; k and v hold their addresses,
- * bit for bit. The first row's own token is to_own behind bit 0.  The same tokens come next where nothing
- * else was said. */
+ * bit for bit, all in one page or not.  The first row's own token is to_own behind bit 0.  The same tokens
+ * come next where nothing else was said. */
 static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
-                        const char *const *v, int32_t to_own, int32_t head, int32_t first_head,
-                        const float *q, pkv_state state) {
+                        const char *const *v, bool is_in_page, int32_t to_own, int32_t head,
+                        int32_t first_head, const float *q, pkv_state state) {
   float distances[PKV_RUN_TOKENS];
   const char *seen_k[PKV_RUN_TOKENS], *seen_v[PKV_RUN_TOKENS];
   int first = __builtin_ctzll(mask);
@@ -232,6 +236,8 @@ static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char 
   run->num_tokens = __builtin_popcountll(mask);
   run->k = k + first;
   run->v = v + first;
+  run->k_stride = is_in_page ? job->pages->k_token_stride : 0;
+  run->v_stride = is_in_page ? job->pages->v_token_stride : 0;
   if (shifted & (shifted + 1)) { /* sinks and window with a gap between them: move up */
     for (int32_t i = 0; mask; mask &= mask - 1, i++) {
       seen_k[i] = k[__builtin_ctzll(mask)];
@@ -239,6 +245,7 @@ static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char 
     }
     run->k = seen_k;
     run->v = seen_v;
+    run->k_stride = run->v_stride = 0;
   }
   if (!run->k_next) {
     run->k_next = run->k;
@@ -289,6 +296,7 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
   locate_tokens(job, block->seq, start, all, k, v);
   const char *next_k[PKV_RUN_TOKENS];
   int32_t num_next = locate_next_keys(job, block, end, next_k);
+  bool is_in_page = are_in_page(job, start, end);
   pkv_run run = {.k_dtype = job->pages->k_dtype,
                  .v_dtype = job->pages->v_dtype,
                  .head_dim = job->pages->head_dim,
@@ -313,9 +321,9 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
       run.k_next = is_last ? next_k : NULL;
       run.num_next = num_next;
       run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
-      fold_tokens(job, &run, mask, k, v, num_seen(job->batch, block->seq, block->first_row + row) - 1 - start,
-                  head, block->first_head, scratch->q + row * run.q_stride,
-                  state_at(block->extent, states, row));
+      fold_tokens(job, &run, mask, k, v, is_in_page,
+                  num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
+                  block->first_head, scratch->q + row * run.q_stride, state_at(block->extent, states, row));
       run.is_near = true;
     }
   }

@@ -24,6 +24,8 @@ typedef struct {
   int32_t group;        /* q heads that share a kv head */
   const char *const *k; /* [num_tokens]: the token's row, kv head 0 */
   const char *const *v;
+  int64_t k_stride; /* bytes from each token to the next; 0 where they are not evenly spaced */
+  int64_t v_stride;
   int32_t is_near;           /* the tokens were read a moment ago: nothing need be asked of memory */
   const char *const *k_next; /* [num_next]: what will be read next: these tokens' keys, */
   int64_t next_offset;       /* so many bytes into them */
