@@ -23,9 +23,9 @@
 enum {
   CHUNKS_PER_WORKER = 8,
   ROWS_WORTH_LOOKUPS = 32,
-  MOST_ROWS_LOOKED_UP = 256, /* with them, the blocks' sums stay in the second cache */
-  MOST_BLOCKS_LOOKED_UP = 80,
-  ROWS_WORTH_SHARING = 16, /* up to here every worker rounds all rows: one start of the workers, not two */
+  MOST_ROWS_LOOKED_UP = 256,  /* weights are laid out once for them */
+  MOST_BLOCKS_LOOKED_UP = 80, /* laid out, they stay in the second cache */
+  ROWS_WORTH_SHARING = 16,    /* up to here every worker rounds all rows: one start of the workers, not two */
 };
 
 /* Rows that were rounded: integers of 1 or 2 bytes, zeros behind. */
