@@ -7,7 +7,7 @@
  * time, beside four that are multiplied:
  *
  *   a chunk of inputs    | looked up: 3 p groups | multiplied: 4 p groups | a rest, multiplied |
- *   a portion of it      12 inputs looked up, 16 multiplied: 8 rows x 32 outputs = 64 vpermw, 128 vpdpbusd
+ *   a portion of it      12 inputs looked up, 16 multiplied: 8 rows x 32 outputs = 32 vpermw, 64 vpdpbusd
  *
  * Weights and rows are laid out in portions first.  What is looked up is the integer that multiplying gives:
  * sums are the same bits.
@@ -103,7 +103,7 @@ static __attribute__((noinline)) void lay_out_row(row_portion *portions, int r, 
                                                   int64_t num_groups) {
   const __m128i triples = _mm_setr_epi8(0, 1, 2, -1, 4, 5, 6, -1, 8, 9, 10, -1, 3, 7, 11, -1);
   for (int64_t p = 0; p < 4 * num_periods; p++) {
-    uint32_t threes[4];
+    uint32_t threes[4]; /* of 16 bytes that are read: inputs to multiply are behind the last twelve */
     __m128i twelve = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(row + 12 * p)), triples);
     _mm_storeu_si128((__m128i *)threes, _mm_xor_si128(twelve, _mm_set1_epi8(-128)));
     EACH (i, 4) {
