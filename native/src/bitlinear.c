@@ -152,7 +152,8 @@ static void multiply_chunk(const job *job, int64_t chunk, rounded rows) {
   }
 }
 
-/* Rows that remain of eights, and a last block that has no other, go by themselves. */
+/* A chunk of blocks with a chunk of rows.  Rows that remain of eights, and a last block that has no other, go
+ * by themselves. */
 static void multiply_many(const job *job, int64_t item, rounded from, char *scratch) {
   const pkv_matrix *matrix = job->matrix;
   int64_t num_chunks = divide_up(job->num_blocks, job->chunk);
@@ -252,7 +253,7 @@ pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pk
   if (!job.product) return PKV_BAD_ARGUMENT;
   job.gating = is_gated ? 2 : 1;
   job.in_padded = round_up(matrix->num_in, PKV_IN_GROUP);
-  job.num_blocks = round_up(matrix->num_out, PKV_OUT_BLOCK) / PKV_OUT_BLOCK;
+  job.num_blocks = divide_up(matrix->num_out, PKV_OUT_BLOCK);
   /* 127 * most * num_in must not leave 32 bits; 127 is what ternary models are trained with. */
   job.most = matrix->kind == PKV_TERNARY ? 127 : (int32_t)(INT32_MAX / 128 / matrix->num_in);
   if (job.most > INT16_MAX) job.most = INT16_MAX;
@@ -275,8 +276,8 @@ static int64_t place_of(int64_t num_groups, int64_t out, int64_t in, int *shift)
 }
 
 void pkv_pack_ternary(const uint8_t *codes, int64_t num_out, int64_t num_in, uint8_t *packed) {
-  int64_t num_groups = round_up(num_in, PKV_IN_GROUP) / PKV_IN_GROUP;
-  int64_t num_blocks = round_up(num_out, PKV_OUT_BLOCK) / PKV_OUT_BLOCK;
+  int64_t num_groups = divide_up(num_in, PKV_IN_GROUP);
+  int64_t num_blocks = divide_up(num_out, PKV_OUT_BLOCK);
   memset(packed, 0x55, (size_t)(num_blocks * num_groups * PKV_GROUP_BYTES)); /* ones, which are zeros */
   for (int64_t out = 0; out < num_out; out++)
     for (int64_t in = 0; in < num_in; in++) {
@@ -287,7 +288,7 @@ void pkv_pack_ternary(const uint8_t *codes, int64_t num_out, int64_t num_in, uin
 }
 
 void pkv_unpack_ternary(const uint8_t *packed, int64_t num_out, int64_t num_in, uint8_t *codes) {
-  int64_t num_groups = round_up(num_in, PKV_IN_GROUP) / PKV_IN_GROUP;
+  int64_t num_groups = divide_up(num_in, PKV_IN_GROUP);
   for (int64_t out = 0; out < num_out; out++)
     for (int64_t in = 0; in < num_in; in++) {
       int shift;

@@ -51,6 +51,7 @@ ALWAYS_INLINE __m512i codes_of(const uint8_t *group, int quarter) {
                           _mm512_set1_epi8(3));
 }
 
+/* A chunk of two blocks. */
 static __attribute__((noinline)) void lay_out_weights(weight_portion *portions, const uint8_t *first,
                                                       const uint8_t *second, int64_t num_periods,
                                                       int64_t num_groups) {
@@ -98,6 +99,7 @@ static all_ways ways_of_three(void) {
   return ways;
 }
 
+/* A chunk of the r-th row. */
 static __attribute__((noinline)) void lay_out_row(row_portion *portions, int r, all_ways ways,
                                                   const int8_t *row, int64_t num_periods,
                                                   int64_t num_groups) {
