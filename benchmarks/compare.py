@@ -116,7 +116,7 @@ def decode(shape, dtype, batch, context, options):
     q = torch.randn(batch, num_q_heads, dim).to(dtype)
     k, v = (torch.randn(batch, context, num_kv_heads, dim).to(dtype) for _ in "kv")
     num_bytes = 2 * k.numel() * k.element_size()
-    copies = 1 if options.toy or options.hot else max(2, min(256, WALKED_BYTES // num_bytes))
+    copies = 1 if options.toy or options.hot else max(1, min(256, WALKED_BYTES // num_bytes))
     expected = {row: reference(q[row], k[row], v[row]) for row in {0, batch - 1}}
     calls, errors, rivals = set_up("decode", (q, k, v), copies, options.threads, expected)
     cache = rivals["paged_kv"].cache

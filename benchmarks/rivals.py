@@ -472,12 +472,12 @@ class DynamicCache(Rival):
                 state["cumulative_length"] = state["cumulative_length"].clone()
 
         def call(i):
-            # As it was before the new token: it would grow otherwise.
+            out = sdpa_attention_forward(module, rows, *cache.update(*new, i), self.mask)[0].reshape(q.shape)
+            # As it was before the new token: it would grow otherwise, and hold what it concatenated.
             vars(cache.layers[i]).update(before[i])
             if "cumulative_length" in before[i]:
                 cache.layers[i].cumulative_length = before[i]["cumulative_length"].clone()
-            keys, values = cache.update(*new, i)
-            return sdpa_attention_forward(module, rows, keys, values, self.mask)[0].reshape(q.shape)
+            return out
 
         return [lambda i=i: call(i) for i in range(copies)]
 

@@ -16,6 +16,7 @@ from .arrays import (
     dense_float32,
     empty_like,
     head_values,
+    is_tensor,
     output,
     set_rows,
 )
@@ -136,15 +137,14 @@ class RepeatedAttention:
     Calls with sinks, slopes or an lse and those with unusual arrays are not repeated: `of` returns None.
     """
 
-    __slots__ = ("_arguments", "_forms", "_out_shape", "_rows", "_spans", "num_tokens", "scale")
+    __slots__ = ("_arguments", "_forms", "_rows", "_spans", "num_tokens", "scale")
 
     def __init__(self, call: Attention, forms: tuple[Any, ...], scale: tuple[Any, Any]) -> None:
         arguments = self._arguments = call._arguments
         self._rows = (arguments.q, arguments.k, arguments.v, arguments.out)
         self._forms = forms
         self.scale = scale
-        q_rows, out_rows, _ = call._rows
-        self.num_tokens, self._out_shape = q_rows.shape[0], out_rows.shape
+        self.num_tokens = call._rows[0].shape[0]
         self._spans = ffi.new("int64_t[4]", [0 if form is None else form.span for form in forms])
         arguments.spans = self._spans
 
@@ -153,7 +153,8 @@ class RepeatedAttention:
         cls, call: Attention, arrays: tuple[Any, Any, Any], scale: tuple[Any, Any]
     ) -> "RepeatedAttention | None":
         """`arrays` are its q, k and v, `scale` its sm_scale and logits_soft_cap, as they were given."""
-        if call._kept or call.lse is not None:
+        # The next result is of the form of this one; without `out` it must be of q's kind.
+        if call._kept or call.lse is not None or is_tensor(call.out) != is_tensor(arrays[0]):
             return None
         q_rows, out_rows, inputs = call._rows
         described = (q_rows, inputs.get("k"), inputs.get("v"), out_rows)
@@ -162,14 +163,11 @@ class RepeatedAttention:
             return None
         return cls(call, tuple(rows and Form(array, rows) for array, rows in pairs), scale)
 
-    def run(
-        self, pages: Any, slots: Any, arrays: tuple[Any, Any, Any], out: Any, threads: Any, batch: Any
-    ) -> Any:
+    def run(self, threads: Any, pages: Any, batch: Any, slots: Any, q: Any, k: Any, v: Any, out: Any) -> Any:
         """As `Attention.run`; None, and nothing was done, when these arrays have to be asked everything.
 
         pages are of this call's store, and batch has `num_tokens` rows.
         """
-        q, k, v = arrays
         q_form, k_form, v_form, out_form = self._forms
         arguments = self._arguments
         q_rows, k_rows, v_rows, out_rows = self._rows
@@ -180,17 +178,18 @@ class RepeatedAttention:
             if k_at is None or v_at is None:
                 return None
             k_rows.data, v_rows.data, arguments.slots = k_at, v_at, slots
-        result = empty_like(q, self._out_shape) if out is None else out
-        if (out_at := out_form.pointer(result)) is None:
+        if out is None:
+            out = out_form.empty()
+        elif type(out) is ndarray and not out.flags.writeable:
+            return None
+        if (out_at := out_form.pointer(out)) is None:
             return None
         q_rows.data, out_rows.data = q_at, out_at
-        if type(out) is ndarray and not out.flags.writeable:
-            return None
         if status := lib.pkv_attend(threads, pages, batch, arguments):
             if status == OUT_OVERLAPS:
                 return None
             check(status, "attend")
-        return result
+        return out
 
 
 def _num_q_heads(q: Array, num_tokens: int, num_kv_heads: int, head_dim: int) -> int:

@@ -6,6 +6,8 @@ next ones it is enough to see that they have its form, and to take their address
 Imports arrays.  Imported by attention.
 """
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +23,14 @@ from_buffer = ffi.from_buffer
 class Form:
     """The form of an array that was described already, of at least one element and three axes.
 
-    `pointer(array)` is the address of another one as a `char *`, or None when that does not look the same.
+    `pointer(array)` is the address of another one as a `char *`, or None when that does not look the same;
+    `empty()` is a new array of its kind, shape and dtype.
     """
 
-    __slots__ = ("_dtype", "_kind", "_layout", "_shape", "_strides", "pointer", "span")
+    __slots__ = ("_dtype", "_kind", "_layout", "_shape", "_strides", "empty", "pointer", "span")
 
     pointer: Callable[[Any], Any]
+    empty: Callable[[], Any]
 
     def __init__(self, array: Any, described: Array) -> None:
         self._kind = type(array)
@@ -39,8 +43,11 @@ class Form:
             self._layout = array.layout
             self._strides = array.stride()
             self.pointer = self._of_tensor
+            empty = sys.modules["torch"].empty
+            self.empty = functools.partial(empty, self._shape, dtype=self._dtype, device="cpu")
         else:
             self._strides = array.strides
+            self.empty = functools.partial(np.empty, self._shape, self._dtype)
             is_bits = array.dtype.kind == "V" or array.dtype.name == "bfloat16"
             is_dense = array.flags.c_contiguous and not is_bits
             self.pointer = self._of_dense if is_dense else self._of_bits if is_bits else self._of_gapped

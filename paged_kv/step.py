@@ -169,10 +169,11 @@ class Step:
             if not self._is_open:
                 self._require_open()
             layer = store.layer(layer)
-            if (k is None) != (v is None):
-                raise ArgumentError("give k and v, or neither, to attend to what was written")
-            if k is None and not self._written[layer]:
-                raise LayerNotWritten(f"layer {layer} has no keys and values yet; write them, or give them")
+            if k is None or v is None:
+                if k is not v:
+                    raise ArgumentError("give k and v, or neither, to attend to what was written")
+                if not self._written[layer]:
+                    raise LayerNotWritten(f"layer {layer} has no keys and values; write them, or give them")
             is_plain = (
                 sinks is None
                 and alibi_slopes is None
@@ -182,9 +183,15 @@ class Step:
             )
             scale = (sm_scale, logits_soft_cap)
             if is_plain and not self._num_copies:
-                result = self._repeat(layer, q, k, v, scale, out)
-                if result is not None:
-                    return result
+                # A call that was made, whose arrays may look like these.
+                repeated = taken(store.repeatable)
+                if repeated and repeated.num_tokens == self._plan.num_tokens and repeated.scale == scale:
+                    pages = store.pages_of[layer]
+                    result = repeated.run(store.threads, pages, self._batch, self._slots, q, k, v, out)
+                    if result is not None:
+                        self._written[layer] = 1
+                        store.repeatable.append(repeated)
+                        return result
             inputs = {} if k is None else self._new_rows(k, v)
             call = Attention(
                 store.pages_of[layer],
@@ -205,19 +212,6 @@ class Step:
             if is_plain and (repeated := RepeatedAttention.of(call, (q, k, v), scale)):
                 store.repeatable.append(repeated)
             return result
-
-    def _repeat(self, layer: int, q: Any, k: Any, v: Any, scale: tuple[Any, Any], out: Any) -> Any:
-        """What attend returns, if a call that was made had arrays that look alike; else None."""
-        store = self._store
-        repeated = taken(store.repeatable)
-        if not repeated or repeated.num_tokens != self._plan.num_tokens or repeated.scale != scale:
-            return None
-        pages, threads = store.pages_of[layer], store.threads
-        result = repeated.run(pages, self._slots, (q, k, v), out, threads, self._batch)
-        if result is not None:
-            self._written[layer] = 1
-            store.repeatable.append(repeated)
-        return result
 
     # ---- the end
 

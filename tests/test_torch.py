@@ -101,6 +101,21 @@ def test_the_bits_of_tensors_are_those_of_arrays(kernel, rng):
         np.testing.assert_array_equal(mixed, expected)
 
 
+def test_a_result_is_of_the_kind_of_q_whatever_took_the_last_one(rng):
+    q, k, v = (rows(rng, 3, heads, 32) for heads in (4, 2, 2))
+    tensor = torch.from_numpy(q.copy())
+    with make_cache(num_layers=1) as cache:
+        step = cache.step([cache.sequence()], [3])
+        expected = step.attend(0, q, k, v)
+        for given, out in ((q, torch.empty(3, 4, 32)), (tensor, np.empty_like(q))):
+            for _ in range(2):
+                assert step.attend(0, given, k, v, out=out) is out
+                result = step.attend(0, given, k, v)
+                assert type(result) is type(given)
+                np.testing.assert_array_equal(np.asarray(result), expected)
+                np.testing.assert_array_equal(np.asarray(out), expected)
+
+
 def test_tensors_that_cannot_be_taken_are_refused(rng):
     q, k, v = tensors(rng, (3, 4, 32), (3, 2, 32), (3, 2, 32))
     with make_cache(num_layers=1) as cache:
