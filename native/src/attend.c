@@ -8,7 +8,8 @@
  *
  * Runs and spans are counted from a sequence's first page, whatever the batch and the threads are: so a row's
  * bits do not depend on them.  A thread takes a block at a time; blocks so long that the other threads would
- * be idle are cut between spans, and their spans merged at the end, in the same order.
+ * be idle are cut between spans into pieces, and whoever ends the last of these merges them, in the same
+ * order.
  *
  * Within a run, all kv heads are walked in memory order, keys before values, and each is used for all rows.
  *
@@ -30,7 +31,8 @@
 enum {
   ROW_BYTES_PER_BLOCK = 128 << 10, /* a block's accumulators: a share of the second-level cache */
   MAX_ROWS_PER_BLOCK = 128,
-  PIECES_PER_WORKER = 4,           /* at the end nobody waits longer than for one */
+  BLOCKS_PER_WORKER = 4,           /* enough to share them out evenly */
+  PIECES_PER_WORKER = 16,          /* of cut blocks: at the end nobody waits longer than for one */
   TOKENS_PER_CHUNK = 32,           /* that a worker writes at a time */
   BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
 };
@@ -56,7 +58,10 @@ typedef struct {
   int32_t num_rows;
   int32_t first_span; /* of its list of spans */
   int32_t end_span;
-  int64_t first_partial; /* of span 0's states, -1: the block is not cut */
+  /* Of a block that is cut: */
+  int32_t num_pieces;    /* else 1 */
+  int64_t first_piece;   /* of all blocks */
+  int64_t first_partial; /* of span 0's states */
 } block;
 
 typedef struct {
@@ -77,8 +82,9 @@ typedef struct {
   block *blocks;
   int64_t num_blocks;
   atomic_llong next_block;
-  float *partials;      /* [partial span, row of the block] states of cut blocks */
-  char *worker_scratch; /* [num_workers] */
+  atomic_int *num_ended; /* [block] pieces, of the one that begins there */
+  float *partials;       /* [partial span, row of the block] states of cut blocks */
+  char *worker_scratch;  /* [num_workers] */
   size_t worker_bytes;
 } job;
 
@@ -388,20 +394,35 @@ static void prepare_rows(const job *job, const block *block, float *prepared) {
     }
 }
 
+/* Of a block whose pieces have all ended; the first one has merged its own spans. */
+static void merge_pieces(const job *job, const block *first) {
+  const block *last = first + first->num_pieces - 1;
+  float *states = partial_states(job, first, 0);
+  span_list spans = spans_of(job, first->seq, first->first_row, first->num_rows);
+  for (int32_t i = first->end_span; i < last->end_span; i++)
+    merge_span(job, first, start_of_span(job, spans, i), states, partial_states(job, first, i));
+  finish_rows(job, first, states);
+}
+
+/* Spans are merged as they come, but for those of a piece which has others before it. */
 static void attend_block(const job *job, const block *block, int32_t worker) {
   scratch scratch = scratch_of(job, block->extent, worker);
   span_list spans = spans_of(job, block->seq, block->first_row, block->num_rows);
   prepare_rows(job, block, scratch.q);
   for (int32_t row = 0; spans.count == 0 && row < block->num_rows; row++)
     clear(block->extent, state_at(block->extent, scratch.states, row));
+  bool is_cut = block->num_pieces > 1;
+  float *merged = is_cut ? partial_states(job, block, 0) : scratch.states;
   for (int32_t i = block->first_span; i < block->end_span; i++) {
-    bool is_cut = block->first_partial >= 0;
-    float *states = is_cut ? partial_states(job, block, i) : i == 0 ? scratch.states : scratch.span;
     int32_t start = start_of_span(job, spans, i);
+    float *states = i == 0 ? merged : block->first_span ? partial_states(job, block, i) : scratch.span;
     fold_span(job, block, start, &scratch, states);
-    if (!is_cut && i > 0) merge_span(job, block, start, scratch.states, scratch.span);
+    if (i > 0 && block->first_span == 0) merge_span(job, block, start, merged, scratch.span);
   }
-  if (block->first_partial < 0) finish_rows(job, block, scratch.states);
+  if (!is_cut)
+    finish_rows(job, block, merged);
+  else if (atomic_fetch_add(&job->num_ended[block->first_piece], 1) == block->num_pieces - 1)
+    merge_pieces(job, &job->blocks[block->first_piece]);
 }
 
 static void attend_blocks(void *context, int32_t worker) {
@@ -409,20 +430,6 @@ static void attend_blocks(void *context, int32_t worker) {
   long long i;
   while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
     attend_block(job, &job->blocks[job->num_blocks - 1 - i], worker); /* the longest come first */
-}
-
-/* The last piece of a cut block knows all of its spans. */
-static void merge_cut_blocks(const job *job) {
-  for (int64_t i = 0; i < job->num_blocks; i++) {
-    const block *block = &job->blocks[i];
-    bool is_last = i + 1 == job->num_blocks || job->blocks[i + 1].first_partial != block->first_partial;
-    if (block->first_partial < 0 || !is_last) continue;
-    float *states = partial_states(job, block, 0);
-    span_list spans = spans_of(job, block->seq, block->first_row, block->num_rows);
-    for (int32_t i = 1; i < block->end_span; i++)
-      merge_span(job, block, start_of_span(job, spans, i), states, partial_states(job, block, i));
-    finish_rows(job, block, states);
-  }
 }
 
 /* ---- cutting the work */
@@ -453,38 +460,49 @@ static bool goes_by_head(const job *job, int32_t num_workers, int32_t num_rows) 
   int64_t num_blocks =
       (num_rows + job->one_head.num_rows - 1) / job->one_head.num_rows * (int64_t)job->pages->num_kv_heads;
   return job->one_head.num_rows > job->all_heads.num_rows && num_rows > job->all_heads.num_rows &&
-         num_blocks >= PIECES_PER_WORKER * num_workers;
+         num_blocks >= BLOCKS_PER_WORKER * num_workers;
 }
 
-/* Write the blocks (when there is room for them) and count them.  A block that costs more than `share` is cut
- * into pieces of about that. */
-static work_size cut_work(const job *job, int32_t num_workers, int64_t share, block *blocks) {
+/* Of a block that is not cut by heads.  Blocks are done last to first, so that `left` is what is still to be
+ * done when this one begins: it is cut where somebody would be idle before it ends, or for being more than a
+ * fair share of all. */
+static int32_t num_pieces_of(int32_t num_workers, int64_t total, int64_t left, int64_t cost,
+                             int32_t num_spans) {
+  if (num_workers == 1 ||
+      (cost <= left / (2 * num_workers) && cost <= total / (BLOCKS_PER_WORKER * num_workers)))
+    return 1;
+  int64_t piece = total / (PIECES_PER_WORKER * num_workers) + 1;
+  int64_t num_pieces = (cost + piece - 1) / piece;
+  return num_pieces < num_spans ? (int32_t)num_pieces : num_spans > 1 ? num_spans : 1;
+}
+
+/* Write the blocks (when there is room for them) and count them. */
+static work_size cut_work(const job *job, int32_t num_workers, int64_t total, block *blocks) {
   const pkv_batch *batch = job->batch;
   work_size size = {0, 0};
+  int64_t left = 0;
   for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
     bool is_by_head = goes_by_head(job, num_workers, num_rows_of(batch, seq));
     const extent *extent = is_by_head ? &job->one_head : &job->all_heads;
     for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += extent->num_rows) {
       int32_t num_rows = batch->qo_indptr[seq + 1] - row;
       if (num_rows > extent->num_rows) num_rows = extent->num_rows;
-      int32_t num_spans = spans_of(job, seq, row, num_rows).count;
-      for (int32_t head = 0; is_by_head && head < job->pages->num_kv_heads; head++, size.num_blocks++)
-        if (blocks) blocks[size.num_blocks] = (block){extent, seq, head, row, num_rows, 0, num_spans, -1};
+      int64_t cost = cost_of(batch, seq, row, num_rows);
+      block whole = {extent, seq, 0, row, num_rows, 0, spans_of(job, seq, row, num_rows).count, 1, 0, 0};
+      left += cost;
+      for (; is_by_head && whole.first_head < job->pages->num_kv_heads; whole.first_head++, size.num_blocks++)
+        if (blocks) blocks[size.num_blocks] = whole;
       if (is_by_head) continue;
-      int64_t num_shares = (cost_of(batch, seq, row, num_rows) + share - 1) / share;
-      bool is_cut = num_workers > 1 && num_spans > 1 && num_shares > 1;
-      int32_t num_pieces = !is_cut ? 1 : num_spans < num_shares ? num_spans : (int32_t)num_shares;
-      for (int32_t piece = 0; piece < num_pieces; piece++, size.num_blocks++)
-        if (blocks)
-          blocks[size.num_blocks] = (block){extent,
-                                            seq,
-                                            0,
-                                            row,
-                                            num_rows,
-                                            (int32_t)((int64_t)num_spans * piece / num_pieces),
-                                            (int32_t)((int64_t)num_spans * (piece + 1) / num_pieces),
-                                            is_cut ? size.num_partials : -1};
-      if (is_cut) size.num_partials += (int64_t)num_spans * num_rows;
+      block piece = whole;
+      piece.num_pieces = num_pieces_of(num_workers, total, left, cost, whole.end_span);
+      piece.first_piece = size.num_blocks;
+      piece.first_partial = size.num_partials;
+      for (int32_t i = 0; i < piece.num_pieces; i++, size.num_blocks++) {
+        piece.first_span = (int32_t)((int64_t)whole.end_span * i / piece.num_pieces);
+        piece.end_span = (int32_t)((int64_t)whole.end_span * (i + 1) / piece.num_pieces);
+        if (blocks) blocks[size.num_blocks] = piece;
+      }
+      if (piece.num_pieces > 1) size.num_partials += (int64_t)whole.end_span * num_rows;
     }
   }
   return size;
@@ -577,34 +595,36 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   int64_t token_bytes =
       (int64_t)4 * job->pages->num_kv_heads * (job->pages->head_dim + job->pages->head_dim_v);
   if (total * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
-  int64_t share = total / (num_workers * PIECES_PER_WORKER) + 1;
-  work_size size = cut_work(job, num_workers, share, NULL);
+  int32_t most_workers = num_workers;
+  work_size size = cut_work(job, most_workers, total, NULL);
   if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;
 
   int64_t all_heads = scratch_floats(job->pages, &job->all_heads);
   int64_t one_head = scratch_floats(job->pages, &job->one_head);
   job->worker_bytes = aligned((size_t)(all_heads > one_head ? all_heads : one_head) * sizeof(float));
   size_t blocks_bytes = aligned((size_t)size.num_blocks * sizeof(block));
+  size_t counts_bytes = aligned((size_t)size.num_blocks * sizeof(atomic_int));
   size_t partial_bytes = aligned((size_t)(size.num_partials * job->all_heads.state_floats) * sizeof(float));
   size_t options_bytes = aligned(2 * (size_t)job->num_q_heads * sizeof(float));
-  size_t num_bytes = options_bytes + blocks_bytes + partial_bytes + (size_t)num_workers * job->worker_bytes;
+  size_t worker_bytes = (size_t)num_workers * job->worker_bytes;
+  size_t num_bytes = options_bytes + blocks_bytes + counts_bytes + partial_bytes + worker_bytes;
   char *memory = threads ? pkv_threads_scratch(threads, num_bytes) : aligned_alloc(64, num_bytes);
   if (!memory) return PKV_OUT_OF_MEMORY;
   scale_options(job, (float *)memory);
-  memory += options_bytes;
-  job->blocks = (block *)memory;
-  job->partials = (float *)(memory + blocks_bytes);
-  job->worker_scratch = memory + blocks_bytes + partial_bytes;
+  job->blocks = (block *)(memory + options_bytes);
+  job->num_ended = (atomic_int *)((char *)job->blocks + blocks_bytes);
+  job->partials = (float *)((char *)job->num_ended + counts_bytes);
+  job->worker_scratch = (char *)job->partials + partial_bytes;
   job->num_blocks = size.num_blocks;
-  cut_work(job, num_workers, share, job->blocks);
+  cut_work(job, most_workers, total, job->blocks);
+  memset(job->num_ended, 0, counts_bytes);
 
   write_new_rows(threads, num_workers, job);
   if (num_workers > 1)
     pkv_threads_run(threads, num_workers, attend_blocks, job);
   else
     attend_blocks(job, 0);
-  merge_cut_blocks(job);
-  if (!threads) free(memory - options_bytes);
+  if (!threads) free(memory);
   return PKV_OK;
 }
 
