@@ -1,21 +1,16 @@
-/* Attention over pages: who computes which rows, and in which order the tokens of a row are met.
+/* Attention over pages: in which order the tokens of a row are met, and what comes of them merged.
  *
- *   block   some q rows of one sequence, and all heads or those of one kv head, which meet its tokens
- *           together, run by run
  *   run     64 tokens, or the whole pages that fit in them: folded into a row's state at once
  *   span    256 tokens, or the whole pages that fit: its runs fold into a state of its own, and the spans
  *           of a row are merged left to right
  *
  * Runs and spans are counted from a sequence's first page, whatever the batch and the threads are: so a row's
- * bits do not depend on them.  A thread takes a block at a time; blocks so long that the other threads would
- * be idle are cut between spans into pieces, and whoever ends the last of these merges them, in the same
- * order.
+ * bits do not depend on them.  Threads take blocks of rows, or pieces of a long one (work.h), whose spans are
+ * merged by whoever ends the last piece, in the same order.
  *
  * Within a run, all kv heads are walked in memory order, keys before values, and each is used for all rows.
- *
- * What a row sees of a run is a mask, a bit per token: those up to its own, and with a window the newest of
- * these and the sinks. Tokens, runs and spans that nobody of a block sees are not looked at, so a step costs
- * what its window costs however long the sequence is.
+ * Tokens, runs and spans that nobody of a block sees (sight.h) are not looked at, so a step costs what its
+ * window costs however long the sequence is.
  */
 #include <math.h>
 #include <stdatomic.h>
@@ -26,43 +21,17 @@
 #include "../include/paged_kv.h"
 #include "append.h"
 #include "kernels/kernel.h"
+#include "sight.h"
 #include "threads.h"
+#include "work.h"
 
 enum {
-  ROW_BYTES_PER_BLOCK = 128 << 10, /* a block's accumulators: a share of the second-level cache */
-  MAX_ROWS_PER_BLOCK = 128,
-  BLOCKS_PER_WORKER = 4,           /* enough to share them out evenly */
-  PIECES_PER_WORKER = 16,          /* of cut blocks: at the end nobody waits longer than for one */
   TOKENS_PER_CHUNK = 32,           /* that a worker writes at a time */
   BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
 };
 
 /* The kernels' exponentials are powers of 2. */
 static const float LOG2_E = 0x1.715476p+0f;
-
-/* What a block takes of a sequence: how many rows, and for how many heads. */
-typedef struct {
-  int32_t num_kv_heads;
-  int32_t num_q_heads;
-  int32_t num_rows;     /* at most */
-  int64_t q_floats;     /* of one row, prepared */
-  int64_t state_floats; /* of one row's state: maxima, sums, accumulated values */
-  int64_t value_floats; /* the latter of these */
-} extent;
-
-typedef struct {
-  const extent *extent;
-  int32_t seq;
-  int32_t first_head; /* of keys and values */
-  int32_t first_row;  /* of all q rows */
-  int32_t num_rows;
-  int32_t first_span; /* of its list of spans */
-  int32_t end_span;
-  /* Of a block that is cut: */
-  int32_t num_pieces;    /* else 1 */
-  int64_t first_piece;   /* of all blocks */
-  int64_t first_partial; /* of span 0's states */
-} block;
 
 typedef struct {
   const pkv_kernel *kernel;
@@ -75,9 +44,7 @@ typedef struct {
   float *sinks;   /* [num_q_heads], NULL: none */
   int32_t num_q_heads;
   int32_t run_tokens; /* of whole pages, or PKV_RUN_TOKENS of a larger one */
-  int32_t span_tokens;
-  extent all_heads;
-  extent one_head;
+  work work;
 
   block *blocks;
   int64_t num_blocks;
@@ -89,38 +56,6 @@ typedef struct {
 } job;
 
 /* ---- where things are */
-
-static int32_t num_rows_of(const pkv_batch *batch, int32_t seq) {
-  return batch->qo_indptr[seq + 1] - batch->qo_indptr[seq];
-}
-
-/* How many tokens a row sees: all up to its own. */
-static int32_t num_seen(const pkv_batch *batch, int32_t seq, int32_t row) {
-  if (batch->sees_all) return batch->seq_lens[seq];
-  return batch->seq_lens[seq] - (batch->qo_indptr[seq + 1] - 1 - row);
-}
-
-/* The first token behind the sinks that a row sees. */
-static int32_t window_start(const pkv_batch *batch, int32_t seq, int32_t row) {
-  int32_t seen = num_seen(batch, seq, row);
-  return batch->window && seen > batch->window ? seen - batch->window : 0;
-}
-
-/* Bits begin .. end - 1, of 64. */
-static uint64_t bits_between(int64_t begin, int64_t end) {
-  if (begin < 0) begin = 0;
-  if (end > 64) end = 64;
-  if (begin >= end) return 0;
-  return (end == 64 ? ~UINT64_C(0) : (UINT64_C(1) << end) - 1) & ~((UINT64_C(1) << begin) - 1);
-}
-
-/* Which of the tokens start .. end - 1 (64 at most) a row sees. */
-static uint64_t visible(const pkv_batch *batch, int32_t seq, int32_t row, int32_t start, int32_t end) {
-  int32_t seen = num_seen(batch, seq, row);
-  uint64_t before_own = bits_between(0, (seen < end ? seen : end) - start);
-  uint64_t in_window = bits_between(window_start(batch, seq, row) - start, 64);
-  return before_own & (in_window | bits_between(0, (int64_t)batch->num_sink_tokens - start));
-}
 
 static pkv_state state_at(const extent *extent, float *states, int64_t index) {
   float *floats = states + index * extent->state_floats;
@@ -168,43 +103,6 @@ static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t m
     k[t] = pages->k + page_id * pages->k_page_stride + offset * pages->k_token_stride;
     if (v) v[t] = pages->v + page_id * pages->v_page_stride + offset * pages->v_token_stride;
   }
-}
-
-/* The spans that a block looks at: those of the sinks, then those from the window of its first row on. */
-typedef struct {
-  int32_t num_sink_spans;
-  int32_t first_window_span;
-  int32_t count;
-} span_list;
-
-static span_list spans_of(const job *job, int32_t seq, int32_t first_row, int32_t num_rows) {
-  int32_t start = window_start(job->batch, seq, first_row), sinks = job->batch->num_sink_tokens;
-  int32_t end = num_seen(job->batch, seq, first_row + num_rows - 1);
-  if (sinks > start) sinks = start;
-  span_list spans = {(int32_t)(((int64_t)sinks + job->span_tokens - 1) / job->span_tokens),
-                     start / job->span_tokens, 0};
-  if (spans.num_sink_spans > spans.first_window_span) spans.num_sink_spans = spans.first_window_span;
-  int32_t end_span = (int32_t)(((int64_t)end + job->span_tokens - 1) / job->span_tokens);
-  spans.count = spans.num_sink_spans + end_span - spans.first_window_span;
-  return spans;
-}
-
-/* The first token of the i-th of them. */
-static int32_t start_of_span(const job *job, span_list spans, int32_t i) {
-  int32_t span = i < spans.num_sink_spans ? i : spans.first_window_span + i - spans.num_sink_spans;
-  return span * job->span_tokens;
-}
-
-/* Does a row see a token of the span that begins there, and is it the first such span? */
-static bool sees_span(const job *job, int32_t seq, int32_t row, int32_t start) {
-  int32_t seen = num_seen(job->batch, seq, row);
-  return start < seen && (start < job->batch->num_sink_tokens ||
-                          (int64_t)start + job->span_tokens > window_start(job->batch, seq, row));
-}
-
-static bool is_first_span(const job *job, int32_t seq, int32_t row, int32_t start) {
-  int32_t first = job->batch->num_sink_tokens ? 0 : window_start(job->batch, seq, row);
-  return start == first / job->span_tokens * job->span_tokens;
 }
 
 /* ---- a block */
@@ -341,7 +239,7 @@ static void fold_span(const job *job, const block *block, int32_t start, const s
   for (int32_t row = 0; row < block->num_rows; row++)
     clear(block->extent, state_at(block->extent, states, row));
   int32_t end = num_seen(job->batch, block->seq, block->first_row + block->num_rows - 1);
-  if (end > (int64_t)start + job->span_tokens) end = start + job->span_tokens;
+  if (end > (int64_t)start + job->work.span_tokens) end = start + job->work.span_tokens;
   while (start < end) {
     int32_t run_end = end_of_run(job, start, end);
     fold_run_into_rows(job, block, start, run_end, scratch, states);
@@ -354,8 +252,8 @@ static void merge_span(const job *job, const block *block, int32_t start, float 
   for (int32_t row = 0; row < block->num_rows; row++) {
     int32_t q_row = block->first_row + row;
     pkv_state state = state_at(block->extent, states, row), of_span = state_at(block->extent, later, row);
-    if (!sees_span(job, block->seq, q_row, start)) continue;
-    if (is_first_span(job, block->seq, q_row, start))
+    if (!sees_span(job->batch, job->work.span_tokens, block->seq, q_row, start)) continue;
+    if (is_first_span(job->batch, job->work.span_tokens, block->seq, q_row, start))
       memcpy(state.maximum, of_span.maximum, (size_t)block->extent->state_floats * sizeof(float));
     else
       job->kernel->merge(state, of_span, block->extent->num_q_heads, job->pages->head_dim_v);
@@ -398,23 +296,25 @@ static void prepare_rows(const job *job, const block *block, float *prepared) {
 static void merge_pieces(const job *job, const block *first) {
   const block *last = first + first->num_pieces - 1;
   float *states = partial_states(job, first, 0);
-  span_list spans = spans_of(job, first->seq, first->first_row, first->num_rows);
+  span_list spans =
+      spans_of(job->batch, job->work.span_tokens, first->seq, first->first_row, first->num_rows);
   for (int32_t i = first->end_span; i < last->end_span; i++)
-    merge_span(job, first, start_of_span(job, spans, i), states, partial_states(job, first, i));
+    merge_span(job, first, start_of_span(spans, i), states, partial_states(job, first, i));
   finish_rows(job, first, states);
 }
 
 /* Spans are merged as they come, but for those of a piece which has others before it. */
 static void attend_block(const job *job, const block *block, int32_t worker) {
   scratch scratch = scratch_of(job, block->extent, worker);
-  span_list spans = spans_of(job, block->seq, block->first_row, block->num_rows);
+  span_list spans =
+      spans_of(job->batch, job->work.span_tokens, block->seq, block->first_row, block->num_rows);
   prepare_rows(job, block, scratch.q);
   for (int32_t row = 0; spans.count == 0 && row < block->num_rows; row++)
     clear(block->extent, state_at(block->extent, scratch.states, row));
   bool is_cut = block->num_pieces > 1;
   float *merged = is_cut ? partial_states(job, block, 0) : scratch.states;
   for (int32_t i = block->first_span; i < block->end_span; i++) {
-    int32_t start = start_of_span(job, spans, i);
+    int32_t start = start_of_span(spans, i);
     float *states = i == 0 ? merged : block->first_span ? partial_states(job, block, i) : scratch.span;
     fold_span(job, block, start, &scratch, states);
     if (i > 0 && block->first_span == 0) merge_span(job, block, start, merged, scratch.span);
@@ -430,130 +330,6 @@ static void attend_blocks(void *context, int32_t worker) {
   long long i;
   while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
     attend_block(job, &job->blocks[job->num_blocks - 1 - i], worker); /* the longest come first */
-}
-
-/* ---- cutting the work */
-
-typedef struct {
-  int64_t num_blocks;
-  int64_t num_partials; /* states of rows */
-} work_size;
-
-/* Tokens that a row block meets: what its cost is counted in. */
-static int64_t cost_of(const pkv_batch *batch, int32_t seq, int32_t first_row, int32_t num_rows) {
-  int64_t met = num_seen(batch, seq, first_row + num_rows - 1);
-  if (batch->window && met > (int64_t)batch->window + batch->num_sink_tokens)
-    met = (int64_t)batch->window + batch->num_sink_tokens;
-  return num_rows * met;
-}
-
-static int64_t total_cost(const job *job) {
-  int64_t total = 0;
-  for (int32_t seq = 0; seq < job->batch->num_seqs; seq++)
-    total += cost_of(job->batch, seq, job->batch->qo_indptr[seq], num_rows_of(job->batch, seq));
-  return total;
-}
-
-/* Are so many rows of a sequence cut by heads of keys and values too?  Where that makes enough blocks for
- * everybody: each key is read for more rows at a time then. */
-static bool goes_by_head(const job *job, int32_t num_workers, int32_t num_rows) {
-  int64_t num_blocks =
-      (num_rows + job->one_head.num_rows - 1) / job->one_head.num_rows * (int64_t)job->pages->num_kv_heads;
-  return job->one_head.num_rows > job->all_heads.num_rows && num_rows > job->all_heads.num_rows &&
-         num_blocks >= BLOCKS_PER_WORKER * num_workers;
-}
-
-/* Of a block that is not cut by heads.  Blocks are done last to first, so that `left` is what is still to be
- * done when this one begins: it is cut where somebody would be idle before it ends, or for being more than a
- * fair share of all. */
-static int32_t num_pieces_of(int32_t num_workers, int64_t total, int64_t left, int64_t cost,
-                             int32_t num_spans) {
-  if (num_workers == 1 ||
-      (cost <= left / (2 * num_workers) && cost <= total / (BLOCKS_PER_WORKER * num_workers)))
-    return 1;
-  int64_t piece = total / (PIECES_PER_WORKER * num_workers) + 1;
-  int64_t num_pieces = (cost + piece - 1) / piece;
-  return num_pieces < num_spans ? (int32_t)num_pieces : num_spans > 1 ? num_spans : 1;
-}
-
-/* Write the blocks (when there is room for them) and count them. */
-static work_size cut_work(const job *job, int32_t num_workers, int64_t total, block *blocks) {
-  const pkv_batch *batch = job->batch;
-  work_size size = {0, 0};
-  int64_t left = 0;
-  for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
-    bool is_by_head = goes_by_head(job, num_workers, num_rows_of(batch, seq));
-    const extent *extent = is_by_head ? &job->one_head : &job->all_heads;
-    for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += extent->num_rows) {
-      int32_t num_rows = batch->qo_indptr[seq + 1] - row;
-      if (num_rows > extent->num_rows) num_rows = extent->num_rows;
-      int64_t cost = cost_of(batch, seq, row, num_rows);
-      block whole = {extent, seq, 0, row, num_rows, 0, spans_of(job, seq, row, num_rows).count, 1, 0, 0};
-      left += cost;
-      for (; is_by_head && whole.first_head < job->pages->num_kv_heads; whole.first_head++, size.num_blocks++)
-        if (blocks) blocks[size.num_blocks] = whole;
-      if (is_by_head) continue;
-      block piece = whole;
-      piece.num_pieces = num_pieces_of(num_workers, total, left, cost, whole.end_span);
-      piece.first_piece = size.num_blocks;
-      piece.first_partial = size.num_partials;
-      for (int32_t i = 0; i < piece.num_pieces; i++, size.num_blocks++) {
-        piece.first_span = (int32_t)((int64_t)whole.end_span * i / piece.num_pieces);
-        piece.end_span = (int32_t)((int64_t)whole.end_span * (i + 1) / piece.num_pieces);
-        if (blocks) blocks[size.num_blocks] = piece;
-      }
-      if (piece.num_pieces > 1) size.num_partials += (int64_t)whole.end_span * num_rows;
-    }
-  }
-  return size;
-}
-
-static size_t aligned(size_t num_bytes) { return (num_bytes + 63) & ~(size_t)63; }
-
-static bool is_dim(int32_t dim) { return dim >= 8 && dim <= PKV_MAX_HEAD_DIM && dim % 8 == 0; }
-
-/* Blocks of so many heads, and the rows whose accumulated values take about so many bytes. */
-static extent extent_of(const pkv_pages *pages, int32_t num_q_heads, int32_t num_kv_heads,
-                        int64_t value_bytes) {
-  extent extent = {.num_kv_heads = num_kv_heads, .num_q_heads = num_q_heads};
-  extent.q_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim);
-  extent.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
-  /* Maxima and sums, padded so that accumulators are aligned. */
-  extent.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + extent.value_floats;
-  int64_t rows = value_bytes / (extent.value_floats * (int64_t)sizeof(float));
-  extent.num_rows = rows < 1 ? 1 : rows > MAX_ROWS_PER_BLOCK ? MAX_ROWS_PER_BLOCK : (int32_t)rows;
-  return extent;
-}
-
-static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
-  return is_dim(pages->head_dim) && is_dim(pages->head_dim_v) && pages->page_size >= 1 &&
-         pages->num_kv_heads >= 1 && num_q_heads >= 1 && num_q_heads % pages->num_kv_heads == 0;
-}
-
-/* Slopes and sinks in units of log2, for as long as the call runs. */
-static void scale_options(job *job, float *memory) {
-  const float *slopes = job->attention->alibi_slopes, *sinks = job->attention->sinks;
-  job->slopes = slopes ? memory : NULL;
-  job->sinks = sinks ? memory + job->num_q_heads : NULL;
-  for (int32_t h = 0; h < job->num_q_heads; h++) {
-    if (slopes) job->slopes[h] = slopes[h] * LOG2_E;
-    if (sinks) job->sinks[h] = sinks[h] * LOG2_E;
-  }
-}
-
-/* Do `span` bytes of the one meet those of the other? */
-static bool meets(const pkv_rows *a, int64_t a_span, const pkv_rows *b, int64_t b_span) {
-  return a->data < b->data + b_span && b->data < a->data + a_span;
-}
-
-static bool out_overlaps(const pkv_attention *attention) {
-  const pkv_rows *q = &attention->q, *out = &attention->out;
-  const int64_t *spans = attention->spans;
-  bool is_q = out->data == q->data && out->token_stride == q->token_stride &&
-              out->head_stride == q->head_stride && spans[3] == spans[0];
-  return (!is_q && meets(out, spans[3], q, spans[0])) ||
-         (attention->slots &&
-          (meets(out, spans[3], &attention->k, spans[1]) || meets(out, spans[3], &attention->v, spans[2])));
 }
 
 /* ---- new keys and values */
@@ -589,22 +365,57 @@ static void write_new_rows(pkv_threads *threads, int32_t num_workers, job *job) 
 
 /* ---- all of it */
 
+static size_t aligned(size_t num_bytes) { return (num_bytes + 63) & ~(size_t)63; }
+
+static bool is_dim(int32_t dim) { return dim >= 8 && dim <= PKV_MAX_HEAD_DIM && dim % 8 == 0; }
+
+static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
+  return is_dim(pages->head_dim) && is_dim(pages->head_dim_v) && pages->page_size >= 1 &&
+         pages->num_kv_heads >= 1 && num_q_heads >= 1 && num_q_heads % pages->num_kv_heads == 0;
+}
+
+/* Slopes and sinks in units of log2, for as long as the call runs. */
+static void scale_options(job *job, float *memory) {
+  const float *slopes = job->attention->alibi_slopes, *sinks = job->attention->sinks;
+  job->slopes = slopes ? memory : NULL;
+  job->sinks = sinks ? memory + job->num_q_heads : NULL;
+  for (int32_t h = 0; h < job->num_q_heads; h++) {
+    if (slopes) job->slopes[h] = slopes[h] * LOG2_E;
+    if (sinks) job->sinks[h] = sinks[h] * LOG2_E;
+  }
+}
+
+/* Do `span` bytes of the one meet those of the other? */
+static bool meets(const pkv_rows *a, int64_t a_span, const pkv_rows *b, int64_t b_span) {
+  return a->data < b->data + b_span && b->data < a->data + a_span;
+}
+
+static bool out_overlaps(const pkv_attention *attention) {
+  const pkv_rows *q = &attention->q, *out = &attention->out;
+  const int64_t *spans = attention->spans;
+  bool is_q = out->data == q->data && out->token_stride == q->token_stride &&
+              out->head_stride == q->head_stride && spans[3] == spans[0];
+  return (!is_q && meets(out, spans[3], q, spans[0])) ||
+         (attention->slots &&
+          (meets(out, spans[3], &attention->k, spans[1]) || meets(out, spans[3], &attention->v, spans[2])));
+}
+
 /* Cut the work for up to num_workers, find memory for it, do it. */
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
-  int64_t total = total_cost(job);
   int64_t token_bytes =
       (int64_t)4 * job->pages->num_kv_heads * (job->pages->head_dim + job->pages->head_dim_v);
-  if (total * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
+  if (pkv_cost_of_work(&job->work) * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
   int32_t most_workers = num_workers;
-  work_size size = cut_work(job, most_workers, total, NULL);
+  work_size size = pkv_cut_work(&job->work, most_workers, NULL);
   if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;
 
-  int64_t all_heads = scratch_floats(job->pages, &job->all_heads);
-  int64_t one_head = scratch_floats(job->pages, &job->one_head);
+  int64_t all_heads = scratch_floats(job->pages, &job->work.all_heads);
+  int64_t one_head = scratch_floats(job->pages, &job->work.one_head);
   job->worker_bytes = aligned((size_t)(all_heads > one_head ? all_heads : one_head) * sizeof(float));
   size_t blocks_bytes = aligned((size_t)size.num_blocks * sizeof(block));
   size_t counts_bytes = aligned((size_t)size.num_blocks * sizeof(atomic_int));
-  size_t partial_bytes = aligned((size_t)(size.num_partials * job->all_heads.state_floats) * sizeof(float));
+  size_t partial_bytes =
+      aligned((size_t)(size.num_partials * job->work.all_heads.state_floats) * sizeof(float));
   size_t options_bytes = aligned(2 * (size_t)job->num_q_heads * sizeof(float));
   size_t worker_bytes = (size_t)num_workers * job->worker_bytes;
   size_t num_bytes = options_bytes + blocks_bytes + counts_bytes + partial_bytes + worker_bytes;
@@ -616,7 +427,7 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   job->partials = (float *)((char *)job->num_ended + counts_bytes);
   job->worker_scratch = (char *)job->partials + partial_bytes;
   job->num_blocks = size.num_blocks;
-  cut_work(job, most_workers, total, job->blocks);
+  pkv_cut_work(&job->work, most_workers, job->blocks);
   memset(job->num_ended, 0, counts_bytes);
 
   write_new_rows(threads, num_workers, job);
@@ -640,9 +451,8 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   job.num_q_heads = num_q_heads;
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
-  job.span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
-  job.all_heads = extent_of(pages, num_q_heads, pages->num_kv_heads, ROW_BYTES_PER_BLOCK);
-  job.one_head = extent_of(pages, num_q_heads / pages->num_kv_heads, 1, ROW_BYTES_PER_BLOCK);
+  int32_t span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
+  job.work = pkv_work_of(pages, batch, num_q_heads, span_tokens);
 
   int32_t num_workers = pkv_threads_claim(threads);
   if (num_workers == 0) return attend_with(NULL, 1, &job);

@@ -1,0 +1,118 @@
+/* Work cut into blocks and pieces: every row meets every span of it once for each head, whatever is cut. */
+#undef NDEBUG
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../src/sight.h"
+#include "../src/work.h"
+
+enum { MOST_SEQS = 6, MOST_ROWS = 4096, MOST_BLOCKS = 1 << 16 };
+
+static uint32_t state = 1;
+static int32_t below(int32_t n) {
+  state = state * 1664525u + 1013904223u;
+  return (int32_t)((state >> 8) % (uint32_t)n);
+}
+
+typedef struct {
+  pkv_batch batch;
+  int32_t seq_lens[MOST_SEQS];
+  int32_t qo_indptr[MOST_SEQS + 1];
+} calls;
+
+static void draw(calls *calls) {
+  static const int32_t lengths[] = {1, 64, 2048, 40000};
+  memset(calls, 0, sizeof *calls);
+  pkv_batch *batch = &calls->batch;
+  batch->num_seqs = 1 + below(MOST_SEQS);
+  batch->seq_lens = calls->seq_lens;
+  batch->qo_indptr = calls->qo_indptr;
+  if (below(2)) {
+    batch->window = 1 + below(2000);
+    batch->num_sink_tokens = below(2) * below(600);
+  }
+  for (int32_t i = 0; i < batch->num_seqs; i++) {
+    calls->seq_lens[i] = 1 + below(lengths[below(4)]);
+    int32_t num_rows = below(3) ? 1 : below(600);
+    if (num_rows > calls->seq_lens[i]) num_rows = calls->seq_lens[i];
+    calls->qo_indptr[i + 1] = calls->qo_indptr[i] + num_rows;
+  }
+}
+
+static int32_t spans_met_by(const work *work, const block *block) {
+  return spans_of(work->batch, work->span_tokens, block->seq, block->first_row, block->num_rows).count;
+}
+
+/* The pieces of a block follow each other, and their spans too. */
+static void pieces_make_a_block(const work *work, const block *blocks, int64_t first, int64_t *partials) {
+  const block *block = &blocks[first];
+  int32_t spans = spans_met_by(work, block), met = 0;
+  for (int32_t i = 0; i < block->num_pieces; i++) {
+    assert(block[i].first_row == block->first_row && block[i].num_pieces == block->num_pieces);
+    assert(block[i].first_span == met && (spans == 0 || block[i].end_span > met));
+    met = block[i].end_span;
+    if (block->num_pieces > 1)
+      assert(block[i].first_piece == first && block[i].first_partial == *partials && block->first_head == 0);
+  }
+  assert(met == spans);
+  if (block->num_pieces > 1) *partials += (int64_t)spans * block->num_rows;
+}
+
+static void everything_is_done_once(void) {
+  static block blocks[MOST_BLOCKS];
+  static int32_t heads_met[MOST_ROWS];
+  for (int round = 0; round < 4000; round++) {
+    calls calls;
+    draw(&calls);
+    int32_t num_kv_heads = 1 + below(8), group = 1 + below(4), num_workers = 1 + below(9);
+    pkv_pages pages = {.num_kv_heads = num_kv_heads, .head_dim = 64, .head_dim_v = 64, .page_size = 64};
+    work work = pkv_work_of(&pages, &calls.batch, num_kv_heads * group, 256);
+    work_size counted = pkv_cut_work(&work, num_workers, NULL);
+    assert(counted.num_blocks <= MOST_BLOCKS);
+    work_size size = pkv_cut_work(&work, num_workers, blocks);
+    assert(size.num_blocks == counted.num_blocks && size.num_partials == counted.num_partials);
+    memset(heads_met, 0, sizeof heads_met);
+    int64_t partials = 0;
+    for (int64_t i = 0; i < size.num_blocks; i += blocks[i].num_pieces) {
+      const block *block = &blocks[i];
+      assert(block->num_rows >= 1 && block->num_rows <= block->extent->num_rows);
+      assert(block->first_head + block->extent->num_kv_heads <= num_kv_heads);
+      pieces_make_a_block(&work, blocks, i, &partials);
+      assert(num_workers > 1 || block->num_pieces == 1);
+      for (int32_t row = block->first_row; row < block->first_row + block->num_rows; row++) {
+        assert(row >= calls.qo_indptr[block->seq] && row < calls.qo_indptr[block->seq + 1]);
+        heads_met[row] += block->extent->num_kv_heads;
+      }
+    }
+    assert(partials == size.num_partials);
+    for (int32_t row = 0; row < calls.qo_indptr[calls.batch.num_seqs]; row++)
+      assert(heads_met[row] == num_kv_heads);
+  }
+}
+
+/* What is taken last is short, where blocks are long; and many short ones are left whole. */
+static void nobody_waits_long(void) {
+  static block blocks[MOST_BLOCKS];
+  static const int32_t batches[] = {1, 2, 3, 8, 16, 64};
+  for (int i = 0; i < 6; i++)
+    for (int32_t num_workers = 2; num_workers <= 4; num_workers++) {
+      int32_t count = batches[i], lens[64], indptr[65];
+      for (int32_t seq = 0; seq < count; seq++) lens[seq] = 8192;
+      for (int32_t seq = 0; seq <= count; seq++) indptr[seq] = seq;
+      pkv_batch batch = {.num_seqs = count, .seq_lens = lens, .qo_indptr = indptr};
+      pkv_pages pages = {.num_kv_heads = 8, .head_dim = 128, .head_dim_v = 128, .page_size = 64};
+      work work = pkv_work_of(&pages, &batch, 32, 256);
+      work_size size = pkv_cut_work(&work, num_workers, blocks);
+      int64_t spans_of_all = (int64_t)count * 32;
+      for (int32_t last = 0; last < num_workers; last++)
+        assert(blocks[last].end_span - blocks[last].first_span <= spans_of_all / (8 * num_workers) + 1);
+      if (count == 64) assert(size.num_blocks == 64 && size.num_partials == 0);
+    }
+}
+
+int main(void) {
+  everything_is_done_once();
+  nobody_waits_long();
+  return 0;
+}
