@@ -26,7 +26,7 @@
 #include "work.h"
 
 enum {
-  TOKENS_PER_CHUNK = 32,           /* that a worker writes at a time */
+  ROWS_WORTH_A_THREAD = 32,        /* to write */
   BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
 };
 
@@ -292,6 +292,36 @@ static void prepare_rows(const job *job, const block *block, float *prepared) {
     }
 }
 
+/* ---- new keys and values */
+
+static void write_rows_of(const job *job, const block *block) {
+  pkv_rows k = job->attention->k, v = job->attention->v;
+  k.data += block->first_row * k.token_stride;
+  v.data += block->first_row * v.token_stride;
+  pkv_write_rows(job->kernel, job->pages, block->num_rows, job->attention->slots + block->first_row, &k, &v,
+                 false);
+}
+
+static void write_before_all(void *context, int32_t worker) {
+  (void)worker;
+  job *job = context;
+  long long i;
+  while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
+    if (job->blocks[i].new_rows == WRITTEN_BEFORE_ALL) write_rows_of(job, &job->blocks[i]);
+}
+
+/* By everybody, where there is much: a prompt's. */
+static void write_new_rows(pkv_threads *threads, int32_t num_workers, int64_t num_before, job *job) {
+  if (!job->attention->slots || !num_before) return;
+  if (num_workers > 1 && num_before >= (int64_t)ROWS_WORTH_A_THREAD * num_workers)
+    pkv_threads_run(threads, num_workers, write_before_all, job);
+  else
+    write_before_all(job, 0);
+  atomic_store(&job->next_block, 0);
+}
+
+/* ---- block by block */
+
 /* Of a block whose pieces have all ended; the first one has merged its own spans. */
 static void merge_pieces(const job *job, const block *first) {
   const block *last = first + first->num_pieces - 1;
@@ -308,6 +338,7 @@ static void attend_block(const job *job, const block *block, int32_t worker) {
   scratch scratch = scratch_of(job, block->extent, worker);
   span_list spans =
       spans_of(job->batch, job->work.span_tokens, block->seq, block->first_row, block->num_rows);
+  if (job->attention->slots && block->new_rows == WRITTEN_BY_ITSELF) write_rows_of(job, block);
   prepare_rows(job, block, scratch.q);
   for (int32_t row = 0; spans.count == 0 && row < block->num_rows; row++)
     clear(block->extent, state_at(block->extent, scratch.states, row));
@@ -330,37 +361,6 @@ static void attend_blocks(void *context, int32_t worker) {
   long long i;
   while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
     attend_block(job, &job->blocks[job->num_blocks - 1 - i], worker); /* the longest come first */
-}
-
-/* ---- new keys and values */
-
-static pkv_rows rows_from(const pkv_rows *rows, int64_t token) {
-  pkv_rows from = *rows;
-  from.data += token * rows->token_stride;
-  return from;
-}
-
-static void write_chunks(void *context, int32_t worker) {
-  (void)worker;
-  job *job = context;
-  const pkv_attention *attention = job->attention;
-  int64_t num_tokens = job->batch->qo_indptr[job->batch->num_seqs], token;
-  while ((token = atomic_fetch_add(&job->next_block, 1) * TOKENS_PER_CHUNK) < num_tokens) {
-    int64_t count = num_tokens - token < TOKENS_PER_CHUNK ? num_tokens - token : TOKENS_PER_CHUNK;
-    pkv_rows k = rows_from(&attention->k, token), v = rows_from(&attention->v, token);
-    pkv_write_rows(job->kernel, job->pages, count, attention->slots + token, &k, &v, false);
-  }
-}
-
-/* By everybody, where there is much: a prompt's. */
-static void write_new_rows(pkv_threads *threads, int32_t num_workers, job *job) {
-  if (!job->attention->slots) return;
-  bool is_much = job->batch->qo_indptr[job->batch->num_seqs] >= (int64_t)TOKENS_PER_CHUNK * num_workers;
-  if (num_workers > 1 && is_much)
-    pkv_threads_run(threads, num_workers, write_chunks, job);
-  else
-    write_chunks(job, 0);
-  atomic_store(&job->next_block, 0);
 }
 
 /* ---- all of it */
@@ -430,7 +430,7 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   pkv_cut_work(&job->work, most_workers, job->blocks);
   memset(job->num_ended, 0, counts_bytes);
 
-  write_new_rows(threads, num_workers, job);
+  write_new_rows(threads, num_workers, size.num_before, job);
   if (num_workers > 1)
     pkv_threads_run(threads, num_workers, attend_blocks, job);
   else

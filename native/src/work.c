@@ -68,7 +68,7 @@ static int32_t num_pieces_of(int32_t num_workers, int64_t total, int64_t left, i
 
 work_size pkv_cut_work(const work *work, int32_t num_workers, block *blocks) {
   const pkv_batch *batch = work->batch;
-  work_size size = {0, 0};
+  work_size size = {0, 0, 0};
   int64_t total = pkv_cost_of_work(work), left = 0;
   for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
     bool is_by_head = goes_by_head(work, num_workers, num_rows_of(batch, seq));
@@ -78,17 +78,26 @@ work_size pkv_cut_work(const work *work, int32_t num_workers, block *blocks) {
       if (num_rows > extent->num_rows) num_rows = extent->num_rows;
       int32_t num_spans = spans_of(batch, work->span_tokens, seq, row, num_rows).count;
       int64_t cost = cost_of(batch, seq, row, num_rows);
-      block next = {extent, seq, 0, row, num_rows, 0, num_spans, 1, 0, 0};
+      block next = {extent, seq, 0, row, num_rows, 0, num_spans, WRITTEN_BY_OTHERS, 1, 0, 0};
       left += cost;
-      for (; is_by_head && next.first_head < work->num_kv_heads; next.first_head++, size.num_blocks++)
+      if (!is_by_head) next.num_pieces = num_pieces_of(num_workers, total, left, cost, num_spans);
+      bool is_alone = !is_by_head && num_rows == num_rows_of(batch, seq);
+      bool is_by_itself = is_alone && (next.num_pieces == 1 || num_rows == 1);
+      if (!is_by_itself) size.num_before += num_rows;
+      for (; is_by_head && next.first_head < work->num_kv_heads; next.first_head++, size.num_blocks++) {
+        next.new_rows = next.first_head ? WRITTEN_BY_OTHERS : WRITTEN_BEFORE_ALL;
         if (blocks) blocks[size.num_blocks] = next;
+      }
       if (is_by_head) continue;
-      next.num_pieces = num_pieces_of(num_workers, total, left, cost, num_spans);
       next.first_piece = size.num_blocks;
       next.first_partial = size.num_partials;
       for (int32_t i = 0; i < next.num_pieces; i++, size.num_blocks++) {
         next.first_span = (int32_t)((int64_t)num_spans * i / next.num_pieces);
         next.end_span = (int32_t)((int64_t)num_spans * (i + 1) / next.num_pieces);
+        next.new_rows = WRITTEN_BY_OTHERS;
+        if (!is_by_itself && i == 0) next.new_rows = WRITTEN_BEFORE_ALL;
+        if (is_by_itself && i == next.num_pieces - 1)
+          next.new_rows = WRITTEN_BY_ITSELF; /* the newest token's */
         if (blocks) blocks[size.num_blocks] = next;
       }
       if (next.num_pieces > 1) size.num_partials += (int64_t)num_spans * num_rows;

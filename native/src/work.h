@@ -21,6 +21,10 @@ typedef struct {
   int64_t value_floats; /* the latter of these */
 } extent;
 
+/* A call's new keys and values are there before anybody reads them: where no other block does, as when
+ * decoding, a block writes those of its own rows, which are in a cache then. */
+typedef enum { WRITTEN_BY_OTHERS, WRITTEN_BEFORE_ALL, WRITTEN_BY_ITSELF } new_rows;
+
 typedef struct {
   const extent *extent;
   int32_t seq;
@@ -29,6 +33,7 @@ typedef struct {
   int32_t num_rows;
   int32_t first_span; /* of its list of spans */
   int32_t end_span;
+  new_rows new_rows;
   /* Of a block that is cut: */
   int32_t num_pieces;    /* else 1 */
   int64_t first_piece;   /* of all blocks */
@@ -47,6 +52,7 @@ typedef struct {
 typedef struct {
   int64_t num_blocks;
   int64_t num_partials; /* states of rows, of blocks that are cut */
+  int64_t num_before;   /* rows whose keys and values are written before all */
 } work_size;
 
 enum { MAX_ROWS_PER_BLOCK = 128 };

@@ -52,6 +52,11 @@ static void pieces_make_a_block(const work *work, const block *blocks, int64_t f
     assert(block[i].first_row == block->first_row && block[i].num_pieces == block->num_pieces);
     assert(block[i].first_span == met && (spans == 0 || block[i].end_span > met));
     met = block[i].end_span;
+    assert((block[i].new_rows == WRITTEN_BEFORE_ALL) <= (i == 0));
+    /* Who writes new rows is the only one to read them. */
+    if (block[i].new_rows == WRITTEN_BY_ITSELF)
+      assert(i + 1 == block->num_pieces && (i == 0 || block->num_rows == 1) &&
+             block->num_rows == num_rows_of(work->batch, block->seq));
     if (block->num_pieces > 1)
       assert(block[i].first_piece == first && block[i].first_partial == *partials && block->first_head == 0);
   }
@@ -61,7 +66,7 @@ static void pieces_make_a_block(const work *work, const block *blocks, int64_t f
 
 static void everything_is_done_once(void) {
   static block blocks[MOST_BLOCKS];
-  static int32_t heads_met[MOST_ROWS];
+  static int32_t heads_met[MOST_ROWS], times_written[MOST_ROWS];
   for (int round = 0; round < 4000; round++) {
     calls calls;
     draw(&calls);
@@ -73,7 +78,14 @@ static void everything_is_done_once(void) {
     work_size size = pkv_cut_work(&work, num_workers, blocks);
     assert(size.num_blocks == counted.num_blocks && size.num_partials == counted.num_partials);
     memset(heads_met, 0, sizeof heads_met);
-    int64_t partials = 0;
+    memset(times_written, 0, sizeof times_written);
+    int64_t partials = 0, num_before = 0;
+    for (int64_t i = 0; i < size.num_blocks; i++) {
+      if (blocks[i].new_rows == WRITTEN_BY_OTHERS) continue;
+      if (blocks[i].new_rows == WRITTEN_BEFORE_ALL) num_before += blocks[i].num_rows;
+      for (int32_t row = 0; row < blocks[i].num_rows; row++) times_written[blocks[i].first_row + row]++;
+    }
+    assert(num_before == size.num_before);
     for (int64_t i = 0; i < size.num_blocks; i += blocks[i].num_pieces) {
       const block *block = &blocks[i];
       assert(block->num_rows >= 1 && block->num_rows <= block->extent->num_rows);
@@ -87,7 +99,7 @@ static void everything_is_done_once(void) {
     }
     assert(partials == size.num_partials);
     for (int32_t row = 0; row < calls.qo_indptr[calls.batch.num_seqs]; row++)
-      assert(heads_met[row] == num_kv_heads);
+      assert(heads_met[row] == num_kv_heads && times_written[row] == 1);
   }
 }
 
