@@ -149,17 +149,23 @@ OPTIONS = {
 @given(
     chosen=st.sets(st.sampled_from(list(OPTIONS))),
     window=st.sampled_from([None, 70, 300]),
+    head_dim=st.sampled_from([40, 64]),
     head_dim_v=st.sampled_from([None, 24]),
+    q_dtype=st.sampled_from(["float32", "bfloat16"]),
     num_threads=st.integers(1, 4),
     cuts=st.sets(st.integers(1, 599), max_size=5),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_bits_are_the_same_for_any_chunks_and_threads(chosen, window, head_dim_v, num_threads, cuts, seed):
+def test_bits_are_the_same_for_any_chunks_and_threads(
+    chosen, window, head_dim, head_dim_v, q_dtype, num_threads, cuts, seed
+):
     rng = np.random.default_rng(seed)
-    shape = {"num_layers": 1, "head_dim": 40, "head_dim_v": head_dim_v, "num_pages": 60, "window": window}
-    shape |= {"num_sink_tokens": 3, "dtype": "bfloat16", "page_size": 16}
+    shape = {"num_layers": 1, "head_dim": head_dim, "head_dim_v": head_dim_v, "num_pages": 60}
+    shape |= {"window": window, "num_sink_tokens": 3, "dtype": "bfloat16", "page_size": 16}
     options = {name: OPTIONS[name] for name in chosen}
-    q, k, v = (rows(rng, 600, heads, dim) for heads, dim in ((4, 40), (2, 40), (2, head_dim_v or 40)))
+    dims = (4, head_dim), (2, head_dim), (2, head_dim_v or head_dim)
+    q, k, v = (rows(rng, 600, *heads_and_dim) for heads_and_dim in dims)
+    q = q.astype(DTYPES[q_dtype])
     with make_cache(**shape) as whole, make_cache(**shape, num_threads=num_threads) as parts:
         with whole.step([whole.sequence()], [600]) as step:
             expected = step.attend(0, q, k, v, **options)
@@ -177,19 +183,21 @@ def test_bits_are_the_same_for_any_chunks_and_threads(chosen, window, head_dim_v
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("head_dim", [8, 24, 72, 128])
+@pytest.mark.parametrize("head_dim", [8, 24, 72, 96, 128])
 def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
     """Keys are turned for many rows: every kernel then adds in another order of steps, not of sums."""
     q, k, v = (rows(rng, 150, heads, head_dim) for heads in (6, 2, 2))
+    q = q.astype(DTYPES[dtype])
     shape = {"num_layers": 1, "head_dim": head_dim, "dtype": dtype, "num_threads": 1}
     with make_cache(**shape) as cache:
         with cache.step([cache.sequence()], [150]) as step:
-            expected = step.attend(0, q, k, v)
+            expected = step.attend(0, q, k, v, return_lse=True)
         seq = cache.sequence()
         for begin, end in itertools.pairwise([0, 3, 100, *range(101, 151)]):
             with cache.step([seq], [end - begin]) as step:
-                got = step.attend(0, q[begin:end], k[begin:end], v[begin:end])
-            np.testing.assert_array_equal(got, expected[begin:end])
+                got = step.attend(0, q[begin:end], k[begin:end], v[begin:end], return_lse=True)
+            for part, whole in zip(got, expected, strict=True):
+                np.testing.assert_array_equal(part, whole[begin:end])
 
 
 @pytest.mark.parametrize("group", [1, 3, 4])

@@ -43,6 +43,7 @@ typedef struct {
   float *slopes;  /* [num_q_heads], NULL: none */
   float *sinks;   /* [num_q_heads], NULL: none */
   int32_t num_q_heads;
+  bool has_pairs;     /* keys and queries of bfloat16 meet two dims at once */
   int32_t run_tokens; /* of whole pages, or PKV_RUN_TOKENS of a larger one */
   work work;
 
@@ -56,6 +57,9 @@ typedef struct {
 } job;
 
 /* ---- where things are */
+
+/* What a head of q and of keys counts, dims or pairs of them: each takes a float's place. */
+static int32_t q_dim(const job *job) { return job->pages->head_dim / (job->has_pairs ? 2 : 1); }
 
 static pkv_state state_at(const extent *extent, float *states, int64_t index) {
   float *floats = states + index * extent->state_floats;
@@ -201,10 +205,11 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
   const char *next_k[PKV_RUN_TOKENS];
   int32_t num_next = locate_next_keys(job, block, end, next_k);
   bool is_in_page = are_in_page(job, start, end);
-  pkv_run run = {.k_dtype = job->pages->k_dtype,
+  pkv_run run = {.k_dtype = job->has_pairs ? PKV_BFLOAT16_PAIRS : job->pages->k_dtype,
                  .v_dtype = job->pages->v_dtype,
-                 .head_dim = job->pages->head_dim,
+                 .head_dim = q_dim(job),
                  .head_dim_v = job->pages->head_dim_v,
+                 .scale = job->has_pairs ? job->scale : 1.0f,
                  .soft_cap = job->soft_cap,
                  .turned = scratch->turned,
                  .q_stride = block->extent->q_floats,
@@ -283,12 +288,16 @@ static float *partial_states(const job *job, const block *block, int32_t span) {
 
 static void prepare_rows(const job *job, const block *block, float *prepared) {
   const pkv_rows *q = &job->attention->q;
-  int32_t head_dim = job->pages->head_dim, first = first_q_head(job, block);
-  for (int64_t row = block->first_row; row < block->first_row + block->num_rows; row++)
-    for (int32_t head = first; head < first + block->extent->num_q_heads; head++) {
-      job->kernel->prepare_q(prepared, q->data + row * q->token_stride + head * q->head_stride, q->dtype,
-                             job->scale, head_dim);
-      prepared += pkv_padded(head_dim);
+  int32_t head_dim = job->pages->head_dim;
+  for (int64_t row = 0; row < block->num_rows; row++)
+    for (int32_t i = 0; i < block->extent->num_q_heads; i++) {
+      const char *from = q->data + (block->first_row + row) * q->token_stride +
+                         (first_q_head(job, block) + i) * q->head_stride;
+      float *to = prepared + row * block->extent->q_floats + i * pkv_padded(q_dim(job));
+      if (job->has_pairs)
+        memcpy(to, from, (size_t)head_dim * sizeof(uint16_t));
+      else
+        job->kernel->prepare_q(to, from, q->dtype, job->scale, head_dim);
     }
 }
 
@@ -449,6 +458,8 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   job.scale = attention->sm_scale * LOG2_E;
   job.soft_cap = attention->logits_soft_cap * LOG2_E;
   job.num_q_heads = num_q_heads;
+  job.has_pairs = kernel->multiplies_pairs && attention->q.dtype == PKV_BFLOAT16 &&
+                  pages->k_dtype == PKV_BFLOAT16 && pages->head_dim % 32 == 0;
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
   int32_t span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;

@@ -36,6 +36,16 @@ static int has_avx512(void) {
 }
 #endif
 
+#ifdef PKV_HAVE_AVX512BF16
+static int has_avx512bf16(void) {
+#ifdef PKV_EMULATED
+  return has_avx512();
+#else
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+}
+#endif
+
 #ifdef PKV_HAVE_VNNI
 static int has_vnni(void) {
 #ifdef PKV_EMULATED
@@ -62,6 +72,9 @@ static const struct {
   const pkv_product *product;
   int (*is_available)(void);
 } kernels[] = {
+#ifdef PKV_HAVE_AVX512BF16
+    {&pkv_kernel_avx512bf16, &pkv_product_avx2, has_avx512bf16},
+#endif
 #ifdef PKV_HAVE_AVX512
     {&pkv_kernel_avx512, &pkv_product_avx2, has_avx512},
 #endif
@@ -114,7 +127,7 @@ const pkv_product *pkv_active_product(void) {
   if (index < 0) return NULL;
 #ifdef PKV_HAVE_VNNI
   /* Skylake's AVX-512 lacks it. */
-  if (kernels[index].kernel == &pkv_kernel_avx512 && has_vnni())
+  if (strncmp(kernels[index].kernel->name, "avx512", 6) == 0 && has_vnni())
     return looks_up_beside() ? &pkv_product_vnni_lookups : &pkv_product_vnni;
 #endif
   return kernels[index].product;

@@ -11,8 +11,10 @@
 #include "../../include/paged_kv.h"
 #include "kernel.h"
 
+#ifndef KERNEL /* avx512bf16.c has another name */
 #define KERNEL pkv_kernel_avx512
 #define KERNEL_NAME "avx512"
+#endif
 #define WRITES_PAST_CACHES
 enum { WIDTH = 16, TILE_SUMS = 16 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
@@ -22,6 +24,13 @@ typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 static inline vec vec_fma(vec a, vec b, vec c) {
   return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
+
+#ifdef MULTIPLIES_PAIRS
+/* c + a * b of both halves of each lane, the low ones first or last: pairs of bfloat16. */
+static inline vec vec_fma_pairs(vec a, vec b, vec c) {
+  return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#endif
 
 /* One float, everywhere. */
 static inline vec vec_all(const float *x) { return (vec)_mm512_set1_ps(*x); }

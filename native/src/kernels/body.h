@@ -58,9 +58,10 @@ ALWAYS_INLINE vec vec_load_some(const float *from, int count) {
   return count == WIDTH ? vec_load(from) : vec_load_part(from);
 }
 
-/* `count` stored values from element i of a row on. */
+/* `count` stored values from element i of a row on; of pairs, so many, as they are. */
 ALWAYS_INLINE vec vec_load_stored(const char *row, int32_t i, int count, int32_t dtype) {
-  if (dtype == PKV_FLOAT32) return vec_load_some((const float *)row + i, count);
+  if (dtype == PKV_FLOAT32 || dtype == PKV_BFLOAT16_PAIRS)
+    return vec_load_some((const float *)row + i, count);
   halves x;
   if (count == WIDTH)
     memcpy(&x, row + 2 * i, sizeof x);
@@ -119,7 +120,7 @@ ALWAYS_INLINE void touch_row(const char *row, int32_t num_bytes, int at_once) {
 }
 
 ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
-  return head_dim * (dtype == PKV_FLOAT32 ? 4 : 2);
+  return head_dim * (dtype == PKV_FLOAT32 || dtype == PKV_BFLOAT16_PAIRS ? 4 : 2);
 }
 
 /* Rows of one head that several queries meet: where they lie, as what. */
@@ -200,16 +201,25 @@ ALWAYS_INLINE void interleave(float *q, const float *const *from, int num_querie
     for (int i = 0; i < num_queries; i++) vec_store(q + d * num_queries + i * WIDTH, vec_load(from[i] + d));
 }
 
+/* sum + q * key, of dims or, where a kernel knows them, of pairs of dims: one after the other. */
+ALWAYS_INLINE vec met(vec q, vec key, vec sum, int32_t dtype) {
+#ifdef MULTIPLIES_PAIRS
+  if (dtype == PKV_BFLOAT16_PAIRS) return vec_fma_pairs(q, key, sum);
+#endif
+  (void)dtype;
+  return vec_fma(q, key, sum);
+}
+
 /* One query and one key: to be summed. */
 ALWAYS_INLINE vec score_row(const float *q, const char *key, int32_t dim, int32_t dtype) {
   vec sum = {};
   int32_t d = 0;
   for (; d + 8 * WIDTH <= dim; d += 8 * WIDTH)
     EACH (j, 8)
-      sum = vec_fma(vec_load(q + d + j * WIDTH), vec_load_stored(key, d + j * WIDTH, WIDTH, dtype), sum);
+      sum = met(vec_load(q + d + j * WIDTH), vec_load_stored(key, d + j * WIDTH, WIDTH, dtype), sum, dtype);
   for (; d + WIDTH <= dim; d += WIDTH)
-    sum = vec_fma(vec_load(q + d), vec_load_stored(key, d, WIDTH, dtype), sum);
-  if (HAS_PART && d < dim) sum = vec_fma(vec_load(q + d), vec_load_stored(key, d, PART, dtype), sum);
+    sum = met(vec_load(q + d), vec_load_stored(key, d, WIDTH, dtype), sum, dtype);
+  if (HAS_PART && d < dim) sum = met(vec_load(q + d), vec_load_stored(key, d, PART, dtype), sum, dtype);
   return sum;
 }
 
@@ -252,7 +262,7 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, bool is_by_r
       vec key = vec_load_stored(k[t], d, WIDTH, dtype);
       for (int i = 0; i < num_queries; i++)
         sums[i * num_tokens + t] =
-            vec_fma(vec_load(q + d * num_queries + i * WIDTH), key, sums[i * num_tokens + t]);
+            met(vec_load(q + d * num_queries + i * WIDTH), key, sums[i * num_tokens + t], dtype);
     }
   }
   if (HAS_PART && d < keys->dim)
@@ -260,7 +270,7 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, bool is_by_r
       vec key = vec_load_stored(k[t], d, PART, dtype);
       for (int i = 0; i < num_queries; i++)
         sums[i * num_tokens + t] =
-            vec_fma(vec_load(q + d * num_queries + i * WIDTH), key, sums[i * num_tokens + t]);
+            met(vec_load(q + d * num_queries + i * WIDTH), key, sums[i * num_tokens + t], dtype);
     }
   float added[TILE_SUMS];
   sum_tile(sums, num_queries * num_tokens, added);
@@ -299,15 +309,19 @@ ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, con
     case PKV_FLOAT32: score_keys(keys, PKV_FLOAT32, ahead, q, num_queries, scores); break;
     case PKV_FLOAT16: score_keys(keys, PKV_FLOAT16, ahead, q, num_queries, scores); break;
     case PKV_BFLOAT16: score_keys(keys, PKV_BFLOAT16, ahead, q, num_queries, scores); break;
+#ifdef MULTIPLIES_PAIRS
+    case PKV_BFLOAT16_PAIRS: score_keys(keys, PKV_BFLOAT16_PAIRS, ahead, q, num_queries, scores); break;
+#endif
   }
 }
 
 #include "turned.h"
 
-/* What a call asks of scores beyond their scale: bend them, and let them fall with distance. */
+/* What a call asks of scores beyond what q was multiplied by: scale them, bend them, let them fall with
+ * distance. */
 static void adjust(const pkv_run *run, const float *slope, int32_t row, float *scores) {
   for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
-    vec s = vec_load(scores + t);
+    vec s = vec_load(scores + t) * run->scale;
     if (run->soft_cap > 0) s = vec_soft_cap(s, run->soft_cap);
     if (slope) s = vec_fma((vec){} + *slope, vec_load(run->distances + t) - (float)row, s);
     vec_store(scores + t, s);
@@ -461,7 +475,7 @@ ALWAYS_INLINE int32_t num_met_turned(int32_t num_tokens) {
 ALWAYS_INLINE void score_four(const head_rows *keys, const float *turned, const head_rows *ahead,
                               const float *const *q, float scores[][PKV_RUN_TOKENS]) {
   int32_t num_turned = turned ? num_met_turned(keys->count) : 0;
-  if (turned) score_turned(turned, keys->dim, num_turned, q, 4, scores);
+  if (turned) score_turned(turned, keys->dim, keys->dtype, num_turned, q, 4, scores);
   if (num_turned >= keys->count) return;
   head_rows rest = part_of(keys, num_turned, keys->count);
   score_some(&rest, ahead, q, 4, (float (*)[PKV_RUN_TOKENS])(scores[0] + num_turned));
@@ -517,7 +531,7 @@ static void fold_queries(const pkv_run *run, const head_rows *keys, const float 
   float shrink[MOST_QUERIES] = {}, added[MOST_QUERIES];
   score(keys, turned, run->is_near ? NULL : values, queries, scores);
   for (int i = 0; i < queries->count; i++) {
-    if (run->soft_cap > 0 || run->alibi_slopes)
+    if (run->scale != 1 || run->soft_cap > 0 || run->alibi_slopes)
       adjust(run, run->alibi_slopes ? run->alibi_slopes + queries->head[i] : NULL, queries->row[i],
              scores[i]);
     change change = weigh(scores[i], queries->num_seen[i], queries->maximum[i]);
@@ -687,4 +701,10 @@ static void finish(char *out, int32_t dtype, pkv_state state, const float *sink,
   if (lse) *lse = sum == 0.0f ? -__builtin_inff() : (float)((maximum + log2((double)sum)) * M_LN2);
 }
 
-const pkv_kernel KERNEL = {KERNEL_NAME, prepare_q, fold_run, merge, finish, narrow, widen, copy_past_caches};
+#ifdef MULTIPLIES_PAIRS
+enum { KNOWS_PAIRS = 1 };
+#else
+enum { KNOWS_PAIRS = 0 };
+#endif
+const pkv_kernel KERNEL = {KERNEL_NAME, KNOWS_PAIRS, prepare_q, fold_run,        merge,
+                           finish,      narrow,      widen,     copy_past_caches};

@@ -15,9 +15,13 @@ enum { PKV_RUN_TOKENS = 64, PKV_SPAN_TOKENS = 256, PKV_MAX_HEAD_DIM = 256 };
 
 static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
 
+/* Keys of bfloat16 that are met in pairs, two dims at once, by queries of bfloat16: for a run's k_dtype,
+ * whose head_dim counts pairs then, and whose q is not scaled. */
+enum { PKV_BFLOAT16_PAIRS = 16 };
+
 typedef struct {
   int32_t num_tokens;
-  int32_t k_dtype; /* pkv_dtype */
+  int32_t k_dtype; /* pkv_dtype, or PKV_BFLOAT16_PAIRS */
   int32_t v_dtype;
   int32_t head_dim;     /* of keys, a multiple of 8, at most PKV_MAX_HEAD_DIM */
   int32_t head_dim_v;   /* of values */
@@ -35,6 +39,7 @@ typedef struct {
   int64_t q_stride;          /* floats from one to the next */
   int64_t state_stride;      /* floats from a row's state to the next row's */
   float *turned;             /* room for keys: [PKV_RUN_TOKENS * padded head_dim], 64-byte aligned */
+  float scale;               /* of scores, where q was not scaled; else 1 */
   float soft_cap;            /* 0: none */
   const float *alibi_slopes; /* [group], NULL: none */
   const float *distances;    /* [num_tokens]: position minus the first q row's; counts with slopes */
@@ -49,6 +54,7 @@ typedef struct {
 
 typedef struct {
   const char *name;
+  int32_t multiplies_pairs; /* runs may have keys in pairs, a multiple of 16 of them */
   /* One head of q times scale, from dtype, padded with zeros. */
   void (*prepare_q)(float *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim);
   /* Fold a run of one kv head, k_offset and v_offset bytes into its tokens, into its group's state, of each
@@ -76,6 +82,9 @@ extern const pkv_kernel pkv_kernel_avx2;
 #endif
 #ifdef PKV_HAVE_AVX512
 extern const pkv_kernel pkv_kernel_avx512;
+#endif
+#ifdef PKV_HAVE_AVX512BF16
+extern const pkv_kernel pkv_kernel_avx512bf16;
 #endif
 
 /* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available. */

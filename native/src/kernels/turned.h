@@ -68,12 +68,15 @@ static void turn_keys(const head_rows *keys, const head_rows *ahead, float *turn
     case PKV_FLOAT32: turn_keys_of(keys, PKV_FLOAT32, ahead, turned); break;
     case PKV_FLOAT16: turn_keys_of(keys, PKV_FLOAT16, ahead, turned); break;
     case PKV_BFLOAT16: turn_keys_of(keys, PKV_BFLOAT16, ahead, turned); break;
+#ifdef MULTIPLIES_PAIRS
+    case PKV_BFLOAT16_PAIRS: turn_keys_of(keys, PKV_BFLOAT16_PAIRS, ahead, turned); break;
+#endif
   }
 }
 
 /* Scores of num_queries with a tile of tokens, whose turned keys these are. */
-ALWAYS_INLINE void score_turned_tile(const float *turned, int32_t num_vectors, const float *const *q,
-                                     int num_queries, float scores[][PKV_RUN_TOKENS]) {
+ALWAYS_INLINE void score_turned_tile(const float *turned, int32_t num_vectors, int32_t dtype,
+                                     const float *const *q, int num_queries, float scores[][PKV_RUN_TOKENS]) {
   vec levels[LEVELS][8]; /* sums of 1, 2, 4, ... lanes that wait for their like */
   for (int i = 0; i < WIDTH; i++) {
     vec sums[8] = {};
@@ -81,8 +84,8 @@ ALWAYS_INLINE void score_turned_tile(const float *turned, int32_t num_vectors, c
       vec low = vec_kept(vec_load(turned)), high = vec_kept(vec_load(turned + WIDTH));
       EACH (n, num_queries) {
         vec all = vec_all(q[n] + v * WIDTH + in_tree(i));
-        sums[2 * n] = vec_fma(all, low, sums[2 * n]);
-        sums[2 * n + 1] = vec_fma(all, high, sums[2 * n + 1]);
+        sums[2 * n] = met(all, low, sums[2 * n], dtype);
+        sums[2 * n + 1] = met(all, high, sums[2 * n + 1], dtype);
       }
     }
     int level = 0;
@@ -95,9 +98,22 @@ ALWAYS_INLINE void score_turned_tile(const float *turned, int32_t num_vectors, c
       vec_store(scores[n] + half * WIDTH, levels[LEVELS - 1][2 * n + half]);
 }
 
-ALWAYS_INLINE void score_turned(const float *turned, int32_t dim, int32_t num_tokens, const float *const *q,
-                                int num_queries, float scores[][PKV_RUN_TOKENS]) {
+ALWAYS_INLINE void score_turned_as(const float *turned, int32_t dim, int32_t dtype, int32_t num_tokens,
+                                   const float *const *q, int num_queries, float scores[][PKV_RUN_TOKENS]) {
   int32_t num_vectors = num_vectors_of(dim);
   for (int32_t t = 0; t < num_tokens; t += TURNED_TOKENS, turned += TURNED_TOKENS * num_vectors * WIDTH)
-    score_turned_tile(turned, num_vectors, q, num_queries, (float (*)[PKV_RUN_TOKENS])(scores[0] + t));
+    score_turned_tile(turned, num_vectors, dtype, q, num_queries, (float (*)[PKV_RUN_TOKENS])(scores[0] + t));
+}
+
+/* Keys are floats once they are turned, or pairs. */
+ALWAYS_INLINE void score_turned(const float *turned, int32_t dim, int32_t dtype, int32_t num_tokens,
+                                const float *const *q, int num_queries, float scores[][PKV_RUN_TOKENS]) {
+#ifdef MULTIPLIES_PAIRS
+  if (dtype == PKV_BFLOAT16_PAIRS) {
+    score_turned_as(turned, dim, PKV_BFLOAT16_PAIRS, num_tokens, q, num_queries, scores);
+    return;
+  }
+#endif
+  (void)dtype;
+  score_turned_as(turned, dim, PKV_FLOAT32, num_tokens, q, num_queries, scores);
 }
