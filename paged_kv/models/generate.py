@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._binding import integer
 from ..cache import PagedKVCache
-from ..errors import ArgumentError, OutOfPages
+from ..errors import ArgumentError, OutOfPages, SequenceBusy
 from .bitnet import BitNetModel, GenerationReport
 from .sampling import Sampler
 
@@ -168,7 +168,13 @@ class Batch:
     def close(self) -> None:
         """Give back what the running requests hold."""
         for request in list(self.running):
-            self._retire(request)
+            try:
+                self._retire(request)
+            except SequenceBusy:
+                # An interrupt on the way into a `with` or out of it has left a step open.  That goes, and
+                # then its sequences, when the interrupt's traceback does.
+                request.seq = None
+                self._retire(request)
 
     def _admit(self) -> None:
         taken = sum(request.cost for request in self.running)

@@ -1,7 +1,9 @@
+import gc
+
 import numpy as np
 import pytest
 
-from paged_kv import ArgumentError, OutOfPages
+from paged_kv import ArgumentError, OutOfPages, Step
 from paged_kv.models.bitnet import BitNetModel
 from paged_kv.models.generate import Admission, Batch, generate, generate_stream, seed_of
 from paged_kv.models.sampling import Sampler
@@ -85,6 +87,27 @@ def test_an_interruption_gives_everything_back(model):
         with pytest.raises(KeyboardInterrupt):
             generate(model, prompts_of(3, LENGTHS), cache=cache, progress=interrupt)
         assert cache.stats().num_used_pages == 0
+        cache.check()
+
+
+@pytest.mark.parametrize("method", ["__enter__", "__exit__"])
+def test_an_interruption_that_leaves_a_step_open_does_too(model, monkeypatch, method):
+    with model.new_cache(num_pages=20) as cache:
+        usual, calls = getattr(Step, method), []
+
+        def interrupted(step, *arguments):
+            calls.append(step._is_open)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return usual(step, *arguments)
+
+        monkeypatch.setattr(Step, method, interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            generate(model, prompts_of(3, LENGTHS), cache=cache)
+        assert len(calls) == 3 and cache.stats().num_used_pages > 0
+        del caught
+        gc.collect()
+        assert cache.stats().num_used_pages == cache.stats().num_sequences == 0
         cache.check()
 
 

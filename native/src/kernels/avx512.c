@@ -121,10 +121,7 @@ static inline halves vec_to_float16(vec x) {
   return (halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-/* The low 16 bits of each. */
-static inline halves vec_low_halves(ivec bits) { return (halves)_mm512_cvtepi32_epi16((__m512i)bits); }
-
-/* The high ones: every second of 32, at once. */
+/* The high 16 bits of each: every second of 32, at once. */
 #define TAKES_HIGH_HALVES
 static inline halves vec_high_halves(ivec bits) {
   const __m512i odd = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019,

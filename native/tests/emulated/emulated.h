@@ -1,4 +1,4 @@
-/* AVX-512 on a machine that has AVX2 only: SIMDe's emulation, and what its release 0.7.4 lacks: four
+/* AVX-512 on a machine that has AVX2 only: SIMDe's emulation, and what its release 0.7.4 lacks: three
  * conversions and a shift, each as two halves, two masked loads and a shuffle of quarters.  For tests: it is
  * slow. */
 #ifndef PKV_EMULATED_H
@@ -63,17 +63,6 @@ static inline __m256i pkv_eight_halves(const void *from) {
 }
 #undef _mm256_maskz_loadu_epi16
 #define _mm256_maskz_loadu_epi16(mask, from) pkv_eight_halves(from)
-
-#undef _mm512_cvtepi32_epi16
-static inline __m256i _mm512_cvtepi32_epi16(simde__m512i x) {
-  int32_t from[16];
-  int16_t to[16];
-  __m256i result;
-  memcpy(from, &x, sizeof from);
-  for (int i = 0; i < 16; i++) to[i] = (int16_t)from[i];
-  memcpy(&result, to, sizeof to);
-  return result;
-}
 
 #undef _mm512_srai_epi32
 static inline simde__m512i _mm512_srai_epi32(simde__m512i x, unsigned count) {
