@@ -26,7 +26,7 @@ static inline vec vec_fma(vec a, vec b, vec c) {
 }
 
 #ifdef MULTIPLIES_PAIRS
-/* c + a * b of both halves of each lane, the low ones first or last: pairs of bfloat16. */
+/* c + a * b of both halves of each lane, pairs of bfloat16, one after the other as the CPU has it. */
 static inline vec vec_fma_pairs(vec a, vec b, vec c) {
   return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
