@@ -1,9 +1,9 @@
-"""What this process may use of the machine: memory and CPUs, with the container's limits counted in.
+"""What this process may use of the machine: memory, CPUs, caches, with the container's limits counted in.
 
 A container is killed, not refused, when it crosses its memory limit, so limits are read before memory is
 taken.  Where a file is missing (another system, no container) the limit it would state does not apply.
 
-Imported by pool (memory), cache and info (CPUs).
+Imported by pool (memory), store (caches), cache and info (CPUs).
 """
 
 import math
@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+CPUS = Path("/sys/devices/system/cpu")
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -30,6 +31,15 @@ def num_cpus(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for quota in map(_cgroup_quota, _cgroups(proc, cgroup)) if quota is not None]
     return max(1, min([allowed, *quotas]))
+
+
+def shared_cache_bytes(cpus: Path = CPUS) -> int:
+    """Size of the third-level cache that CPUs share; 0 where the system tells of none.
+
+    Read where the kernel lists it: within virtual machines, libc's sysconf names ten times as much.
+    """
+    size = _read(cpus / "cpu0/cache/index3/size").strip()
+    return int(size[:-1]) * 1024 if size[:-1].isdigit() and size.endswith("K") else 0
 
 
 def _meminfo_available(proc: Path) -> int | None:

@@ -19,6 +19,7 @@ from .attention import Append, RepeatedAttention
 from .block_table import BlockTables, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
+from .machine import shared_cache_bytes
 from .pool import PagePool
 
 Call = TypeVar("Call", Append, RepeatedAttention)
@@ -48,8 +49,10 @@ class Store:
         #: Calls that can be repeated; whoever repeats one takes it for as long as it runs.
         self.repeatable: deque[RepeatedAttention] = deque(maxlen=4)
         self.repeatable_appends: deque[Append] = deque(maxlen=4)
+        # All layers are read in turn, and whatever a model reads between them.
+        cached_bytes = shared_cache_bytes() // 2 // layout.num_layers
         for layer in range(layout.num_layers):
-            self._describe_layer(layer, num_pages)
+            self._describe_layer(layer, num_pages, cached_bytes)
         self.closed = False
         #: Plans of open steps, by identity.
         self.open_plans: dict[int, Plan] = {}
@@ -68,7 +71,7 @@ class Store:
         #: entries after it has set that: one of the two sees the other, and no call waits for a lock.
         self._running: deque[None] = deque()
 
-    def _describe_layer(self, layer: int, num_pages: int) -> None:
+    def _describe_layer(self, layer: int, num_pages: int, cached_bytes: int) -> None:
         layout = self.layout
         k = self.pool.address + layer * num_pages * layout.block_bytes
         self.layer_pages[layer] = {
@@ -86,6 +89,7 @@ class Store:
             "num_kv_heads": layout.num_kv_heads,
             "head_dim": layout.head_dim,
             "head_dim_v": layout.head_dim_v,
+            "cached_bytes": cached_bytes,
         }
 
     def require_open(self) -> None:

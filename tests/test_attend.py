@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import fill, make_cache, rows
+from conftest import fill, make_cache, pages_come_from, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,6 +151,19 @@ def test_bits_depend_on_neither_batch_nor_chunks_nor_threads(seed, dtype, page_s
         got = rows_of(parts, seq_rows, np.diff(edges).tolist(), rng)
         parts.check()
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("group", [1, 2, 7])
+def test_bits_do_not_depend_on_where_pages_lie(kernel, dtype, group, monkeypatch):
+    results = []
+    for place in ("memory", "cache"):
+        pages_come_from(place, monkeypatch)
+        cache = make_cache(num_layers=1, head_dim=128, dtype=dtype, num_pages=40, num_threads=2)
+        seqs, rng = [cache.sequence(), cache.sequence()], np.random.default_rng(group)
+        results.append([attend_step(cache, seqs, counts, rng, 2 * group)[1] for counts in ([300, 9], [1, 1])])
+    for of_memory, of_cache in zip(*results, strict=True):
+        np.testing.assert_array_equal(of_memory, of_cache)
 
 
 def test_one_long_sequence_beside_short_ones_keeps_its_bits(kernel, rng):

@@ -1,7 +1,9 @@
 import os
 
+import pytest
+
 from paged_kv import _binding
-from paged_kv.machine import available_memory, num_cpus
+from paged_kv.machine import available_memory, num_cpus, shared_cache_bytes
 
 MEMINFO = "MemTotal: 900 kB\nMemAvailable:    800 kB\n"
 
@@ -71,3 +73,14 @@ def test_caches_and_models_share_their_threads():
     threads = _binding.shared_threads()
     assert threads is _binding.shared_threads(None) is _binding.shared_threads(num_cpus())
     assert _binding.shared_threads(num_cpus() + 1) is not threads
+
+
+@pytest.mark.parametrize(("size", "num_bytes"), [("32768K\n", 32 << 20), ("", 0), ("K", 0), ("many", 0)])
+def test_the_shared_cache_is_as_large_as_the_system_says(tmp_path, size, num_bytes):
+    (tmp_path / "cpu0/cache/index3").mkdir(parents=True)
+    (tmp_path / "cpu0/cache/index3/size").write_text(size)
+    assert shared_cache_bytes(tmp_path) == num_bytes
+
+
+def test_without_a_shared_cache_nothing_is_said_to_lie_there(tmp_path):
+    assert shared_cache_bytes(tmp_path) == 0

@@ -448,9 +448,17 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   return PKV_OK;
 }
 
+/* Do the pages that the call reads lie in a cache? */
+static bool are_cached(const pkv_pages *pages, const pkv_batch *batch) {
+  int64_t k_bytes = (int64_t)pages->head_dim * (pages->k_dtype == PKV_FLOAT32 ? 4 : 2);
+  int64_t v_bytes = (int64_t)pages->head_dim_v * (pages->v_dtype == PKV_FLOAT32 ? 4 : 2);
+  int64_t page_bytes = (int64_t)pages->page_size * pages->num_kv_heads * (k_bytes + v_bytes);
+  return pages->cached_bytes > 0 && batch->kv_indptr[batch->num_seqs] * page_bytes <= pages->cached_bytes;
+}
+
 pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
                       const pkv_attention *attention) {
-  const pkv_kernel *kernel = pkv_active_kernel();
+  const pkv_kernel *kernel = are_cached(pages, batch) ? pkv_active_kernel_for_cached() : pkv_active_kernel();
   int32_t num_q_heads = attention->num_q_heads;
   if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
   if (attention->spans && out_overlaps(attention)) return PKV_OUT_OVERLAPS;

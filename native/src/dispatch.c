@@ -69,22 +69,23 @@ static int looks_up_beside(void) {
 
 static const struct {
   const pkv_kernel *kernel;
+  const pkv_kernel *for_cached;
   const pkv_product *product;
   int (*is_available)(void);
 } kernels[] = {
 #ifdef PKV_HAVE_AVX512BF16
-    {&pkv_kernel_avx512bf16, &pkv_product_avx2, has_avx512bf16},
+    {&pkv_kernel_avx512bf16, &pkv_kernel_avx512bf16_cached, &pkv_product_avx2, has_avx512bf16},
 #endif
 #ifdef PKV_HAVE_AVX512
-    {&pkv_kernel_avx512, &pkv_product_avx2, has_avx512},
+    {&pkv_kernel_avx512, &pkv_kernel_avx512_cached, &pkv_product_avx2, has_avx512},
 #endif
 #ifdef PKV_HAVE_AVX2
-    {&pkv_kernel_avx2, &pkv_product_avx2, has_avx2},
+    {&pkv_kernel_avx2, &pkv_kernel_avx2_cached, &pkv_product_avx2, has_avx2},
 #endif
 #ifdef __aarch64__
-    {&pkv_kernel_neon, &pkv_product_neon, always},
+    {&pkv_kernel_neon, &pkv_kernel_neon, &pkv_product_neon, always},
 #endif
-    {&pkv_kernel_portable, &pkv_product_portable, always},
+    {&pkv_kernel_portable, &pkv_kernel_portable, &pkv_product_portable, always},
 };
 enum { NUM_KERNELS = sizeof kernels / sizeof kernels[0], NOT_CHOSEN = -2, NONE = -1 };
 
@@ -120,6 +121,11 @@ int32_t pkv_kernel_active(void) {
 const pkv_kernel *pkv_active_kernel(void) {
   int32_t index = pkv_kernel_active();
   return index < 0 ? NULL : kernels[index].kernel;
+}
+
+const pkv_kernel *pkv_active_kernel_for_cached(void) {
+  int32_t index = pkv_kernel_active();
+  return index < 0 ? NULL : kernels[index].for_cached;
 }
 
 const pkv_product *pkv_active_product(void) {

@@ -7,7 +7,9 @@
 #include "../../include/paged_kv.h"
 #include "kernel.h"
 
+#ifndef KERNEL /* avx2_cached.c has another name */
 #define KERNEL pkv_kernel_avx2
+#endif
 #define KERNEL_NAME "avx2"
 #define WRITES_PAST_CACHES
 #define ASKS_APART

@@ -11,8 +11,10 @@
 #include "../../include/paged_kv.h"
 #include "kernel.h"
 
-#ifndef KERNEL /* avx512bf16.c has another name */
+#ifndef KERNEL /* others that include this have other names */
 #define KERNEL pkv_kernel_avx512
+#endif
+#ifndef KERNEL_NAME
 #define KERNEL_NAME "avx512"
 #endif
 #define WRITES_PAST_CACHES

@@ -78,16 +78,18 @@ extern const pkv_kernel pkv_kernel_portable;
 extern const pkv_kernel pkv_kernel_neon;
 #endif
 #ifdef PKV_HAVE_AVX2
-extern const pkv_kernel pkv_kernel_avx2;
+extern const pkv_kernel pkv_kernel_avx2, pkv_kernel_avx2_cached;
 #endif
 #ifdef PKV_HAVE_AVX512
-extern const pkv_kernel pkv_kernel_avx512;
+extern const pkv_kernel pkv_kernel_avx512, pkv_kernel_avx512_cached;
 #endif
 #ifdef PKV_HAVE_AVX512BF16
-extern const pkv_kernel pkv_kernel_avx512bf16;
+extern const pkv_kernel pkv_kernel_avx512bf16, pkv_kernel_avx512bf16_cached;
 #endif
 
-/* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available. */
+/* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available; and the one with the same bits
+ * for rows that lie in a cache. */
 const pkv_kernel *pkv_active_kernel(void);
+const pkv_kernel *pkv_active_kernel_for_cached(void);
 
 #endif
