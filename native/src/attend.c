@@ -100,12 +100,20 @@ static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t m
   const pkv_batch *batch = job->batch;
   const int32_t *page_ids = batch->kv_indices + batch->kv_indptr[seq];
   int32_t first_page = batch->first_pages ? batch->first_pages[seq] : 0;
-  for (; mask; mask &= mask - 1) {
-    int32_t t = __builtin_ctzll(mask), page = (start + t) / pages->page_size;
-    int32_t offset = start + t - page * pages->page_size;
+  int32_t page = start / pages->page_size;
+  int64_t page_start = (int64_t)page * pages->page_size - start; /* as a bit */
+  for (; mask; page++, page_start += pages->page_size) {
+    uint64_t in_page = mask & bits_between(0, page_start + pages->page_size);
+    mask &= ~in_page;
+    if (!in_page) continue;
     int64_t page_id = page_ids[page < batch->sink_pages ? page : batch->sink_pages + page - first_page];
-    k[t] = pages->k + page_id * pages->k_page_stride + offset * pages->k_token_stride;
-    if (v) v[t] = pages->v + page_id * pages->v_page_stride + offset * pages->v_token_stride;
+    const char *k_page = pages->k + page_id * pages->k_page_stride;
+    const char *v_page = pages->v + page_id * pages->v_page_stride;
+    for (; in_page; in_page &= in_page - 1) {
+      int t = __builtin_ctzll(in_page);
+      k[t] = k_page + (t - page_start) * pages->k_token_stride;
+      if (v) v[t] = v_page + (t - page_start) * pages->v_token_stride;
+    }
   }
 }
 
