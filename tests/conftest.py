@@ -13,7 +13,6 @@ from paged_kv import _binding
 #: Inputs are fresh in every run; to see one again, set PAGED_KV_SEED to what it printed when it failed.
 SEED = int(os.environ.get("PAGED_KV_SEED") or secrets.randbits(32))
 KERNELS = paged_kv.kernels().available
-PLACES = {name: ("memory", "cache") if name.startswith("avx") else ("memory",) for name in KERNELS}
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -62,12 +61,10 @@ def pages_come_from(place, monkeypatch):
     monkeypatch.setattr("paged_kv.store.shared_cache_bytes", lambda: {"cache": 2**60, "memory": 0}[place])
 
 
-@pytest.fixture(params=[(kernel, place) for kernel in KERNELS for place in PLACES[kernel]], ids=" from ".join)
-def kernel(request, monkeypatch):
-    """Runs the test once with each kernel of this machine, and the one beside it for pages in a cache."""
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    """Runs the test once with each kernel of this machine."""
     before = paged_kv.kernels().active
-    name, place = request.param
-    _binding.select_kernel(name)
-    pages_come_from(place, monkeypatch)
-    yield name
+    _binding.select_kernel(request.param)
+    yield request.param
     _binding.select_kernel(before)

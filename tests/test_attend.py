@@ -11,6 +11,12 @@ from hypothesis import strategies as st
 from paged_kv import ArgumentError, CacheClosed, LayerNotWritten, StepClosed, reference
 
 
+@pytest.fixture(params=["memory", "cache"], autouse=True)
+def place(request, monkeypatch):
+    """Everything holds for the kernel that reads pages of memory and for the one beside it."""
+    pages_come_from(request.param, monkeypatch)
+
+
 def attend_step(cache, seqs, counts, rng, num_q_heads, **options):
     """One step through every layer; (q, out) of the last layer, out poisoned before."""
     layout = cache._store.layout
