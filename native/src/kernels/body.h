@@ -110,8 +110,7 @@ ALWAYS_INLINE vec vec_soft_cap(vec x, float factor) {
 /* Read a byte of each line of a row, which will be read in another order, or less evenly: memory is fastest
  * where it is read in its own order, because that is what a CPU's own prefetching goes by (on Zen 4, rows of
  * float32 four at a time are read at a third of the speed of the same rows one after the other).  So many
- * lines `at_once`, none at 0: the loop is to be short for many queries, and not to hold up the loads of one.
- */
+ * lines `at_once`, none at 0: the loop is to be short for many queries, and not hold up the loads of one. */
 ALWAYS_INLINE void touch_row(const char *row, int32_t num_bytes, int at_once) {
   const volatile char *bytes = row;
   int32_t i = 0;
