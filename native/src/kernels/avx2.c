@@ -74,6 +74,10 @@ static inline float vec_largest(vec x) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+/* The larger of each lane; b where one is NaN. */
+#define TAKES_LARGER
+static inline vec vec_larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+
 /* Is any lane of a comparison true? */
 static inline int vec_any(ivec mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
 

@@ -108,6 +108,10 @@ static inline halves halves_load_part(const char *from) {
   return (halves)_mm256_maskz_loadu_epi16(0xff, from);
 }
 
+/* The larger of each lane; b where one is NaN. */
+#define TAKES_LARGER
+static inline vec vec_larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+
 /* Is any lane of a comparison true? */
 static inline int vec_any(ivec mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
 

@@ -3,6 +3,7 @@
 #define PKV_LOOPS_H
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
 
 /* A loop that is unrolled.  gcc keeps an array in memory where it unrolls the loop over it of its own accord,
  * and later; clang where it is told to. */

@@ -37,12 +37,8 @@ ALWAYS_INLINE int32_t num_vectors_of(int32_t dim) { return (dim + WIDTH - 1) / W
 
 /* Zeros where there is no token, and no dim. */
 ALWAYS_INLINE void turn_keys_of(const head_rows *keys, int32_t dtype, const head_rows *ahead, float *turned) {
-  int32_t num_vectors = num_vectors_of(keys->dim), key_bytes = stored_bytes(keys->dim, dtype);
-  cursor at = cursor_over(ahead, 1, 1);
-  for (int32_t t = 0; ahead && t < keys->count; t++) {
-    touch_row(keys->rows[t] + keys->offset, key_bytes, 1);
-    ask_ahead(&at);
-  }
+  int32_t num_vectors = num_vectors_of(keys->dim);
+  if (ahead) bring(keys, dtype, ahead);
   for (int32_t t = 0; t < keys->count; t += TURNED_TOKENS)
     for (int32_t half = 0; half < TURNED_TOKENS; half += WIDTH)
       for (int32_t i = 0; i < num_vectors; i++) {

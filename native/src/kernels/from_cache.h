@@ -1,0 +1,229 @@
+/* How rows are met that lie in a cache: as fast as they can be multiplied.
+ *
+ * A cache is read in any order, so that nothing is touched first.  What comes next is asked for all the same:
+ * it may lie in a farther cache, and a neighbour may have taken its place.  With each line that is met goes a
+ * request for the same line of the row that will be met in its stead, of values while keys are met and of the
+ * next keys while values are.  That takes no bookkeeping, so that the loops are little but multiply-adds.
+ *
+ * Each loop is a function of its own, to which a compiler gives all registers: inlined into each other, they
+ * keep addresses in memory or, worse, in vectors. */
+
+enum { LINE_BYTES = 64 };
+
+ALWAYS_INLINE int64_t bytes_of(int64_t count, int32_t dtype) { return count * stored_bytes(1, dtype); }
+
+ALWAYS_INLINE int values_per_line(int32_t dtype) { return LINE_BYTES / stored_bytes(1, dtype); }
+
+ALWAYS_INLINE void ask(const char *line) { __builtin_prefetch(line, 0, 2); }
+
+/* An address in a register, for gcc would have one for each of the sums that are made of it. */
+ALWAYS_INLINE const char *kept(const char *address) {
+  __asm__("" : "+r"(address));
+  return address;
+}
+
+/* The row to ask for while token t is met: the last one again where there are fewer of them. */
+ALWAYS_INLINE const char *row_ahead(const head_rows *ahead, int64_t t) {
+  int64_t last = ahead->count - 1;
+  return ahead->rows[t < last ? t : last] + ahead->offset;
+}
+
+/* Keys will be turned: the values that will be met with them are asked for. */
+ALWAYS_INLINE void bring(const head_rows *keys, int32_t dtype, const head_rows *ahead) {
+  int64_t row_bytes = stored_bytes(keys->dim, dtype);
+  for (int64_t t = 0; ahead->count && t < keys->count; t++)
+    for (int64_t i = 0; i < row_bytes; i += LINE_BYTES) ask(row_ahead(ahead, t) + i);
+}
+
+/* ---- scores */
+
+/* sums += q * keys, of `count` dims from d on. */
+ALWAYS_INLINE void meet_keys(const char *const *k, int32_t dtype, const float *const *q, int num_queries,
+                             int num_tokens, int64_t d, int count, vec *sums) {
+  vec some[4];
+  EACH (i, num_queries) some[i] = vec_load(q[i] + d);
+  EACH (t, num_tokens) {
+    vec key = vec_load_stored(k[t] + bytes_of(d, dtype), 0, count, dtype);
+    EACH (i, num_queries) sums[i * num_tokens + t] = met(some[i], key, sums[i * num_tokens + t], dtype);
+  }
+}
+
+/* Scores of num_queries and num_tokens keys from `first` on.  The rows to ask for are taken to be as far from
+ * each other as the keys are: so they are within a page, where most tiles lie. */
+ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const head_rows *ahead,
+                              const float *const *q, int num_queries, int64_t first, int num_tokens,
+                              float scores[][PKV_RUN_TOKENS]) {
+  const int line = values_per_line(dtype);
+  int64_t d = 0, dim = keys->dim;
+  vec sums[TILE_SUMS] = {};
+  const char *k[TILE_SUMS];
+  EACH (t, num_tokens) k[t] = keys->rows[first + t] + keys->offset;
+  int64_t to_next = ahead ? row_ahead(ahead, first) - k[0] : 0;
+  if (num_queries == 1)
+    EACH (t, num_tokens) {
+      sums[t] = score_row(*q, k[t], keys->dim, dtype);
+      for (int64_t i = 0; ahead && i < dim; i += line) ask(k[t] + to_next + bytes_of(i, dtype));
+    }
+  else {
+    for (; d + line <= dim; d += line) {
+      EACH (t, num_tokens)
+        if (ahead) ask(k[t] + (to_next + bytes_of(d, dtype)));
+      EACH (i, line / WIDTH) meet_keys(k, dtype, q, num_queries, num_tokens, d + i * WIDTH, WIDTH, sums);
+    }
+    for (; d + WIDTH <= dim; d += WIDTH) meet_keys(k, dtype, q, num_queries, num_tokens, d, WIDTH, sums);
+    if (HAS_PART && d < dim) meet_keys(k, dtype, q, num_queries, num_tokens, d, PART, sums);
+  }
+  float added[TILE_SUMS];
+  sum_tile(sums, num_queries * num_tokens, added);
+  EACH (i, num_queries) memcpy(scores[i] + first, added + i * num_tokens, (size_t)num_tokens * sizeof *added);
+}
+
+/* Scores of num_queries (1, 2 or 4) and all keys, a tile at a time. */
+ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_rows *ahead,
+                              const float *const *queries, int num_queries, float scores[][PKV_RUN_TOKENS]) {
+  const int step = TILE_SUMS / num_queries;
+  const float *q[4];
+  EACH (i, num_queries) q[i] = queries[i];
+  int64_t t = 0, count = keys->count;
+  for (; t + step <= count; t += step) score_tile(keys, dtype, ahead, q, num_queries, t, step, scores);
+  for (; t < count; t++) score_tile(keys, dtype, ahead, q, num_queries, t, 1, scores);
+}
+
+/* Two functions for so many queries: one that asks for rows ahead, and one for when there are none. */
+#define SCORES(name, dtype, num_queries)                                                             \
+  NOINLINE void name(const head_rows *keys, const float *const *q, float scores[][PKV_RUN_TOKENS]) { \
+    score_keys(keys, dtype, NULL, q, num_queries, scores);                                           \
+  }                                                                                                  \
+  NOINLINE void name##_asking(const head_rows *keys, const head_rows *ahead, const float *const *q,  \
+                              float scores[][PKV_RUN_TOKENS]) {                                      \
+    if (!ahead) __builtin_unreachable();                                                             \
+    score_keys(keys, dtype, ahead, q, num_queries, scores);                                          \
+  }
+#define SCORES_OF(name, dtype) \
+  SCORES(name##_of_1, dtype, 1) SCORES(name##_of_2, dtype, 2) SCORES(name##_of_4, dtype, 4)
+SCORES_OF(score_float32, PKV_FLOAT32)
+SCORES_OF(score_float16, PKV_FLOAT16)
+SCORES_OF(score_bfloat16, PKV_BFLOAT16)
+#ifdef MULTIPLIES_PAIRS
+SCORES_OF(score_pairs, PKV_BFLOAT16_PAIRS)
+#endif
+
+#define OF(name, num_queries) \
+  ((num_queries) == 4 ? name##_of_4 : (num_queries) == 2 ? name##_of_2 : name##_of_1)
+#define OF_ASKING(name, num_queries) \
+  ((num_queries) == 4 ? name##_of_4_asking : (num_queries) == 2 ? name##_of_2_asking : name##_of_1_asking)
+#define SCORE(name) \
+  ahead ? OF_ASKING(name, num_queries)(keys, ahead, q, scores) : OF(name, num_queries)(keys, q, scores)
+
+ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, const float *const *q,
+                              int num_queries, float scores[][PKV_RUN_TOKENS]) {
+  if (ahead && !ahead->count) ahead = NULL;
+  switch (keys->dtype) {
+    case PKV_FLOAT32: SCORE(score_float32); break;
+    case PKV_FLOAT16: SCORE(score_float16); break;
+    case PKV_BFLOAT16: SCORE(score_bfloat16); break;
+#ifdef MULTIPLIES_PAIRS
+    case PKV_BFLOAT16_PAIRS: SCORE(score_pairs); break;
+#endif
+  }
+}
+
+/* ---- softmax */
+
+ALWAYS_INLINE int weighed_at_once(const queries *queries, int i) { return tile_of(queries, i); }
+
+#define WEIGHS(name, num_queries)                                                           \
+  NOINLINE void name(float scores[][PKV_RUN_TOKENS], int32_t padded, float *const *maximum, \
+                     float *exponents, float *added) {                                      \
+    weigh_some(scores, padded, num_queries, maximum, exponents, added);                     \
+  }
+WEIGHS(weigh_1, 1)
+WEIGHS(weigh_2, 2)
+WEIGHS(weigh_4, 4)
+
+/* Weights are 0 beyond the tokens that are seen. */
+static void weigh(float scores[][PKV_RUN_TOKENS], int tile, const int32_t *num_seen, float *const *maximum,
+                  float *exponents, float *added) {
+  int32_t padded = 0;
+  for (int i = 0; i < tile; i++)
+    if (num_seen[i] > padded) padded = num_seen[i];
+  padded = (padded + WIDTH - 1) / WIDTH * WIDTH;
+  for (int i = 0; i < tile; i++)
+    for (int32_t t = num_seen[i]; t < padded; t++) scores[i][t] = -__builtin_inff();
+  switch (tile) {
+    case 4: weigh_4(scores, padded, maximum, exponents, added); break;
+    case 2: weigh_2(scores, padded, maximum, exponents, added); break;
+    case 1: weigh_1(scores, padded, maximum, exponents, added); break;
+  }
+}
+
+/* ---- values */
+
+/* Accumulate num_vectors vectors of dims from d on, for num_queries; `count` values are in each. */
+ALWAYS_INLINE void value_tile(const head_rows *values, int32_t dtype, const head_rows *ahead,
+                              float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
+                              int64_t d, int num_vectors, int count, float *const *accumulated) {
+  const int line = values_per_line(dtype);
+  const char *const *rows = values->rows;
+  int64_t offset = values->offset + bytes_of(d, dtype), num_tokens = values->count;
+  vec sums[TILE_SUMS];
+  EACH (i, num_queries)
+    EACH (j, num_vectors) sums[i * num_vectors + j] = vec_load(accumulated[i] + d + j * WIDTH) * shrink[i];
+  for (int64_t t = 0; t < num_tokens; t++) {
+    const char *row = kept(rows[t] + offset);
+    const char *next = ahead ? kept(row_ahead(ahead, t) + bytes_of(d, dtype)) : NULL;
+    for (int i = 0; ahead && i < num_vectors * WIDTH; i += line) ask(next + bytes_of(i, dtype));
+    EACH (j, num_vectors) {
+      vec value = vec_load_stored(row, j * WIDTH, count, dtype);
+      EACH (i, num_queries)
+        sums[i * num_vectors + j] = vec_fma(vec_all(&weights[i][t]), value, sums[i * num_vectors + j]);
+    }
+  }
+  EACH (i, num_queries)
+    EACH (j, num_vectors) vec_store(accumulated[i] + d + j * WIDTH, sums[i * num_vectors + j]);
+}
+
+ALWAYS_INLINE void accumulate_values(const head_rows *values, int32_t dtype, const head_rows *ahead,
+                                     float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
+                                     float *const *accumulated) {
+  const int step = TILE_SUMS / num_queries > 8 ? 8 : TILE_SUMS / num_queries;
+  int64_t d = 0, dim = values->dim;
+  for (; d + step * WIDTH <= dim; d += step * WIDTH)
+    value_tile(values, dtype, ahead, weights, shrink, num_queries, d, step, WIDTH, accumulated);
+  for (; d + WIDTH <= dim; d += WIDTH)
+    value_tile(values, dtype, ahead, weights, shrink, num_queries, d, 1, WIDTH, accumulated);
+  if (HAS_PART && d < dim)
+    value_tile(values, dtype, NULL, weights, shrink, num_queries, d, 1, PART, accumulated);
+}
+
+#define ACCUMULATES(name, dtype, num_queries)                                                       \
+  NOINLINE void name(const head_rows *values, float weights[][PKV_RUN_TOKENS], const float *shrink, \
+                     float *const *accumulated) {                                                   \
+    accumulate_values(values, dtype, NULL, weights, shrink, num_queries, accumulated);              \
+  }                                                                                                 \
+  NOINLINE void name##_asking(const head_rows *values, const head_rows *ahead,                      \
+                              float weights[][PKV_RUN_TOKENS], const float *shrink,                 \
+                              float *const *accumulated) {                                          \
+    if (!ahead) __builtin_unreachable();                                                            \
+    accumulate_values(values, dtype, ahead, weights, shrink, num_queries, accumulated);             \
+  }
+#define ACCUMULATES_OF(name, dtype) \
+  ACCUMULATES(name##_of_1, dtype, 1) ACCUMULATES(name##_of_2, dtype, 2) ACCUMULATES(name##_of_4, dtype, 4)
+ACCUMULATES_OF(accumulate_float32, PKV_FLOAT32)
+ACCUMULATES_OF(accumulate_float16, PKV_FLOAT16)
+ACCUMULATES_OF(accumulate_bfloat16, PKV_BFLOAT16)
+
+#define ACCUMULATE(name)                                                            \
+  ahead ? OF_ASKING(name, num_queries)(values, ahead, weights, shrink, accumulated) \
+        : OF(name, num_queries)(values, weights, shrink, accumulated)
+
+ALWAYS_INLINE void accumulate_some(const head_rows *values, const head_rows *ahead,
+                                   float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
+                                   float *const *accumulated) {
+  if (ahead && !ahead->count) ahead = NULL;
+  switch (values->dtype) {
+    case PKV_FLOAT32: ACCUMULATE(accumulate_float32); break;
+    case PKV_FLOAT16: ACCUMULATE(accumulate_float16); break;
+    case PKV_BFLOAT16: ACCUMULATE(accumulate_bfloat16); break;
+  }
+}
