@@ -174,41 +174,34 @@ ALWAYS_INLINE void sum_tile(vec *sums, int count, float *to) {
 
 /* ---- softmax */
 
-/* What a call asks of scores beyond what q was multiplied by: scale them, bend them, let them fall with
- * distance. */
-static void adjust(const pkv_run *run, const float *slope, int32_t row, float *scores) {
-  for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
-    vec s = vec_load(scores + t) * run->scale;
-    if (run->soft_cap > 0) s = vec_soft_cap(s, run->soft_cap);
-    if (slope) s = vec_fma((vec){} + *slope, vec_load(run->distances + t) - (float)row, s);
-    vec_store(scores + t, s);
-  }
-}
-
-/* Turn the `padded` scores of num_queries into weights, and update their maxima.  `exponents`: by what their
- * sums shrink, as powers of 2; `added`: to these.  Several side by side: the steps for one wait for each
- * other. */
-ALWAYS_INLINE void weigh_some(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                              float *const *maximum, float *exponents, float *added) {
-  vec most[4], sums[4] = {};
-  float largest[4], subtracted[4];
+/* What is to be subtracted from the `padded` scores of num_queries, which are among others so far; updates
+ * their maxima.  `exponents`: by what their sums shrink, as powers of 2. */
+ALWAYS_INLINE void find_largest(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
+                                float *const *maximum, float *subtracted, float *exponents) {
+  vec most[4];
   EACH (i, num_queries) most[i] = (vec){} + *maximum[i];
   for (int32_t t = 0; t < padded; t += WIDTH)
     EACH (i, num_queries) most[i] = vec_larger(vec_load(scores[i] + t), most[i]);
-  EACH (i, num_queries) largest[i] = vec_largest(most[i]);
-  /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
-  EACH (i, num_queries) subtracted[i] = largest[i] == -__builtin_inff() ? 0.0f : largest[i];
+  EACH (i, num_queries) {
+    float largest = vec_largest(most[i]);
+    /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
+    subtracted[i] = largest == -__builtin_inff() ? 0.0f : largest;
+    exponents[i] = *maximum[i] - subtracted[i];
+    *maximum[i] = largest;
+  }
+}
+
+/* Turn scores into weights; `added`: to each query's sum. */
+ALWAYS_INLINE void weigh_some(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
+                              const float *subtracted, float *added) {
+  vec sums[4] = {};
   for (int32_t t = 0; t < padded; t += WIDTH)
     EACH (i, num_queries) {
       vec weights = vec_exp2(vec_load(scores[i] + t) - subtracted[i]);
       vec_store(scores[i] + t, weights);
       sums[i] += weights;
     }
-  EACH (i, num_queries) {
-    exponents[i] = *maximum[i] - subtracted[i];
-    added[i] = vec_sum(sums[i]);
-    *maximum[i] = largest[i];
-  }
+  EACH (i, num_queries) added[i] = vec_sum(sums[i]);
 }
 
 /* Queries that meet the run: the q heads of a group, of each row. */
@@ -227,6 +220,22 @@ typedef struct {
 ALWAYS_INLINE int tile_of(const queries *queries, int i) {
   int left = queries->count - i;
   return left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+/* What a call asks of scores beyond what q was multiplied by: scale them, bend them, let them fall with
+ * distance. */
+static void adjust(const pkv_run *run, const queries *queries, int i, float *scores) {
+  const float *slope = run->alibi_slopes ? run->alibi_slopes + queries->head[i] : NULL;
+  for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
+    vec s = vec_load(scores + t) * run->scale;
+    if (run->soft_cap > 0) s = vec_soft_cap(s, run->soft_cap);
+    if (slope) s = vec_fma((vec){} + *slope, vec_load(run->distances + t) - (float)queries->row[i], s);
+    vec_store(scores + t, s);
+  }
+}
+
+ALWAYS_INLINE bool is_adjusted(const pkv_run *run) {
+  return run->scale != 1 || run->soft_cap > 0 || run->alibi_slopes;
 }
 
 #ifdef FROM_CACHE
@@ -307,18 +316,9 @@ static void accumulate(const head_rows *values, const head_rows *ahead, const qu
 static void fold_queries(const pkv_run *run, const head_rows *keys, const float *turned,
                          const head_rows *values, const head_rows *next_keys, const queries *queries) {
   float scores[MOST_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
-  float shrink[MOST_QUERIES] = {}, added[MOST_QUERIES];
+  float shrink[MOST_QUERIES]; /* by this much, what was accumulated so far */
   score(keys, turned, run->is_near ? NULL : values, queries, scores);
-  for (int i = 0, tile; i < queries->count; i += tile) {
-    tile = weighed_at_once(queries, i);
-    if (run->scale != 1 || run->soft_cap > 0 || run->alibi_slopes)
-      for (int j = i; j < i + tile; j++)
-        adjust(run, run->alibi_slopes ? run->alibi_slopes + queries->head[j] : NULL, queries->row[j],
-               scores[j]);
-    weigh(scores + i, tile, queries->num_seen + i, queries->maximum + i, shrink + i, added + i);
-  }
-  for (int i = 0; i < queries->count; i += WIDTH) vec_store(shrink + i, vec_exp2(vec_load(shrink + i)));
-  for (int i = 0; i < queries->count; i++) *queries->sum[i] = *queries->sum[i] * shrink[i] + added[i];
+  weigh(run, queries, scores, shrink);
   accumulate(values, run->is_near ? NULL : next_keys, queries, scores, shrink);
 }
 

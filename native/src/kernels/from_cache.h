@@ -130,30 +130,48 @@ ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, con
 
 /* ---- softmax */
 
-ALWAYS_INLINE int weighed_at_once(const queries *queries, int i) { return tile_of(queries, i); }
+/* Turn the `padded` scores of some queries into weights, side by side: the steps for one wait for each other.
+ */
+ALWAYS_INLINE void weigh_tile(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
+                              float *const *maximum, float *const *sum, float *shrink) {
+  float subtracted[4], added[4], exponents[WIDTH] = {};
+  find_largest(scores, padded, num_queries, maximum, subtracted, exponents);
+  vec powers = vec_exp2(vec_load(exponents));
+  weigh_some(scores, padded, num_queries, subtracted, added);
+  vec_store(exponents, powers);
+  EACH (i, num_queries) {
+    shrink[i] = exponents[i];
+    *sum[i] = *sum[i] * shrink[i] + added[i];
+  }
+}
 
 #define WEIGHS(name, num_queries)                                                           \
   NOINLINE void name(float scores[][PKV_RUN_TOKENS], int32_t padded, float *const *maximum, \
-                     float *exponents, float *added) {                                      \
-    weigh_some(scores, padded, num_queries, maximum, exponents, added);                     \
+                     float *const *sum, float *shrink) {                                    \
+    weigh_tile(scores, padded, num_queries, maximum, sum, shrink);                          \
   }
 WEIGHS(weigh_1, 1)
 WEIGHS(weigh_2, 2)
 WEIGHS(weigh_4, 4)
 
 /* Weights are 0 beyond the tokens that are seen. */
-static void weigh(float scores[][PKV_RUN_TOKENS], int tile, const int32_t *num_seen, float *const *maximum,
-                  float *exponents, float *added) {
-  int32_t padded = 0;
-  for (int i = 0; i < tile; i++)
-    if (num_seen[i] > padded) padded = num_seen[i];
-  padded = (padded + WIDTH - 1) / WIDTH * WIDTH;
-  for (int i = 0; i < tile; i++)
-    for (int32_t t = num_seen[i]; t < padded; t++) scores[i][t] = -__builtin_inff();
-  switch (tile) {
-    case 4: weigh_4(scores, padded, maximum, exponents, added); break;
-    case 2: weigh_2(scores, padded, maximum, exponents, added); break;
-    case 1: weigh_1(scores, padded, maximum, exponents, added); break;
+ALWAYS_INLINE void weigh(const pkv_run *run, const queries *queries, float scores[][PKV_RUN_TOKENS],
+                         float *shrink) {
+  for (int i = 0, tile; i < queries->count; i += tile) {
+    tile = tile_of(queries, i);
+    int32_t padded = 0;
+    for (int j = i; j < i + tile; j++)
+      if (queries->num_seen[j] > padded) padded = queries->num_seen[j];
+    padded = (padded + WIDTH - 1) / WIDTH * WIDTH;
+    for (int j = i; j < i + tile; j++) {
+      if (is_adjusted(run)) adjust(run, queries, j, scores[j]);
+      for (int32_t t = queries->num_seen[j]; t < padded; t++) scores[j][t] = -__builtin_inff();
+    }
+    switch (tile) {
+      case 4: weigh_4(scores + i, padded, queries->maximum + i, queries->sum + i, shrink + i); break;
+      case 2: weigh_2(scores + i, padded, queries->maximum + i, queries->sum + i, shrink + i); break;
+      case 1: weigh_1(scores + i, padded, queries->maximum + i, queries->sum + i, shrink + i); break;
+    }
   }
 }
 

@@ -172,22 +172,28 @@ ALWAYS_INLINE void bring(const head_rows *keys, int32_t dtype, const head_rows *
 
 /* ---- softmax */
 
-ALWAYS_INLINE int weighed_at_once(const queries *queries, int i) {
-  (void)queries, (void)i;
-  return 1;
+/* Turn scores into weights, which are 0 beyond the tokens that are seen; returns what is added to the sum. */
+static float weigh_one(float scores[][PKV_RUN_TOKENS], int32_t num_seen, float *const *maximum,
+                       float *exponent) {
+  float subtracted, added;
+  int32_t padded = (num_seen + WIDTH - 1) / WIDTH * WIDTH;
+  for (int32_t t = num_seen; t < padded; t++) scores[0][t] = -__builtin_inff();
+  find_largest(scores, padded, 1, maximum, &subtracted, exponent);
+  weigh_some(scores, padded, 1, &subtracted, &added);
+  return added;
 }
 
-/* Weights are 0 beyond the tokens that are seen. */
-static void weigh(float scores[][PKV_RUN_TOKENS], int tile, const int32_t *num_seen, float *const *maximum,
-                  float *exponents, float *added) {
-  (void)tile;
-  if (*num_seen == PKV_RUN_TOKENS) {
-    weigh_some(scores, PKV_RUN_TOKENS, 1, maximum, exponents, added);
-    return;
+/* One query after the other, while what was asked for comes. */
+NOINLINE void weigh(const pkv_run *run, const queries *queries, float scores[][PKV_RUN_TOKENS],
+                    float *shrink) {
+  float added[MOST_QUERIES];
+  memset(shrink, 0, MOST_QUERIES * sizeof *shrink);
+  for (int i = 0; i < queries->count; i++) {
+    if (is_adjusted(run)) adjust(run, queries, i, scores[i]);
+    added[i] = weigh_one(scores + i, queries->num_seen[i], queries->maximum + i, shrink + i);
   }
-  int32_t padded = (*num_seen + WIDTH - 1) / WIDTH * WIDTH;
-  for (int32_t t = *num_seen; t < padded; t++) scores[0][t] = -__builtin_inff();
-  weigh_some(scores, padded, 1, maximum, exponents, added);
+  for (int i = 0; i < queries->count; i += WIDTH) vec_store(shrink + i, vec_exp2(vec_load(shrink + i)));
+  for (int i = 0; i < queries->count; i++) *queries->sum[i] = *queries->sum[i] * shrink[i] + added[i];
 }
 
 /* ---- values */
