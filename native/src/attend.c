@@ -93,6 +93,9 @@ static bool are_in_page(const job *job, int32_t start, int32_t end) {
   return start / job->pages->page_size == (end - 1) / job->pages->page_size;
 }
 
+/* How many bits are set from the lowest on. */
+static int num_low_ones(uint64_t bits) { return ~bits ? __builtin_ctzll(~bits) : 64; }
+
 /* The addresses of those of the tokens from `start` on whose bit is set. */
 static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t mask, const char **k,
                           const char **v) {
@@ -109,10 +112,15 @@ static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t m
     int64_t page_id = page_ids[page < batch->sink_pages ? page : batch->sink_pages + page - first_page];
     const char *k_page = pages->k + page_id * pages->k_page_stride;
     const char *v_page = pages->v + page_id * pages->v_page_stride;
-    for (; in_page; in_page &= in_page - 1) {
-      int t = __builtin_ctzll(in_page);
-      k[t] = k_page + (t - page_start) * pages->k_token_stride;
-      if (v) v[t] = v_page + (t - page_start) * pages->v_token_stride;
+    while (in_page) { /* tokens one after the other, up to a gap */
+      int t = __builtin_ctzll(in_page), end = t + num_low_ones(in_page >> t);
+      in_page &= ~bits_between(t, end);
+      const char *k_row = k_page + (t - page_start) * pages->k_token_stride;
+      const char *v_row = v_page + (t - page_start) * pages->v_token_stride;
+      for (; t < end; t++, k_row += pages->k_token_stride, v_row += pages->v_token_stride) {
+        k[t] = k_row;
+        if (v) v[t] = v_row;
+      }
     }
   }
 }
@@ -139,14 +147,16 @@ static scratch scratch_of(const job *job, const extent *extent, int32_t worker) 
   return (scratch){behind, behind + extent->num_rows * extent->q_floats, floats, floats + states};
 }
 
-/* Let the kernel fold the tokens of `mask` into the states of the run's rows; k and v hold their addresses,
- * bit for bit, all in one page or not.  The first row's own token is to_own behind bit 0.  The same tokens
- * come next where nothing else was said. */
-static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
-                        const char *const *v, bool is_in_page, int32_t to_own, int32_t head,
-                        int32_t first_head, const float *q, pkv_state state) {
+/* What a run has of its own: addresses that were moved up, and distances. */
+typedef struct {
+  const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
   float distances[PKV_RUN_TOKENS];
-  const char *seen_k[PKV_RUN_TOKENS], *seen_v[PKV_RUN_TOKENS];
+} own_tokens;
+
+/* The run is of the tokens of `mask`; k and v hold their addresses, bit for bit, all in one page or not.  The
+ * first row's own token is to_own behind bit 0. */
+static void set_tokens(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
+                       const char *const *v, bool is_in_page, int32_t to_own, own_tokens *own) {
   int first = __builtin_ctzll(mask);
   uint64_t shifted = mask >> first;
   run->num_tokens = __builtin_popcountll(mask);
@@ -156,26 +166,26 @@ static void fold_tokens(const job *job, pkv_run *run, uint64_t mask, const char 
   run->v_stride = is_in_page ? job->pages->v_token_stride : 0;
   if (shifted & (shifted + 1)) { /* sinks and window with a gap between them: move up */
     for (int32_t i = 0; mask; mask &= mask - 1, i++) {
-      seen_k[i] = k[__builtin_ctzll(mask)];
-      seen_v[i] = v[__builtin_ctzll(mask)];
+      own->k[i] = k[__builtin_ctzll(mask)];
+      own->v[i] = v[__builtin_ctzll(mask)];
     }
-    run->k = seen_k;
-    run->v = seen_v;
+    run->k = own->k;
+    run->v = own->v;
     run->k_stride = run->v_stride = 0;
   }
-  if (!run->k_next) {
-    run->k_next = run->k;
-    run->num_next = run->num_tokens;
-  }
+  if (!job->slopes) return;
+  memset(own->distances, 0, sizeof own->distances);
+  int32_t i = 0;
+  for (uint64_t left = shifted; left; left &= left - 1)
+    own->distances[i++] = (float)(first + __builtin_ctzll(left) - to_own);
+  run->distances = own->distances;
+}
+
+/* Let the kernel fold the run into the states of its rows, of one kv head's group. */
+static void fold_head(const job *job, pkv_run *run, int32_t head, int32_t first_head, const float *q,
+                      pkv_state state) {
   int32_t own_head = (head - first_head) * run->group; /* of q's and the state's */
-  if (job->slopes) {
-    memset(distances, 0, sizeof distances);
-    int32_t i = 0;
-    for (uint64_t left = shifted; left; left &= left - 1)
-      distances[i++] = (float)(first + __builtin_ctzll(left) - to_own);
-    run->alibi_slopes = job->slopes + head * run->group;
-    run->distances = distances;
-  }
+  if (job->slopes) run->alibi_slopes = job->slopes + head * run->group;
   job->kernel->fold_run(run, head * job->pages->k_head_stride, head * job->pages->v_head_stride,
                         q + (int64_t)own_head * pkv_padded(run->head_dim),
                         state_of_head(job, state, own_head));
@@ -223,24 +233,30 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .q_stride = block->extent->q_floats,
                  .state_stride = block->extent->state_floats,
                  .group = job->num_q_heads / job->pages->num_kv_heads};
+  own_tokens own;
+  bool is_one = false; /* run for all rows, the same for each head */
   int32_t end_head = block->first_head + block->extent->num_kv_heads;
   for (int32_t head = block->first_head; head < end_head; head++) {
     bool is_last = head + 1 == end_head;
     run.next_offset = (is_last ? block->first_head : head + 1) * job->pages->k_head_stride;
     run.is_near = false;
     for (int32_t row = 0; row < block->num_rows; row += run.num_rows) {
-      run.num_rows = 1;
-      while (row + run.num_rows < block->num_rows &&
-             goes_on(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
-        run.num_rows++;
-      if (!masks[row]) continue;
-      uint64_t mask = masks[row + run.num_rows - 1];
-      run.k_next = is_last ? next_k : NULL;
-      run.num_next = num_next;
-      run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
-      fold_tokens(job, &run, mask, k, v, is_in_page,
-                  num_seen(job->batch, block->seq, block->first_row + row) - 1 - start, head,
-                  block->first_head, scratch->q + row * run.q_stride, state_at(block->extent, states, row));
+      if (!is_one) {
+        run.num_rows = 1;
+        while (row + run.num_rows < block->num_rows &&
+               goes_on(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
+          run.num_rows++;
+        if (!masks[row]) continue;
+        is_one = run.num_rows == block->num_rows;
+        uint64_t mask = masks[row + run.num_rows - 1];
+        run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
+        int32_t to_own = num_seen(job->batch, block->seq, block->first_row + row) - 1 - start;
+        set_tokens(job, &run, mask, k, v, is_in_page, to_own, &own);
+      }
+      run.k_next = is_last ? next_k : run.k; /* the same tokens come next, of another head */
+      run.num_next = is_last ? num_next : run.num_tokens;
+      fold_head(job, &run, head, block->first_head, scratch->q + row * run.q_stride,
+                state_at(block->extent, states, row));
       run.is_near = true;
     }
   }

@@ -273,10 +273,10 @@ static void score(const head_rows *keys, const float *turned, const head_rows *a
                   float scores[][PKV_RUN_TOKENS]) {
   for (int i = 0; i < queries->count; ahead = NULL) {
     int tile = tile_of(queries, i);
-    head_rows seen = *keys; /* by any of the tile */
-    seen.count = 0;
+    int32_t most = 0; /* seen by any of the tile */
     for (int j = i; j < i + tile; j++)
-      if (queries->num_seen[j] > seen.count) seen.count = queries->num_seen[j];
+      if (queries->num_seen[j] > most) most = queries->num_seen[j];
+    head_rows seen = part_of(keys, 0, most);
     switch (tile) {
       case 4: score_four(&seen, turned, ahead, queries->q + i, scores + i); break;
       case 2: score_some(&seen, ahead, queries->q + i, 2, scores + i); break;
@@ -298,9 +298,10 @@ static void accumulate(const head_rows *values, const head_rows *ahead, const qu
                        float weights[][PKV_RUN_TOKENS], const float *shrink) {
   for (int i = 0; i < queries->count; ahead = NULL) {
     int tile = tile_of(queries, i);
-    head_rows common = *values; /* seen by all of the tile */
+    int32_t least = values->count; /* seen by all of the tile */
     for (int j = i; j < i + tile; j++)
-      if (queries->num_seen[j] < common.count) common.count = queries->num_seen[j];
+      if (queries->num_seen[j] < least) least = queries->num_seen[j];
+    head_rows common = part_of(values, 0, least);
     switch (tile) {
       case 4: accumulate_some(&common, ahead, weights + i, shrink + i, 4, queries->accumulated + i); break;
       case 2: accumulate_some(&common, ahead, weights + i, shrink + i, 2, queries->accumulated + i); break;
@@ -335,23 +336,28 @@ static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, con
     if (num_met_turned(run->num_seen[row]) == 0) num_rows--;
   const float *turned = num_rows * run->group >= WORTH_TURNING ? run->turned : NULL;
   if (turned) turn_keys(&keys, run->is_near ? NULL : &values, run->turned);
+  int64_t q_step = pkv_padded(run->head_dim), value_step = pkv_padded(run->head_dim_v);
   queries queries;
-  queries.count = 0;
-  for (int32_t row = 0; row < run->num_rows; row++)
+  int count = 0;
+  for (int32_t row = 0; row < run->num_rows; row++, q += run->q_stride) {
+    int32_t num_seen = run->num_seen ? run->num_seen[row] : run->num_tokens;
     for (int32_t head = 0; head < run->group; head++) {
-      int i = queries.count++;
-      int64_t at = row * run->state_stride;
-      queries.q[i] = q + row * run->q_stride + head * pkv_padded(run->head_dim);
-      queries.maximum[i] = state.maximum + at + head;
-      queries.sum[i] = state.sum + at + head;
-      queries.accumulated[i] = state.accumulated + at + head * pkv_padded(run->head_dim_v);
-      queries.head[i] = head;
-      queries.row[i] = row;
-      queries.num_seen[i] = run->num_seen ? run->num_seen[row] : run->num_tokens;
-      if (queries.count < MOST_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
+      queries.q[count] = q + head * q_step;
+      queries.maximum[count] = state.maximum + head;
+      queries.sum[count] = state.sum + head;
+      queries.accumulated[count] = state.accumulated + head * value_step;
+      queries.head[count] = head;
+      queries.row[count] = row;
+      queries.num_seen[count] = num_seen;
+      if (++count < MOST_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
+      queries.count = count;
       fold_queries(run, &keys, turned, &values, &next_keys, &queries);
-      queries.count = 0;
+      count = 0;
     }
+    state.maximum += run->state_stride;
+    state.sum += run->state_stride;
+    state.accumulated += run->state_stride;
+  }
 }
 
 /* By how much each of two sums shrinks when they are brought to their common maximum. */
@@ -365,15 +371,36 @@ static common in_common(float a, float b) {
   return (common){largest, exp2_of(a - subtracted), exp2_of(b - subtracted)};
 }
 
+/* The first `count` of them; zeros behind. */
+ALWAYS_INLINE vec vec_load_first(const float *from, int count) {
+  float floats[WIDTH] = {0};
+  if (count == WIDTH) return vec_load(from);
+  memcpy(floats, from, (size_t)count * sizeof *from);
+  return vec_load(floats);
+}
+
+ALWAYS_INLINE void vec_store_first(float *to, vec x, int count) {
+  memcpy(to, &x, (size_t)(count < WIDTH ? count : WIDTH) * sizeof *to);
+}
+
 static void merge(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v) {
-  for (int32_t h = 0; h < num_heads; h++) {
-    common scale = in_common(state.maximum[h], later.maximum[h]);
-    state.maximum[h] = scale.maximum;
-    state.sum[h] = state.sum[h] * scale.ours + later.sum[h] * scale.theirs;
-    float *ours = state.accumulated + h * pkv_padded(head_dim_v);
-    const float *theirs = later.accumulated + h * pkv_padded(head_dim_v);
-    for (int32_t d = 0; d < head_dim_v; d += WIDTH)
-      vec_store(ours + d, vec_load(ours + d) * scale.ours + vec_load(theirs + d) * scale.theirs);
+  for (int32_t first = 0; first < num_heads; first += WIDTH) {
+    int count = num_heads - first < WIDTH ? num_heads - first : WIDTH;
+    vec a = vec_load_first(state.maximum + first, count), b = vec_load_first(later.maximum + first, count);
+    vec largest = vec_larger(a, b);
+    vec subtracted = vec_select((ivec)(largest == -__builtin_inff()), (vec){}, largest);
+    vec ours = vec_exp2(a - subtracted), theirs = vec_exp2(b - subtracted);
+    vec_store_first(state.maximum + first, largest, count);
+    vec_store_first(
+        state.sum + first,
+        vec_load_first(state.sum + first, count) * ours + vec_load_first(later.sum + first, count) * theirs,
+        count);
+    for (int i = 0; i < count; i++) {
+      float *to = state.accumulated + (first + i) * pkv_padded(head_dim_v);
+      const float *from = later.accumulated + (first + i) * pkv_padded(head_dim_v);
+      for (int32_t d = 0; d < head_dim_v; d += WIDTH)
+        vec_store(to + d, vec_load(to + d) * ours[i] + vec_load(from + d) * theirs[i]);
+    }
   }
 }
 

@@ -48,26 +48,25 @@ ALWAYS_INLINE void meet_keys(const char *const *k, int32_t dtype, const float *c
   }
 }
 
-/* Scores of num_queries and num_tokens keys from `first` on.  The rows to ask for are taken to be as far from
- * each other as the keys are: so they are within a page, where most tiles lie. */
-ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const head_rows *ahead,
-                              const float *const *q, int num_queries, int64_t first, int num_tokens,
-                              float scores[][PKV_RUN_TOKENS]) {
+/* Scores of num_queries and num_tokens keys, whose rows begin `offset` behind these; each one's row to ask
+ * for is to_next away. */
+ALWAYS_INLINE void score_tile(const char *const *rows, int64_t offset, int64_t dim, int32_t dtype, bool asks,
+                              int64_t to_next, const float *const *q, int num_queries, int num_tokens,
+                              float *scores) {
   const int line = values_per_line(dtype);
-  int64_t d = 0, dim = keys->dim;
+  int64_t d = 0;
   vec sums[TILE_SUMS] = {};
   const char *k[TILE_SUMS];
-  EACH (t, num_tokens) k[t] = keys->rows[first + t] + keys->offset;
-  int64_t to_next = ahead ? row_ahead(ahead, first) - k[0] : 0;
+  EACH (t, num_tokens) k[t] = rows[t] + offset;
   if (num_queries == 1)
     EACH (t, num_tokens) {
-      sums[t] = score_row(*q, k[t], keys->dim, dtype);
-      for (int64_t i = 0; ahead && i < dim; i += line) ask(k[t] + to_next + bytes_of(i, dtype));
+      sums[t] = score_row(*q, k[t], (int32_t)dim, dtype);
+      for (int64_t i = 0; asks && i < dim; i += line) ask(k[t] + to_next + bytes_of(i, dtype));
     }
   else {
     for (; d + line <= dim; d += line) {
       EACH (t, num_tokens)
-        if (ahead) ask(k[t] + (to_next + bytes_of(d, dtype)));
+        if (asks) ask(k[t] + (to_next + bytes_of(d, dtype)));
       EACH (i, line / WIDTH) meet_keys(k, dtype, q, num_queries, num_tokens, d + i * WIDTH, WIDTH, sums);
     }
     for (; d + WIDTH <= dim; d += WIDTH) meet_keys(k, dtype, q, num_queries, num_tokens, d, WIDTH, sums);
@@ -75,7 +74,8 @@ ALWAYS_INLINE void score_tile(const head_rows *keys, int32_t dtype, const head_r
   }
   float added[TILE_SUMS];
   sum_tile(sums, num_queries * num_tokens, added);
-  EACH (i, num_queries) memcpy(scores[i] + first, added + i * num_tokens, (size_t)num_tokens * sizeof *added);
+  EACH (i, num_queries)
+    memcpy(scores + i * PKV_RUN_TOKENS, added + i * num_tokens, (size_t)num_tokens * sizeof *added);
 }
 
 /* Scores of num_queries (1, 2 or 4) and all keys, a tile at a time. */
@@ -84,9 +84,13 @@ ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_r
   const int step = TILE_SUMS / num_queries;
   const float *q[4];
   EACH (i, num_queries) q[i] = queries[i];
-  int64_t t = 0, count = keys->count;
-  for (; t + step <= count; t += step) score_tile(keys, dtype, ahead, q, num_queries, t, step, scores);
-  for (; t < count; t++) score_tile(keys, dtype, ahead, q, num_queries, t, 1, scores);
+  const char *const *rows = keys->rows;
+  int64_t offset = keys->offset, dim = keys->dim, count = keys->count, t = 0;
+  int64_t to_next = ahead ? ahead->rows[0] + ahead->offset - (rows[0] + offset) : 0;
+  for (; t + step <= count; t += step)
+    score_tile(rows + t, offset, dim, dtype, ahead, to_next, q, num_queries, step, scores[0] + t);
+  for (; t < count; t++)
+    score_tile(rows + t, offset, dim, dtype, ahead, to_next, q, num_queries, 1, scores[0] + t);
 }
 
 /* Two functions for so many queries: one that asks for rows ahead, and one for when there are none. */
