@@ -306,8 +306,7 @@ static void finish_rows(const job *job, const block *block, float *states) {
 }
 
 static float *partial_states(const job *job, const block *block, int32_t span) {
-  return job->partials +
-         (block->first_partial + (int64_t)span * block->num_rows) * block->extent->state_floats;
+  return job->partials + block->first_partial + (int64_t)span * block->num_rows * block->extent->state_floats;
 }
 
 static void prepare_rows(const job *job, const block *block, float *prepared) {
@@ -327,11 +326,15 @@ static void prepare_rows(const job *job, const block *block, float *prepared) {
 
 /* ---- new keys and values */
 
-static void write_rows_of(const job *job, const block *block) {
+static void write_rows_of(const job *job, const block *block, int32_t first_head, int32_t num_kv_heads) {
   pkv_rows k = job->attention->k, v = job->attention->v;
-  k.data += block->first_row * k.token_stride;
-  v.data += block->first_row * v.token_stride;
-  pkv_write_rows(job->kernel, job->pages, block->num_rows, job->attention->slots + block->first_row, &k, &v,
+  pkv_pages pages = *job->pages;
+  k.data += block->first_row * k.token_stride + first_head * k.head_stride;
+  v.data += block->first_row * v.token_stride + first_head * v.head_stride;
+  pages.k += first_head * pages.k_head_stride;
+  pages.v += first_head * pages.v_head_stride;
+  pages.num_kv_heads = num_kv_heads;
+  pkv_write_rows(job->kernel, &pages, block->num_rows, job->attention->slots + block->first_row, &k, &v,
                  false);
 }
 
@@ -340,7 +343,8 @@ static void write_before_all(void *context, int32_t worker) {
   job *job = context;
   long long i;
   while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
-    if (job->blocks[i].new_rows == WRITTEN_BEFORE_ALL) write_rows_of(job, &job->blocks[i]);
+    if (job->blocks[i].new_rows == WRITTEN_BEFORE_ALL)
+      write_rows_of(job, &job->blocks[i], 0, job->pages->num_kv_heads);
 }
 
 /* By everybody, where there is much: a prompt's. */
@@ -371,7 +375,8 @@ static void attend_block(const job *job, const block *block, int32_t worker) {
   scratch scratch = scratch_of(job, block->extent, worker);
   span_list spans =
       spans_of(job->batch, job->work.span_tokens, block->seq, block->first_row, block->num_rows);
-  if (job->attention->slots && block->new_rows == WRITTEN_BY_ITSELF) write_rows_of(job, block);
+  if (job->attention->slots && block->new_rows == WRITTEN_BY_ITSELF)
+    write_rows_of(job, block, block->first_head, block->extent->num_kv_heads);
   prepare_rows(job, block, scratch.q);
   for (int32_t row = 0; spans.count == 0 && row < block->num_rows; row++)
     clear(block->extent, state_at(block->extent, scratch.states, row));
@@ -433,13 +438,18 @@ static bool out_overlaps(const pkv_attention *attention) {
           (meets(out, spans[3], &attention->k, spans[1]) || meets(out, spans[3], &attention->v, spans[2])));
 }
 
+static int32_t span_tokens_of(const pkv_pages *pages) {
+  int32_t page_size = pages->page_size;
+  return page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
+}
+
 /* Cut the work for up to num_workers, find memory for it, do it. */
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
   int64_t token_bytes =
       (int64_t)4 * job->pages->num_kv_heads * (job->pages->head_dim + job->pages->head_dim_v);
-  if (pkv_cost_of_work(&job->work) * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
-  int32_t most_workers = num_workers;
-  work_size size = pkv_cut_work(&job->work, most_workers, NULL);
+  if (pkv_cost_of_work(job->batch) * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
+  job->work = pkv_work_of(job->pages, job->batch, job->num_q_heads, span_tokens_of(job->pages), num_workers);
+  work_size size = pkv_cut_work(&job->work, NULL);
   if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;
 
   int64_t all_heads = scratch_floats(job->pages, &job->work.all_heads);
@@ -447,8 +457,7 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   job->worker_bytes = aligned((size_t)(all_heads > one_head ? all_heads : one_head) * sizeof(float));
   size_t blocks_bytes = aligned((size_t)size.num_blocks * sizeof(block));
   size_t counts_bytes = aligned((size_t)size.num_blocks * sizeof(atomic_int));
-  size_t partial_bytes =
-      aligned((size_t)(size.num_partials * job->work.all_heads.state_floats) * sizeof(float));
+  size_t partial_bytes = aligned((size_t)size.num_partials * sizeof(float));
   size_t options_bytes = aligned(2 * (size_t)job->num_q_heads * sizeof(float));
   size_t worker_bytes = (size_t)num_workers * job->worker_bytes;
   size_t num_bytes = options_bytes + blocks_bytes + counts_bytes + partial_bytes + worker_bytes;
@@ -460,7 +469,7 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   job->partials = (float *)((char *)job->num_ended + counts_bytes);
   job->worker_scratch = (char *)job->partials + partial_bytes;
   job->num_blocks = size.num_blocks;
-  pkv_cut_work(&job->work, most_workers, job->blocks);
+  pkv_cut_work(&job->work, job->blocks);
   memset(job->num_ended, 0, counts_bytes);
 
   write_new_rows(threads, num_workers, size.num_before, job);
@@ -494,8 +503,6 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
                   pages->k_dtype == PKV_BFLOAT16 && pages->head_dim % 32 == 0;
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
-  int32_t span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
-  job.work = pkv_work_of(pages, batch, num_q_heads, span_tokens);
 
   int32_t num_workers = pkv_threads_claim(threads);
   if (num_workers == 0) return attend_with(NULL, 1, &job);

@@ -11,6 +11,7 @@ enum {
   ROW_BYTES_PER_BLOCK = 128 << 10, /* a block's accumulators: a share of the second-level cache */
   BLOCKS_PER_WORKER = 4,           /* enough to share them out evenly */
   PIECES_PER_WORKER = 16,          /* of cut blocks: at the end nobody waits longer than for one */
+  SPANS_WORTH_A_PIECE = 4,         /* of a group of heads, where everybody has one */
 };
 
 /* Blocks of so many heads, and the rows whose accumulated values take about ROW_BYTES_PER_BLOCK. */
@@ -25,9 +26,23 @@ static extent extent_of(const pkv_pages *pages, int32_t num_q_heads, int32_t num
   return extent;
 }
 
-work pkv_work_of(const pkv_pages *pages, const pkv_batch *batch, int32_t num_q_heads, int32_t span_tokens) {
-  return (work){batch, pages->num_kv_heads, span_tokens, extent_of(pages, num_q_heads, pages->num_kv_heads),
-                extent_of(pages, num_q_heads / pages->num_kv_heads, 1)};
+/* The largest number of equal groups of heads that is no more than `most`. */
+static int32_t num_groups_of(int32_t num_heads, int32_t most) {
+  int32_t num_groups = most < num_heads ? most : num_heads;
+  while (num_heads % num_groups) num_groups--;
+  return num_groups;
+}
+
+work pkv_work_of(const pkv_pages *pages, const pkv_batch *batch, int32_t num_q_heads, int32_t span_tokens,
+                 int32_t num_workers) {
+  int32_t num_heads = pages->num_kv_heads, num_groups = num_groups_of(num_heads, num_workers);
+  work work = {
+      .batch = batch, .num_workers = num_workers, .num_kv_heads = num_heads, .span_tokens = span_tokens};
+  work.all_heads = extent_of(pages, num_q_heads, num_heads);
+  work.some_heads = extent_of(pages, num_q_heads / num_groups, num_heads / num_groups);
+  work.some_heads.num_rows = work.all_heads.num_rows;
+  work.one_head = extent_of(pages, num_q_heads / num_heads, 1);
+  return work;
 }
 
 /* What a row block costs is counted in the tokens that it meets. */
@@ -38,8 +53,7 @@ static int64_t cost_of(const pkv_batch *batch, int32_t seq, int32_t first_row, i
   return num_rows * met;
 }
 
-int64_t pkv_cost_of_work(const work *work) {
-  const pkv_batch *batch = work->batch;
+int64_t pkv_cost_of_work(const pkv_batch *batch) {
   int64_t total = 0;
   for (int32_t seq = 0; seq < batch->num_seqs; seq++)
     total += cost_of(batch, seq, batch->qo_indptr[seq], num_rows_of(batch, seq));
@@ -48,59 +62,79 @@ int64_t pkv_cost_of_work(const work *work) {
 
 /* Are so many rows of a sequence cut by heads of keys and values too?  Where that makes enough blocks for
  * everybody: each key is read for more rows at a time then. */
-static bool goes_by_head(const work *work, int32_t num_workers, int32_t num_rows) {
+static bool goes_by_head(const work *work, int32_t num_rows) {
   int32_t most = work->one_head.num_rows;
   int64_t num_blocks = (num_rows + most - 1) / most * (int64_t)work->num_kv_heads;
   return most > work->all_heads.num_rows && num_rows > work->all_heads.num_rows &&
-         num_blocks >= BLOCKS_PER_WORKER * num_workers;
+         num_blocks >= BLOCKS_PER_WORKER * work->num_workers;
 }
 
-/* Of a block of all heads.  `left` is what is still to be done of `total` when it begins: it is cut where
- * somebody would be idle before it ends, or for being more than a fair share of all. */
-static int32_t num_pieces_of(int32_t num_workers, int64_t total, int64_t left, int64_t cost,
-                             int32_t num_spans) {
+/* What a piece is to cost, or less. */
+static int64_t cost_of_piece(const work *work, int64_t total) {
+  return total / (PIECES_PER_WORKER * work->num_workers) + 1;
+}
+
+/* `left` is what is still to be done of `total` when a block begins: it is cut where somebody would be idle
+ * before it ends, or for being more than a fair share of all. */
+static bool is_cut(const work *work, int64_t total, int64_t left, int64_t cost, int32_t num_spans) {
+  int64_t num_workers = work->num_workers;
   bool is_short = cost <= left / (2 * num_workers) && cost <= total / (BLOCKS_PER_WORKER * num_workers);
-  if (num_workers == 1 || num_spans < 2 || is_short) return 1;
-  int64_t piece = total / (PIECES_PER_WORKER * num_workers) + 1;
-  int64_t num_pieces = (cost + piece - 1) / piece;
-  return num_pieces < num_spans ? (int32_t)num_pieces : num_spans;
+  bool has_parts = num_spans > 1 || work->some_heads.num_kv_heads < work->num_kv_heads;
+  return num_workers > 1 && has_parts && !is_short && cost > cost_of_piece(work, total);
 }
 
-work_size pkv_cut_work(const work *work, int32_t num_workers, block *blocks) {
+/* Of a group of heads of a block that is cut.  Where there is a group for everybody, pieces are long: their
+ * states are merged at the end, when others have nothing left to do. */
+static int32_t num_pieces_of(const work *work, int64_t total, int64_t cost, int32_t num_spans) {
+  int32_t num_groups = work->num_kv_heads / work->some_heads.num_kv_heads;
+  int32_t shortest = num_groups < work->num_workers ? 1 : SPANS_WORTH_A_PIECE;
+  int64_t most = (num_spans + shortest - 1) / shortest, piece = num_groups * cost_of_piece(work, total);
+  int64_t num_pieces = (cost + piece - 1) / piece;
+  return (int32_t)(num_pieces < most ? num_pieces : most);
+}
+
+/* Add a block of these rows and all their heads, in groups of heads, in pieces. */
+static void add_blocks(work_size *size, block *blocks, block next, int32_t num_kv_heads, int32_t num_spans,
+                       bool is_by_itself) {
+  for (; next.first_head < num_kv_heads; next.first_head += next.extent->num_kv_heads) {
+    next.first_piece = size->num_blocks;
+    next.first_partial = size->num_partials;
+    for (int32_t i = 0; i < next.num_pieces; i++, size->num_blocks++) {
+      next.first_span = (int32_t)((int64_t)num_spans * i / next.num_pieces);
+      next.end_span = (int32_t)((int64_t)num_spans * (i + 1) / next.num_pieces);
+      bool is_first = next.first_head == 0 && i == 0, is_last = i == next.num_pieces - 1;
+      next.new_rows = WRITTEN_BY_OTHERS;
+      if (!is_by_itself && is_first) next.new_rows = WRITTEN_BEFORE_ALL;
+      if (is_by_itself && is_last) next.new_rows = WRITTEN_BY_ITSELF; /* the newest token's */
+      if (blocks) blocks[size->num_blocks] = next;
+    }
+    if (next.num_pieces > 1)
+      size->num_partials += (int64_t)num_spans * next.num_rows * next.extent->state_floats;
+  }
+}
+
+work_size pkv_cut_work(const work *work, block *blocks) {
   const pkv_batch *batch = work->batch;
   work_size size = {0, 0, 0};
-  int64_t total = pkv_cost_of_work(work), left = 0;
+  int64_t total = pkv_cost_of_work(batch), left = 0;
   for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
-    bool is_by_head = goes_by_head(work, num_workers, num_rows_of(batch, seq));
+    bool is_by_head = goes_by_head(work, num_rows_of(batch, seq));
     const extent *extent = is_by_head ? &work->one_head : &work->all_heads;
     for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += extent->num_rows) {
       int32_t num_rows = batch->qo_indptr[seq + 1] - row;
       if (num_rows > extent->num_rows) num_rows = extent->num_rows;
       int32_t num_spans = spans_of(batch, work->span_tokens, seq, row, num_rows).count;
       int64_t cost = cost_of(batch, seq, row, num_rows);
-      block next = {extent, seq, 0, row, num_rows, 0, num_spans, WRITTEN_BY_OTHERS, 1, 0, 0};
+      block next = {.extent = extent, .seq = seq, .first_row = row, .num_rows = num_rows, .num_pieces = 1};
       left += cost;
-      if (!is_by_head) next.num_pieces = num_pieces_of(num_workers, total, left, cost, num_spans);
+      if (!is_by_head && is_cut(work, total, left, cost, num_spans)) {
+        next.extent = &work->some_heads;
+        next.num_pieces = num_pieces_of(work, total, cost, num_spans);
+      }
       bool is_alone = !is_by_head && num_rows == num_rows_of(batch, seq);
       bool is_by_itself = is_alone && (next.num_pieces == 1 || num_rows == 1);
       if (!is_by_itself) size.num_before += num_rows;
-      for (; is_by_head && next.first_head < work->num_kv_heads; next.first_head++, size.num_blocks++) {
-        next.new_rows = next.first_head ? WRITTEN_BY_OTHERS : WRITTEN_BEFORE_ALL;
-        if (blocks) blocks[size.num_blocks] = next;
-      }
-      if (is_by_head) continue;
-      next.first_piece = size.num_blocks;
-      next.first_partial = size.num_partials;
-      for (int32_t i = 0; i < next.num_pieces; i++, size.num_blocks++) {
-        next.first_span = (int32_t)((int64_t)num_spans * i / next.num_pieces);
-        next.end_span = (int32_t)((int64_t)num_spans * (i + 1) / next.num_pieces);
-        next.new_rows = WRITTEN_BY_OTHERS;
-        if (!is_by_itself && i == 0) next.new_rows = WRITTEN_BEFORE_ALL;
-        if (is_by_itself && i == next.num_pieces - 1)
-          next.new_rows = WRITTEN_BY_ITSELF; /* the newest token's */
-        if (blocks) blocks[size.num_blocks] = next;
-      }
-      if (next.num_pieces > 1) size.num_partials += (int64_t)num_spans * num_rows;
+      add_blocks(&size, blocks, next, work->num_kv_heads, num_spans, is_by_itself);
     }
   }
   return size;

@@ -1,6 +1,6 @@
 /* Who computes which rows of a call: its work, cut into blocks that threads take one at a time.
  *
- *   block   some q rows of one sequence, and all heads or those of one kv head, which meet its tokens
+ *   block   some q rows of one sequence, and all heads or those of some kv heads, which meet its tokens
  * together piece   some spans of a block that is so long that threads would wait for it at the end
  *
  * Blocks are taken last to first: the rows of a prompt that see most come first. */
@@ -37,32 +37,35 @@ typedef struct {
   /* Of a block that is cut: */
   int32_t num_pieces;    /* else 1 */
   int64_t first_piece;   /* of all blocks */
-  int64_t first_partial; /* of span 0's states */
+  int64_t first_partial; /* float, of span 0's states */
 } block;
 
 /* A call's. */
 typedef struct {
   const pkv_batch *batch;
+  int32_t num_workers;
   int32_t num_kv_heads;
   int32_t span_tokens;
   extent all_heads;
+  extent some_heads; /* one of as many equal groups of heads as there are workers, or fewer */
   extent one_head;
 } work;
 
 typedef struct {
   int64_t num_blocks;
-  int64_t num_partials; /* states of rows, of blocks that are cut */
+  int64_t num_partials; /* floats: states of rows, of blocks in pieces */
   int64_t num_before;   /* rows whose keys and values are written before all */
 } work_size;
 
 enum { MAX_ROWS_PER_BLOCK = 128 };
 
-work pkv_work_of(const pkv_pages *pages, const pkv_batch *batch, int32_t num_q_heads, int32_t span_tokens);
+work pkv_work_of(const pkv_pages *pages, const pkv_batch *batch, int32_t num_q_heads, int32_t span_tokens,
+                 int32_t num_workers);
 
 /* Tokens that rows meet, all together. */
-int64_t pkv_cost_of_work(const work *work);
+int64_t pkv_cost_of_work(const pkv_batch *batch);
 
 /* Write the blocks (when there is room for them) and count them. */
-work_size pkv_cut_work(const work *work, int32_t num_workers, block *blocks);
+work_size pkv_cut_work(const work *work, block *blocks);
 
 #endif

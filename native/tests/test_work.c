@@ -57,33 +57,37 @@ static void pieces_make_a_block(const work *work, const block *blocks, int64_t f
     if (block[i].new_rows == WRITTEN_BY_ITSELF)
       assert(i + 1 == block->num_pieces && (i == 0 || block->num_rows == 1) &&
              block->num_rows == num_rows_of(work->batch, block->seq));
-    if (block->num_pieces > 1)
-      assert(block[i].first_piece == first && block[i].first_partial == *partials && block->first_head == 0);
+    if (block->num_pieces > 1) assert(block[i].first_piece == first && block[i].first_partial == *partials);
   }
   assert(met == spans);
-  if (block->num_pieces > 1) *partials += (int64_t)spans * block->num_rows;
+  if (block->num_pieces > 1) *partials += (int64_t)spans * block->num_rows * block->extent->state_floats;
 }
 
 static void everything_is_done_once(void) {
   static block blocks[MOST_BLOCKS];
-  static int32_t heads_met[MOST_ROWS], times_written[MOST_ROWS];
+  static int32_t heads_met[MOST_ROWS], heads_written[MOST_ROWS];
   for (int round = 0; round < 4000; round++) {
     calls calls;
     draw(&calls);
     int32_t num_kv_heads = 1 + below(8), group = 1 + below(4), num_workers = 1 + below(9);
     pkv_pages pages = {.num_kv_heads = num_kv_heads, .head_dim = 64, .head_dim_v = 64, .page_size = 64};
-    work work = pkv_work_of(&pages, &calls.batch, num_kv_heads * group, 256);
-    work_size counted = pkv_cut_work(&work, num_workers, NULL);
+    work work = pkv_work_of(&pages, &calls.batch, num_kv_heads * group, 256, num_workers);
+    work_size counted = pkv_cut_work(&work, NULL);
     assert(counted.num_blocks <= MOST_BLOCKS);
-    work_size size = pkv_cut_work(&work, num_workers, blocks);
+    work_size size = pkv_cut_work(&work, blocks);
     assert(size.num_blocks == counted.num_blocks && size.num_partials == counted.num_partials);
     memset(heads_met, 0, sizeof heads_met);
-    memset(times_written, 0, sizeof times_written);
+    memset(heads_written, 0, sizeof heads_written);
     int64_t partials = 0, num_before = 0;
     for (int64_t i = 0; i < size.num_blocks; i++) {
       if (blocks[i].new_rows == WRITTEN_BY_OTHERS) continue;
-      if (blocks[i].new_rows == WRITTEN_BEFORE_ALL) num_before += blocks[i].num_rows;
-      for (int32_t row = 0; row < blocks[i].num_rows; row++) times_written[blocks[i].first_row + row]++;
+      int32_t num_heads = blocks[i].extent->num_kv_heads;
+      if (blocks[i].new_rows == WRITTEN_BEFORE_ALL) {
+        num_before += blocks[i].num_rows;
+        num_heads = num_kv_heads;
+      }
+      for (int32_t row = 0; row < blocks[i].num_rows; row++)
+        heads_written[blocks[i].first_row + row] += num_heads;
     }
     assert(num_before == size.num_before);
     for (int64_t i = 0; i < size.num_blocks; i += blocks[i].num_pieces) {
@@ -99,7 +103,7 @@ static void everything_is_done_once(void) {
     }
     assert(partials == size.num_partials);
     for (int32_t row = 0; row < calls.qo_indptr[calls.batch.num_seqs]; row++)
-      assert(heads_met[row] == num_kv_heads && times_written[row] == 1);
+      assert(heads_met[row] == num_kv_heads && heads_written[row] == num_kv_heads);
   }
 }
 
@@ -114,11 +118,12 @@ static void nobody_waits_long(void) {
       for (int32_t seq = 0; seq <= count; seq++) indptr[seq] = seq;
       pkv_batch batch = {.num_seqs = count, .seq_lens = lens, .qo_indptr = indptr};
       pkv_pages pages = {.num_kv_heads = 8, .head_dim = 128, .head_dim_v = 128, .page_size = 64};
-      work work = pkv_work_of(&pages, &batch, 32, 256);
-      work_size size = pkv_cut_work(&work, num_workers, blocks);
+      work work = pkv_work_of(&pages, &batch, 32, 256, num_workers);
+      work_size size = pkv_cut_work(&work, blocks);
       int64_t spans_of_all = (int64_t)count * 32;
       for (int32_t last = 0; last < num_workers; last++)
-        assert(blocks[last].end_span - blocks[last].first_span <= spans_of_all / (8 * num_workers) + 1);
+        assert((blocks[last].end_span - blocks[last].first_span) * blocks[last].extent->num_kv_heads <=
+               8 * (spans_of_all / (8 * num_workers) + 1));
       if (count == 64) assert(size.num_blocks == 64 && size.num_partials == 0);
     }
 }
