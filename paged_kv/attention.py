@@ -49,10 +49,8 @@ class Append:
         """Write these; False, and nothing was done, when they have to be asked everything."""
         if self._forms is None:
             return False
-        k_at, v_at = self._forms[0].pointer(k), self._forms[1].pointer(v)
-        if k_at is None or v_at is None:
+        if not (self._forms[0].place(k, self._k) and self._forms[1].place(v, self._v)):
             return False
-        self._k.data, self._v.data = k_at, v_at
         self.run(pages, slots)
         return True
 
@@ -171,20 +169,18 @@ class RepeatedAttention:
         q_form, k_form, v_form, out_form = self._forms
         arguments = self._arguments
         q_rows, k_rows, v_rows, out_rows = self._rows
-        if (k is None) != (k_form is None) or (q_at := q_form.pointer(q)) is None:
+        if (k is None) != (k_form is None) or not q_form.place(q, q_rows):
             return None
         if k_form is not None:
-            k_at, v_at = k_form.pointer(k), v_form.pointer(v)
-            if k_at is None or v_at is None:
+            if not (k_form.place(k, k_rows) and v_form.place(v, v_rows)):
                 return None
-            k_rows.data, v_rows.data, arguments.slots = k_at, v_at, slots
+            arguments.slots = slots
         if out is None:
             out = out_form.empty()
         elif type(out) is ndarray and not out.flags.writeable:
             return None
-        if (out_at := out_form.pointer(out)) is None:
+        if not out_form.place(out, out_rows):
             return None
-        q_rows.data, out_rows.data = q_at, out_at
         if status := lib.pkv_attend(threads, pages, batch, arguments):
             if status == OUT_OVERLAPS:
                 return None

@@ -23,13 +23,13 @@ from_buffer = ffi.from_buffer
 class Form:
     """The form of an array that was described already, of at least one element and three axes.
 
-    `pointer(array)` is the address of another one as a `char *`, or None when that does not look the same;
-    `empty()` is a new array of its kind, shape and dtype.
+    `place(array, rows)` sets the address of another one, that of a `pkv_rows *`; False, and nothing was set,
+    when that does not look the same.  `empty()` is a new array of its kind, shape and dtype.
     """
 
-    __slots__ = ("_dtype", "_kind", "_layout", "_shape", "_strides", "empty", "pointer", "span")
+    __slots__ = ("_dtype", "_kind", "_layout", "_shape", "_strides", "empty", "place", "span")
 
-    pointer: Callable[[Any], Any]
+    place: Callable[[Any, Any], bool]
     empty: Callable[[], Any]
 
     def __init__(self, array: Any, described: Array) -> None:
@@ -42,7 +42,7 @@ class Form:
         if is_tensor(array):
             self._layout = array.layout
             self._strides = array.stride()
-            self.pointer = self._of_tensor
+            self.place = self._dense_tensor if array.is_contiguous() else self._tensor
             empty = sys.modules["torch"].empty
             self.empty = functools.partial(empty, self._shape, dtype=self._dtype, device="cpu")
         else:
@@ -50,24 +50,29 @@ class Form:
             self.empty = functools.partial(np.empty, self._shape, self._dtype)
             is_bits = array.dtype.kind == "V" or array.dtype.name == "bfloat16"
             is_dense = array.flags.c_contiguous and not is_bits
-            self.pointer = self._of_dense if is_dense else self._of_bits if is_bits else self._of_gapped
+            self.place = self._dense if is_dense else self._bits if is_bits else self._gapped
 
-    def _of_dense(self, array: Any) -> Any:
+    def _dense(self, array: Any, rows: Any) -> bool:
         if type(array) is not ndarray or array.shape != self._shape or array.dtype is not self._dtype:
-            return None
+            return False
         try:
-            return from_buffer(array)  # which refuses what is not dense: strides need not be looked at
+            rows.data = from_buffer(array)  # which refuses what is not dense: strides need not be looked at
         except ValueError:
-            return None
+            return False
+        return True
 
-    def _of_gapped(self, array: Any) -> Any:
+    def _gapped(self, array: Any, rows: Any) -> bool:
         if not self._has_strides(array):
-            return None
-        return from_buffer(array[0, 0])  # the first row has no gaps
+            return False
+        rows.data = from_buffer(array[0, 0])  # the first row has no gaps
+        return True
 
-    def _of_bits(self, array: Any) -> Any:
+    def _bits(self, array: Any, rows: Any) -> bool:
         """Of bfloat16, which no buffer knows."""
-        return from_buffer(array[0, 0].view(np.uint16)) if self._has_strides(array) else None
+        if not self._has_strides(array):
+            return False
+        rows.data = from_buffer(array[0, 0].view(np.uint16))
+        return True
 
     def _has_strides(self, array: Any) -> bool:
         return (
@@ -77,7 +82,21 @@ class Form:
             and array.strides == self._strides
         )
 
-    def _of_tensor(self, tensor: Any) -> Any:
+    def _dense_tensor(self, tensor: Any, rows: Any) -> bool:
+        if (
+            type(tensor) is not self._kind
+            or tensor.shape != self._shape
+            or tensor.dtype is not self._dtype
+            or not tensor.is_cpu
+            or tensor.layout is not self._layout
+            or tensor.requires_grad
+            or not tensor.is_contiguous()
+        ):
+            return False
+        rows.address = tensor.data_ptr()
+        return True
+
+    def _tensor(self, tensor: Any, rows: Any) -> bool:
         if (
             type(tensor) is not self._kind
             or tensor.shape != self._shape
@@ -87,8 +106,9 @@ class Form:
             or tensor.requires_grad
             or tensor.stride() != self._strides
         ):
-            return None
-        return ffi.cast("char *", tensor.data_ptr())
+            return False
+        rows.address = tensor.data_ptr()
+        return True
 
 
 def has_form(array: Any, described: Array) -> bool:
