@@ -135,17 +135,27 @@ ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, con
 /* ---- softmax */
 
 /* Turn the `padded` scores of some queries into weights, side by side: the steps for one wait for each other.
- */
+ * What there is one of for each query is in a vector, a lane each. */
 ALWAYS_INLINE void weigh_tile(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
                               float *const *maximum, float *const *sum, float *shrink) {
-  float subtracted[4], added[4], exponents[WIDTH] = {};
-  find_largest(scores, padded, num_queries, maximum, subtracted, exponents);
-  vec powers = vec_exp2(vec_load(exponents));
-  weigh_some(scores, padded, num_queries, subtracted, added);
-  vec_store(exponents, powers);
+  vec most[4], largest = {}, before = {};
   EACH (i, num_queries) {
-    shrink[i] = exponents[i];
-    *sum[i] = *sum[i] * shrink[i] + added[i];
+    most[i] = (vec){} + *maximum[i];
+    before[i] = *maximum[i];
+  }
+  for (int32_t t = 0; t < padded; t += WIDTH)
+    EACH (i, num_queries) most[i] = vec_larger(vec_load(scores[i] + t), most[i]);
+  EACH (i, num_queries) largest[i] = vec_largest(most[i]);
+  /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
+  vec subtracted = vec_select((ivec)(largest == -__builtin_inff()), (vec){}, largest);
+  vec powers = vec_exp2(before - subtracted);
+  float added[4], each[4];
+  EACH (i, num_queries) each[i] = subtracted[i];
+  weigh_some(scores, padded, num_queries, each, added);
+  EACH (i, num_queries) {
+    *maximum[i] = largest[i];
+    shrink[i] = powers[i];
+    *sum[i] = *sum[i] * powers[i] + added[i];
   }
 }
 
