@@ -60,15 +60,10 @@ ALWAYS_INLINE bool goes_row_by_row(int32_t dtype, int num_queries) {
   return num_queries == 1 && (TILE_SUMS > 8 || dtype == PKV_FLOAT32);
 }
 
-/* A cache has no order of its own, but one query goes through float32 so fast that it waits for it too.  Nor
- * is memory waited for by several queries of 16 bits, which are widened, where registers are few. */
+/* Several queries of 16 bits, which are widened, do not wait for memory where registers are few. */
 ALWAYS_INLINE int touched_at_once(int32_t dtype, int num_queries) {
   if (is_bound_by_memory(dtype, num_queries)) return 4;
-#ifdef FROM_CACHE
-  return 0;
-#else
   return TILE_SUMS <= 8 && dtype != PKV_FLOAT32 && num_queries > 1 ? 0 : 1;
-#endif
 }
 
 /* ---- scores */
