@@ -78,7 +78,8 @@ ALWAYS_INLINE void score_tile(const char *const *rows, int64_t offset, int64_t d
     memcpy(scores + i * PKV_RUN_TOKENS, added + i * num_tokens, (size_t)num_tokens * sizeof *added);
 }
 
-/* Scores of num_queries (1, 2 or 4) and all keys, a tile at a time. */
+/* Scores of num_queries (1, 2 or 4) and all keys, a tile at a time.  The rows to ask for are the values of
+ * the same tokens: as far from each key as from the first. */
 ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_rows *ahead,
                               const float *const *queries, int num_queries, float scores[][PKV_RUN_TOKENS]) {
   const int step = TILE_SUMS / num_queries;
