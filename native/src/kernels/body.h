@@ -174,24 +174,7 @@ ALWAYS_INLINE void sum_tile(vec *sums, int count, float *to) {
 
 /* ---- softmax */
 
-/* What is to be subtracted from the `padded` scores of num_queries, which are among others so far; updates
- * their maxima.  `exponents`: by what their sums shrink, as powers of 2. */
-ALWAYS_INLINE void find_largest(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                                float *const *maximum, float *subtracted, float *exponents) {
-  vec most[4];
-  EACH (i, num_queries) most[i] = (vec){} + *maximum[i];
-  for (int32_t t = 0; t < padded; t += WIDTH)
-    EACH (i, num_queries) most[i] = vec_larger(vec_load(scores[i] + t), most[i]);
-  EACH (i, num_queries) {
-    float largest = vec_largest(most[i]);
-    /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
-    subtracted[i] = largest == -__builtin_inff() ? 0.0f : largest;
-    exponents[i] = *maximum[i] - subtracted[i];
-    *maximum[i] = largest;
-  }
-}
-
-/* Turn scores into weights; `added`: to each query's sum. */
+/* Turn the `padded` scores of num_queries into weights; `added`: to each one's sum. */
 ALWAYS_INLINE void weigh_some(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
                               const float *subtracted, float *added) {
   vec sums[4] = {};

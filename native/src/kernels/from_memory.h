@@ -167,13 +167,26 @@ ALWAYS_INLINE void bring(const head_rows *keys, int32_t dtype, const head_rows *
 
 /* ---- softmax */
 
+/* What is to be subtracted from a query's `padded` scores, which are among others so far; updates their
+ * maximum. `exponent`: by what their sum shrinks, as a power of 2. */
+ALWAYS_INLINE float find_largest(const float *scores, int32_t padded, float *maximum, float *exponent) {
+  vec most = (vec){} + *maximum;
+  for (int32_t t = 0; t < padded; t += WIDTH) most = vec_larger(vec_load(scores + t), most);
+  float largest = vec_largest(most);
+  /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
+  float subtracted = largest == -__builtin_inff() ? 0.0f : largest;
+  *exponent = *maximum - subtracted;
+  *maximum = largest;
+  return subtracted;
+}
+
 /* Turn scores into weights, which are 0 beyond the tokens that are seen; returns what is added to the sum. */
 static float weigh_one(float scores[][PKV_RUN_TOKENS], int32_t num_seen, float *const *maximum,
                        float *exponent) {
-  float subtracted, added;
+  float added;
   int32_t padded = (num_seen + WIDTH - 1) / WIDTH * WIDTH;
   for (int32_t t = num_seen; t < padded; t++) scores[0][t] = -__builtin_inff();
-  find_largest(scores, padded, 1, maximum, &subtracted, exponent);
+  float subtracted = find_largest(scores[0], padded, *maximum, exponent);
   weigh_some(scores, padded, 1, &subtracted, &added);
   return added;
 }
