@@ -181,13 +181,14 @@ static void set_tokens(const job *job, pkv_run *run, uint64_t mask, const char *
   run->distances = own->distances;
 }
 
-/* Let the kernel fold the run into the states of its rows, of one kv head's group. */
-static void fold_head(const job *job, pkv_run *run, int32_t head, int32_t first_head, const float *q,
-                      pkv_state state) {
-  int32_t own_head = (head - first_head) * run->group; /* of q's and the state's */
+/* Let the kernel fold the run into the states of its rows, of kv heads from `head` on. */
+static void fold_heads(const job *job, const block *block, pkv_run *run, int32_t head, const float *q,
+                       pkv_state state) {
+  int32_t own_head = (head - block->first_head) * run->group; /* of q's and the state's */
+  run->k_offset = head * run->k_head_stride;
+  run->v_offset = head * run->v_head_stride;
   if (job->slopes) run->alibi_slopes = job->slopes + head * run->group;
-  job->kernel->fold_run(run, head * job->pages->k_head_stride, head * job->pages->v_head_stride,
-                        q + (int64_t)own_head * pkv_padded(run->head_dim),
+  job->kernel->fold_run(run, q + (int64_t)own_head * pkv_padded(run->head_dim),
                         state_of_head(job, state, own_head));
 }
 
@@ -227,6 +228,8 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .v_dtype = job->pages->v_dtype,
                  .head_dim = q_dim(job),
                  .head_dim_v = job->pages->head_dim_v,
+                 .k_head_stride = job->pages->k_head_stride,
+                 .v_head_stride = job->pages->v_head_stride,
                  .scale = job->has_pairs ? job->scale : 1.0f,
                  .soft_cap = job->soft_cap,
                  .turned = scratch->turned,
@@ -234,29 +237,27 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .state_stride = block->extent->state_floats,
                  .group = job->num_q_heads / job->pages->num_kv_heads};
   own_tokens own;
-  bool is_one = false; /* run for all rows, the same for each head */
   int32_t end_head = block->first_head + block->extent->num_kv_heads;
-  for (int32_t head = block->first_head; head < end_head; head++) {
-    bool is_last = head + 1 == end_head;
-    run.next_offset = (is_last ? block->first_head : head + 1) * job->pages->k_head_stride;
+  for (int32_t head = block->first_head; head < end_head; head += run.num_kv_heads) {
     run.is_near = false;
     for (int32_t row = 0; row < block->num_rows; row += run.num_rows) {
-      if (!is_one) {
-        run.num_rows = 1;
-        while (row + run.num_rows < block->num_rows &&
-               goes_on(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
-          run.num_rows++;
-        if (!masks[row]) continue;
-        is_one = run.num_rows == block->num_rows;
-        uint64_t mask = masks[row + run.num_rows - 1];
-        run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
-        int32_t to_own = num_seen(job->batch, block->seq, block->first_row + row) - 1 - start;
-        set_tokens(job, &run, mask, k, v, is_in_page, to_own, &own);
-      }
+      run.num_rows = 1;
+      while (row + run.num_rows < block->num_rows &&
+             goes_on(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
+        run.num_rows++;
+      /* All heads at once, unless the next head's tokens are met after these of other rows. */
+      run.num_kv_heads = run.num_rows == block->num_rows ? end_head - head : 1;
+      if (!masks[row]) continue;
+      uint64_t mask = masks[row + run.num_rows - 1];
+      run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
+      int32_t to_own = num_seen(job->batch, block->seq, block->first_row + row) - 1 - start;
+      set_tokens(job, &run, mask, k, v, is_in_page, to_own, &own);
+      bool is_last = head + run.num_kv_heads == end_head;
       run.k_next = is_last ? next_k : run.k; /* the same tokens come next, of another head */
       run.num_next = is_last ? num_next : run.num_tokens;
-      fold_head(job, &run, head, block->first_head, scratch->q + row * run.q_stride,
-                state_at(block->extent, states, row));
+      run.next_offset = (is_last ? block->first_head : head + 1) * job->pages->k_head_stride;
+      fold_heads(job, block, &run, head, scratch->q + row * run.q_stride,
+                 state_at(block->extent, states, row));
       run.is_near = true;
     }
   }

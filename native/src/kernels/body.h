@@ -194,7 +194,7 @@ typedef struct {
   float *maximum[MOST_QUERIES];
   float *sum[MOST_QUERIES];
   float *accumulated[MOST_QUERIES];
-  int32_t head[MOST_QUERIES]; /* of the group */
+  int32_t head[MOST_QUERIES]; /* of the run */
   int32_t row[MOST_QUERIES];
   int32_t num_seen[MOST_QUERIES];
 } queries;
@@ -207,12 +207,12 @@ ALWAYS_INLINE int tile_of(const queries *queries, int i) {
 
 /* What a call asks of scores beyond what q was multiplied by: scale them, bend them, let them fall with
  * distance. */
-static void adjust(const pkv_run *run, const queries *queries, int i, float *scores) {
-  const float *slope = run->alibi_slopes ? run->alibi_slopes + queries->head[i] : NULL;
+static void adjust(const pkv_run *run, int32_t head, int32_t row, float *scores) {
+  const float *slope = run->alibi_slopes ? run->alibi_slopes + head : NULL;
   for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
     vec s = vec_load(scores + t) * run->scale;
     if (run->soft_cap > 0) s = vec_soft_cap(s, run->soft_cap);
-    if (slope) s = vec_fma((vec){} + *slope, vec_load(run->distances + t) - (float)queries->row[i], s);
+    if (slope) s = vec_fma((vec){} + *slope, vec_load(run->distances + t) - (float)row, s);
     vec_store(scores + t, s);
   }
 }
@@ -306,19 +306,14 @@ static void fold_queries(const pkv_run *run, const head_rows *keys, const float 
   accumulate(values, run->is_near ? NULL : next_keys, queries, scores, shrink);
 }
 
-static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q,
-                     pkv_state state) {
-  head_rows keys =
-      head_rows_of(run->k, k_offset, run->k_stride, run->num_tokens, run->head_dim, run->k_dtype);
-  head_rows values =
-      head_rows_of(run->v, v_offset, run->v_stride, run->num_tokens, run->head_dim_v, run->v_dtype);
-  head_rows next_keys =
-      head_rows_of(run->k_next, run->next_offset, 0, run->num_next, run->head_dim, run->k_dtype);
+/* Fold one head's tokens into the states of its group, of each row. */
+static void fold_head(const pkv_run *run, int32_t kv_head, const head_rows *keys, const head_rows *values,
+                      const head_rows *next_keys, const float *q, pkv_state state) {
   int32_t num_rows = run->num_rows; /* that see enough to meet keys turned */
   for (int32_t row = 0; run->num_seen && row < run->num_rows; row++)
     if (num_met_turned(run->num_seen[row]) == 0) num_rows--;
   const float *turned = num_rows * run->group >= WORTH_TURNING ? run->turned : NULL;
-  if (turned) turn_keys(&keys, run->is_near ? NULL : &values, run->turned);
+  if (turned) turn_keys(keys, run->is_near ? NULL : values, run->turned);
   int64_t q_step = pkv_padded(run->head_dim), value_step = pkv_padded(run->head_dim_v);
   queries queries;
   int count = 0;
@@ -329,17 +324,42 @@ static void fold_run(const pkv_run *run, int64_t k_offset, int64_t v_offset, con
       queries.maximum[count] = state.maximum + head;
       queries.sum[count] = state.sum + head;
       queries.accumulated[count] = state.accumulated + head * value_step;
-      queries.head[count] = head;
+      queries.head[count] = kv_head * run->group + head;
       queries.row[count] = row;
       queries.num_seen[count] = num_seen;
       if (++count < MOST_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
       queries.count = count;
-      fold_queries(run, &keys, turned, &values, &next_keys, &queries);
+      fold_queries(run, keys, turned, values, next_keys, &queries);
       count = 0;
     }
     state.maximum += run->state_stride;
     state.sum += run->state_stride;
     state.accumulated += run->state_stride;
+  }
+}
+
+static void fold_run(const pkv_run *run, const float *q, pkv_state state) {
+  int32_t num_tokens = run->num_tokens, dim = run->head_dim, dim_v = run->head_dim_v;
+  int64_t k_offset = run->k_offset, v_offset = run->v_offset;
+  for (int32_t head = 0; head < run->num_kv_heads; head++) {
+    head_rows keys = head_rows_of(run->k, k_offset, run->k_stride, num_tokens, dim, run->k_dtype);
+    head_rows values = head_rows_of(run->v, v_offset, run->v_stride, num_tokens, dim_v, run->v_dtype);
+    k_offset += run->k_head_stride;
+    v_offset += run->v_head_stride;
+    head_rows next_keys =
+        head + 1 < run->num_kv_heads
+            ? head_rows_of(run->k, k_offset, 0, num_tokens, dim, run->k_dtype)
+            : head_rows_of(run->k_next, run->next_offset, 0, run->num_next, dim, run->k_dtype);
+#ifdef FROM_CACHE
+    if (run->num_rows == 1)
+      fold_row(run, head, &keys, &values, &next_keys, q, state);
+    else
+#endif
+      fold_head(run, head, &keys, &values, &next_keys, q, state);
+    q += run->group * pkv_padded(dim);
+    state.maximum += run->group;
+    state.sum += run->group;
+    state.accumulated += run->group * pkv_padded(dim_v);
   }
 }
 

@@ -169,6 +169,15 @@ WEIGHS(weigh_1, 1)
 WEIGHS(weigh_2, 2)
 WEIGHS(weigh_4, 4)
 
+ALWAYS_INLINE void weigh_queries(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
+                                 float *const *maximum, float *const *sum, float *shrink) {
+  switch (num_queries) {
+    case 4: weigh_4(scores, padded, maximum, sum, shrink); break;
+    case 2: weigh_2(scores, padded, maximum, sum, shrink); break;
+    case 1: weigh_1(scores, padded, maximum, sum, shrink); break;
+  }
+}
+
 /* Weights are 0 beyond the tokens that are seen. */
 ALWAYS_INLINE void weigh(const pkv_run *run, const queries *queries, float scores[][PKV_RUN_TOKENS],
                          float *shrink) {
@@ -179,14 +188,10 @@ ALWAYS_INLINE void weigh(const pkv_run *run, const queries *queries, float score
       if (queries->num_seen[j] > padded) padded = queries->num_seen[j];
     padded = (padded + WIDTH - 1) / WIDTH * WIDTH;
     for (int j = i; j < i + tile; j++) {
-      if (is_adjusted(run)) adjust(run, queries, j, scores[j]);
+      if (is_adjusted(run)) adjust(run, queries->head[j], queries->row[j], scores[j]);
       for (int32_t t = queries->num_seen[j]; t < padded; t++) scores[j][t] = -__builtin_inff();
     }
-    switch (tile) {
-      case 4: weigh_4(scores + i, padded, queries->maximum + i, queries->sum + i, shrink + i); break;
-      case 2: weigh_2(scores + i, padded, queries->maximum + i, queries->sum + i, shrink + i); break;
-      case 1: weigh_1(scores + i, padded, queries->maximum + i, queries->sum + i, shrink + i); break;
-    }
+    weigh_queries(scores + i, padded, tile, queries->maximum + i, queries->sum + i, shrink + i);
   }
 }
 
@@ -258,5 +263,47 @@ ALWAYS_INLINE void accumulate_some(const head_rows *values, const head_rows *ahe
     case PKV_FLOAT32: ACCUMULATE(accumulate_float32); break;
     case PKV_FLOAT16: ACCUMULATE(accumulate_float16); break;
     case PKV_BFLOAT16: ACCUMULATE(accumulate_bfloat16); break;
+  }
+}
+
+/* ---- one row that sees all its tokens: a step of decode */
+
+/* Some heads of a group, from `head` of the run on. */
+ALWAYS_INLINE void fold_heads(const pkv_run *run, int32_t head, int num_heads, const head_rows *keys,
+                              const head_rows *values, const head_rows *now, const head_rows *next,
+                              const float *q, pkv_state state) {
+  float scores[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  const float *queries[4];
+  float *maximum[4], *sum[4], *accumulated[4], shrink[4];
+  EACH (i, num_heads) {
+    queries[i] = q + i * pkv_padded(keys->dim);
+    maximum[i] = state.maximum + i;
+    sum[i] = state.sum + i;
+    accumulated[i] = state.accumulated + i * pkv_padded(values->dim);
+  }
+  score_some(keys, now, queries, num_heads, scores);
+  int32_t padded = (keys->count + WIDTH - 1) / WIDTH * WIDTH;
+  EACH (i, num_heads) {
+    if (is_adjusted(run)) adjust(run, head + i, 0, scores[i]);
+    for (int32_t t = keys->count; t < padded; t++) scores[i][t] = -__builtin_inff();
+  }
+  weigh_queries(scores, padded, num_heads, maximum, sum, shrink);
+  accumulate_some(values, next, scores, shrink, num_heads, accumulated);
+}
+
+/* A head's group: nobody need ask who sees what. */
+static void fold_row(const pkv_run *run, int32_t kv_head, const head_rows *keys, const head_rows *values,
+                     const head_rows *next_keys, const float *q, pkv_state state) {
+  for (int32_t i = 0, tile; i < run->group; i += tile) {
+    int32_t head = kv_head * run->group + i, left = run->group - i;
+    pkv_state own = {state.maximum + i, state.sum + i, state.accumulated + i * pkv_padded(values->dim)};
+    const float *own_q = q + i * pkv_padded(keys->dim);
+    const head_rows *now = i || run->is_near ? NULL : values, *next = i || run->is_near ? NULL : next_keys;
+    tile = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    switch (tile) {
+      case 4: fold_heads(run, head, 4, keys, values, now, next, own_q, own); break;
+      case 2: fold_heads(run, head, 2, keys, values, now, next, own_q, own); break;
+      case 1: fold_heads(run, head, 1, keys, values, now, next, own_q, own); break;
+    }
   }
 }

@@ -197,7 +197,7 @@ NOINLINE void weigh(const pkv_run *run, const queries *queries, float scores[][P
   float added[MOST_QUERIES];
   memset(shrink, 0, MOST_QUERIES * sizeof *shrink);
   for (int i = 0; i < queries->count; i++) {
-    if (is_adjusted(run)) adjust(run, queries, i, scores[i]);
+    if (is_adjusted(run)) adjust(run, queries->head[i], queries->row[i], scores[i]);
     added[i] = weigh_one(scores + i, queries->num_seen[i], queries->maximum + i, shrink + i);
   }
   for (int i = 0; i < queries->count; i += WIDTH) vec_store(shrink + i, vec_exp2(vec_load(shrink + i)));

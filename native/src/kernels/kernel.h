@@ -25,13 +25,18 @@ typedef struct {
   int32_t v_dtype;
   int32_t head_dim;     /* of keys, a multiple of 8, at most PKV_MAX_HEAD_DIM */
   int32_t head_dim_v;   /* of values */
+  int32_t num_kv_heads; /* one behind the other */
   int32_t group;        /* q heads that share a kv head */
-  const char *const *k; /* [num_tokens]: the token's row, kv head 0 */
+  const char *const *k; /* [num_tokens]: the token's row, */
   const char *const *v;
+  int64_t k_offset; /* so many bytes into it the first kv head, */
+  int64_t v_offset;
+  int64_t k_head_stride; /* and from each head to the next */
+  int64_t v_head_stride;
   int64_t k_stride; /* bytes from each token to the next; 0 where they are not evenly spaced */
   int64_t v_stride;
   int32_t is_near;           /* the tokens were read a moment ago: nothing need be asked of memory */
-  const char *const *k_next; /* [num_next]: what will be read next: these tokens' keys, */
+  const char *const *k_next; /* [num_next]: what is read after the last head: these tokens' keys, */
   int64_t next_offset;       /* so many bytes into them */
   int32_t num_next;
   int32_t num_rows;          /* of q, of consecutive positions, that see these tokens */
@@ -41,7 +46,7 @@ typedef struct {
   float *turned;             /* room for keys: [PKV_RUN_TOKENS * padded head_dim], 64-byte aligned */
   float scale;               /* of scores, where q was not scaled; else 1 */
   float soft_cap;            /* 0: none */
-  const float *alibi_slopes; /* [group], NULL: none */
+  const float *alibi_slopes; /* [num_kv_heads * group], NULL: none */
   const float *distances;    /* [num_tokens]: position minus the first q row's; counts with slopes */
 } pkv_run;
 
@@ -57,9 +62,8 @@ typedef struct {
   int32_t multiplies_pairs; /* runs may have keys in pairs, a multiple of 16 of them */
   /* One head of q times scale, from dtype, padded with zeros. */
   void (*prepare_q)(float *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim);
-  /* Fold a run of one kv head, k_offset and v_offset bytes into its tokens, into its group's state, of each
-   * row. */
-  void (*fold_run)(const pkv_run *run, int64_t k_offset, int64_t v_offset, const float *q, pkv_state state);
+  /* Fold a run into the states of its heads' groups, of each row. */
+  void (*fold_run)(const pkv_run *run, const float *q, pkv_state state);
   /* Fold `later`, the state over tokens that come after, into `state`. */
   void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v);
   /* One head: out = accumulated / (sum and the sink's weight), as dtype; 0 where that is 0.  `sink` may be
