@@ -185,7 +185,7 @@ def test_bits_are_the_same_for_any_chunks_and_threads(
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("head_dim", [8, 24, 72, 96, 128])
 def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
-    """Keys are turned for many rows: every kernel then adds in another order of steps, not of sums."""
+    """Many rows are met by loops of their own: in another order of steps, not of sums."""
     q, k, v = (rows(rng, 150, heads, head_dim) for heads in (6, 2, 2))
     q = q.astype(DTYPES[dtype])
     shape = {"num_layers": 1, "head_dim": head_dim, "dtype": dtype, "num_threads": 1}

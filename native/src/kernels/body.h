@@ -22,8 +22,7 @@
 #include "loops.h"
 
 enum {
-  MOST_QUERIES = 32,  /* that meet a run together, up to four at once with TILE_SUMS / 4 tokens or vectors */
-  WORTH_TURNING = 48, /* queries: from here on, keys are turned for them */
+  MOST_QUERIES = 32, /* that meet a run together, up to four at once with TILE_SUMS / 4 tokens or vectors */
   HAS_PART = WIDTH > 8,
   PART = WIDTH > 8 ? 8 : WIDTH, /* values in the last vector of a row of 8, 24, 40, ... */
 };
@@ -226,7 +225,6 @@ ALWAYS_INLINE bool is_adjusted(const pkv_run *run) {
 #else
 #include "from_memory.h"
 #endif
-#include "turned.h"
 
 /* ---- the four steps */
 
@@ -237,22 +235,7 @@ static void prepare_q(float *prepared, const char *q, int32_t dtype, float scale
   if (HAS_PART && d < head_dim) vec_store(prepared + d, vec_load_stored(q, d, PART, dtype) * scale);
 }
 
-/* Turned keys are met a tile of them at a time: so many of these tokens, where most of a tile is seen. */
-ALWAYS_INLINE int32_t num_met_turned(int32_t num_tokens) {
-  return (num_tokens + TURNED_TOKENS / 4) / TURNED_TOKENS * TURNED_TOKENS;
-}
-
-/* Of a run's keys, or of the same keys turned and the rest of them. */
-ALWAYS_INLINE void score_four(const head_rows *keys, const float *turned, const head_rows *ahead,
-                              const float *const *q, float scores[][PKV_RUN_TOKENS]) {
-  int32_t num_turned = turned ? num_met_turned(keys->count) : 0;
-  if (turned) score_turned(turned, keys->dim, keys->dtype, num_turned, q, 4, scores);
-  if (num_turned >= keys->count) return;
-  head_rows rest = part_of(keys, num_turned, keys->count);
-  score_some(&rest, ahead, q, 4, (float (*)[PKV_RUN_TOKENS])(scores[0] + num_turned));
-}
-
-static void score(const head_rows *keys, const float *turned, const head_rows *ahead, const queries *queries,
+static void score(const head_rows *keys, const head_rows *ahead, const queries *queries,
                   float scores[][PKV_RUN_TOKENS]) {
   for (int i = 0; i < queries->count; ahead = NULL) {
     int tile = tile_of(queries, i);
@@ -261,7 +244,7 @@ static void score(const head_rows *keys, const float *turned, const head_rows *a
       if (queries->num_seen[j] > most) most = queries->num_seen[j];
     head_rows seen = part_of(keys, 0, most);
     switch (tile) {
-      case 4: score_four(&seen, turned, ahead, queries->q + i, scores + i); break;
+      case 4: score_some(&seen, ahead, queries->q + i, 4, scores + i); break;
       case 2: score_some(&seen, ahead, queries->q + i, 2, scores + i); break;
       case 1: score_some(&seen, ahead, queries->q + i, 1, scores + i); break;
     }
@@ -297,11 +280,11 @@ static void accumulate(const head_rows *values, const head_rows *ahead, const qu
   }
 }
 
-static void fold_queries(const pkv_run *run, const head_rows *keys, const float *turned,
-                         const head_rows *values, const head_rows *next_keys, const queries *queries) {
+static void fold_queries(const pkv_run *run, const head_rows *keys, const head_rows *values,
+                         const head_rows *next_keys, const queries *queries) {
   float scores[MOST_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   float shrink[MOST_QUERIES]; /* by this much, what was accumulated so far */
-  score(keys, turned, run->is_near ? NULL : values, queries, scores);
+  score(keys, run->is_near ? NULL : values, queries, scores);
   weigh(run, queries, scores, shrink);
   accumulate(values, run->is_near ? NULL : next_keys, queries, scores, shrink);
 }
@@ -309,11 +292,6 @@ static void fold_queries(const pkv_run *run, const head_rows *keys, const float 
 /* Fold one head's tokens into the states of its group, of each row. */
 static void fold_head(const pkv_run *run, int32_t kv_head, const head_rows *keys, const head_rows *values,
                       const head_rows *next_keys, const float *q, pkv_state state) {
-  int32_t num_rows = run->num_rows; /* that see enough to meet keys turned */
-  for (int32_t row = 0; run->num_seen && row < run->num_rows; row++)
-    if (num_met_turned(run->num_seen[row]) == 0) num_rows--;
-  const float *turned = num_rows * run->group >= WORTH_TURNING ? run->turned : NULL;
-  if (turned) turn_keys(keys, run->is_near ? NULL : values, run->turned);
   int64_t q_step = pkv_padded(run->head_dim), value_step = pkv_padded(run->head_dim_v);
   queries queries;
   int count = 0;
@@ -329,7 +307,7 @@ static void fold_head(const pkv_run *run, int32_t kv_head, const head_rows *keys
       queries.num_seen[count] = num_seen;
       if (++count < MOST_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
       queries.count = count;
-      fold_queries(run, keys, turned, values, next_keys, &queries);
+      fold_queries(run, keys, values, next_keys, &queries);
       count = 0;
     }
     state.maximum += run->state_stride;

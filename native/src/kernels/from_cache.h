@@ -1,4 +1,5 @@
-/* How rows are met that lie in a cache: as fast as they can be multiplied.
+/* How rows are met that lie in a cache, or by so many queries that they soon do: as fast as they can be
+ * multiplied.
  *
  * A cache is read in any order, so that nothing is touched first.  What comes next is asked for all the same:
  * it may lie in a farther cache, and a neighbour may have taken its place.  With each line that is met goes a
@@ -26,13 +27,6 @@ ALWAYS_INLINE const char *kept(const char *address) {
 ALWAYS_INLINE const char *row_ahead(const head_rows *ahead, int64_t t) {
   int64_t last = ahead->count - 1;
   return ahead->rows[t < last ? t : last] + ahead->offset;
-}
-
-/* Keys will be turned: the values that will be met with them are asked for. */
-ALWAYS_INLINE void bring(const head_rows *keys, int32_t dtype, const head_rows *ahead) {
-  int64_t row_bytes = stored_bytes(keys->dim, dtype);
-  for (int64_t t = 0; ahead->count && t < keys->count; t++)
-    for (int64_t i = 0; i < row_bytes; i += LINE_BYTES) ask(row_ahead(ahead, t) + i);
 }
 
 /* ---- scores */

@@ -155,16 +155,6 @@ ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, con
   }
 }
 
-/* Keys that will be turned are touched, and the values that will be met with them asked for. */
-ALWAYS_INLINE void bring(const head_rows *keys, int32_t dtype, const head_rows *ahead) {
-  int32_t key_bytes = stored_bytes(keys->dim, dtype);
-  cursor at = cursor_over(ahead, 1, 1);
-  for (int32_t t = 0; t < keys->count; t++) {
-    touch_row(keys->rows[t] + keys->offset, key_bytes, 1);
-    ask_ahead(&at);
-  }
-}
-
 /* ---- softmax */
 
 /* What is to be subtracted from a query's `padded` scores, which are among others so far; updates their
@@ -248,32 +238,18 @@ ALWAYS_INLINE void accumulate_values(const head_rows *values, int32_t dtype, con
     value_tile(values, dtype, 0, &at, weights, shrink, num_queries, d, 1, PART, accumulated);
 }
 
-/* What asks for nothing goes through a loop of its own where that pays: with AVX2 a prompt
- * takes a tenth less time; with AVX-512 gcc makes of two loops what takes 3 % more. */
-ALWAYS_INLINE void accumulate_as(const head_rows *values, int32_t dtype, const head_rows *ahead,
-                                 float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
-                                 float *const *accumulated) {
-#ifdef ASKS_APART
-  if (!ahead) {
-    accumulate_values(values, dtype, NULL, weights, shrink, num_queries, accumulated);
-    return;
-  }
-#endif
-  accumulate_values(values, dtype, ahead, weights, shrink, num_queries, accumulated);
-}
-
 ALWAYS_INLINE void accumulate_some(const head_rows *values, const head_rows *ahead,
                                    float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
                                    float *const *accumulated) {
   switch (values->dtype) {
     case PKV_FLOAT32:
-      accumulate_as(values, PKV_FLOAT32, ahead, weights, shrink, num_queries, accumulated);
+      accumulate_values(values, PKV_FLOAT32, ahead, weights, shrink, num_queries, accumulated);
       break;
     case PKV_FLOAT16:
-      accumulate_as(values, PKV_FLOAT16, ahead, weights, shrink, num_queries, accumulated);
+      accumulate_values(values, PKV_FLOAT16, ahead, weights, shrink, num_queries, accumulated);
       break;
     case PKV_BFLOAT16:
-      accumulate_as(values, PKV_BFLOAT16, ahead, weights, shrink, num_queries, accumulated);
+      accumulate_values(values, PKV_BFLOAT16, ahead, weights, shrink, num_queries, accumulated);
       break;
   }
 }

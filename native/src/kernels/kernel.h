@@ -43,7 +43,6 @@ typedef struct {
   const int32_t *num_seen;   /* [num_rows]: how many of them, from the first on, at least 1; NULL: all */
   int64_t q_stride;          /* floats from one to the next */
   int64_t state_stride;      /* floats from a row's state to the next row's */
-  float *turned;             /* room for keys: [PKV_RUN_TOKENS * padded head_dim], 64-byte aligned */
   float scale;               /* of scores, where q was not scaled; else 1 */
   float soft_cap;            /* 0: none */
   const float *alibi_slopes; /* [num_kv_heads * group], NULL: none */
@@ -92,7 +91,7 @@ extern const pkv_kernel pkv_kernel_avx512bf16, pkv_kernel_avx512bf16_cached;
 #endif
 
 /* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available; and the one with the same bits
- * for rows that lie in a cache. */
+ * for rows in a cache and for many queries. */
 const pkv_kernel *pkv_active_kernel(void);
 const pkv_kernel *pkv_active_kernel_for_cached(void);
 
