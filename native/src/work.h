@@ -1,7 +1,7 @@
 /* Who computes which rows of a call: its work, cut into blocks that threads take one at a time.
  *
- *   block   some q rows of one sequence, and all heads or those of some kv heads, which meet its tokens
- * together piece   some spans of a block that is so long that threads would wait for it at the end
+ *   block   some q rows of one sequence, and all heads or those of some kv heads, at once
+ *   piece   some spans of a block that is so long that threads would wait for it at the end
  *
  * Blocks are taken last to first: the rows of a prompt that see most come first. */
 #ifndef PKV_WORK_H

@@ -198,11 +198,8 @@ typedef struct {
   int32_t num_seen[MOST_QUERIES];
 } queries;
 
-/* So many of the queries from i on are met at once. */
-ALWAYS_INLINE int tile_of(const queries *queries, int i) {
-  int left = queries->count - i;
-  return left >= 4 ? 4 : left >= 2 ? 2 : 1;
-}
+/* So many queries are met at once where so many are left. */
+ALWAYS_INLINE int tile_of(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 /* What a call asks of scores beyond what q was multiplied by: scale them, bend them, let them fall with
  * distance. */
@@ -238,7 +235,7 @@ static void prepare_q(float *prepared, const char *q, int32_t dtype, float scale
 static void score(const head_rows *keys, const head_rows *ahead, const queries *queries,
                   float scores[][PKV_RUN_TOKENS]) {
   for (int i = 0; i < queries->count; ahead = NULL) {
-    int tile = tile_of(queries, i);
+    int tile = tile_of(queries->count - i);
     int32_t most = 0; /* seen by any of the tile */
     for (int j = i; j < i + tile; j++)
       if (queries->num_seen[j] > most) most = queries->num_seen[j];
@@ -263,7 +260,7 @@ static void accumulate_rest(const head_rows *values, int32_t begin, int32_t end,
 static void accumulate(const head_rows *values, const head_rows *ahead, const queries *queries,
                        float weights[][PKV_RUN_TOKENS], const float *shrink) {
   for (int i = 0; i < queries->count; ahead = NULL) {
-    int tile = tile_of(queries, i);
+    int tile = tile_of(queries->count - i);
     int32_t least = values->count; /* seen by all of the tile */
     for (int j = i; j < i + tile; j++)
       if (queries->num_seen[j] < least) least = queries->num_seen[j];

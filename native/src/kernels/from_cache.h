@@ -176,7 +176,7 @@ ALWAYS_INLINE void weigh_queries(float scores[][PKV_RUN_TOKENS], int32_t padded,
 ALWAYS_INLINE void weigh(const pkv_run *run, const queries *queries, float scores[][PKV_RUN_TOKENS],
                          float *shrink) {
   for (int i = 0, tile; i < queries->count; i += tile) {
-    tile = tile_of(queries, i);
+    tile = tile_of(queries->count - i);
     int32_t padded = 0;
     for (int j = i; j < i + tile; j++)
       if (queries->num_seen[j] > padded) padded = queries->num_seen[j];
@@ -262,7 +262,7 @@ ALWAYS_INLINE void accumulate_some(const head_rows *values, const head_rows *ahe
 
 /* ---- one row that sees all its tokens: a step of decode */
 
-/* Some heads of a group, from `head` of the run on. */
+/* Some heads of a group, from `head` of the run on.  Asks for `now`, the values, and for `next`, keys. */
 ALWAYS_INLINE void fold_heads(const pkv_run *run, int32_t head, int num_heads, const head_rows *keys,
                               const head_rows *values, const head_rows *now, const head_rows *next,
                               const float *q, pkv_state state) {
@@ -289,11 +289,12 @@ ALWAYS_INLINE void fold_heads(const pkv_run *run, int32_t head, int num_heads, c
 static void fold_row(const pkv_run *run, int32_t kv_head, const head_rows *keys, const head_rows *values,
                      const head_rows *next_keys, const float *q, pkv_state state) {
   for (int32_t i = 0, tile; i < run->group; i += tile) {
-    int32_t head = kv_head * run->group + i, left = run->group - i;
+    int32_t head = kv_head * run->group + i;
     pkv_state own = {state.maximum + i, state.sum + i, state.accumulated + i * pkv_padded(values->dim)};
     const float *own_q = q + i * pkv_padded(keys->dim);
-    const head_rows *now = i || run->is_near ? NULL : values, *next = i || run->is_near ? NULL : next_keys;
-    tile = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    bool is_near = i || run->is_near;
+    const head_rows *now = is_near ? NULL : values, *next = is_near ? NULL : next_keys;
+    tile = tile_of(run->group - i);
     switch (tile) {
       case 4: fold_heads(run, head, 4, keys, values, now, next, own_q, own); break;
       case 2: fold_heads(run, head, 2, keys, values, now, next, own_q, own); break;
