@@ -8,7 +8,7 @@ The arrays lie here and C works on them in place, for a whole batch in one call.
     seq_lens[r]       tokens that are committed
     reserved_lens[r]  and those of an open step: more than seq_lens[r] just while the row stands in one
 
-A sequence is named by a key: the cache's number and its row in one integer, -1 once it is freed.
+A sequence is named by a key: a serial number that no other sequence of the process has, and its row.
 
 Imports pool.  Imported by store.  The caller holds the cache's lock.
 """
@@ -29,12 +29,17 @@ from .errors import (
     SequenceTooLong,
     StaleSequence,
 )
+from .lifetime import Uncopyable
 from .pool import PagePool
 
 #: Positions are int32.
 MOST_TOKENS = 2**31 - 1
 
-_cache_ids = itertools.count()
+#: A key's low bits are the row, the others the serial number, which repeats after 2**39 - 1 sequences: six
+#: days at a million a second.
+ROW_BITS, SERIAL_BITS = int(lib.PKV_ROW_BITS), 63 - int(lib.PKV_ROW_BITS)
+
+_serials = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def num_pages(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
-class BlockTables:
+class BlockTables(Uncopyable):
     """The rows of `max_sequences` sequences over one pool."""
 
     def __init__(
@@ -73,26 +78,27 @@ class BlockTables:
         self.page_ids = np.zeros((max_sequences, ring_pages), np.int32)
         self.seq_lens = np.zeros(max_sequences, np.int32)
         self.reserved_lens = np.zeros(max_sequences, np.int32)
-        self.tail_copies = np.full(max_sequences, -1, np.int32)
-        self.num_copies = 0  # of shared pages, by steps that were committed
+        self.tail_copies = np.zeros(max_sequences, np.int32)
+        self.keys = np.zeros(max_sequences, np.int64)
+        self._next_free = np.zeros(max_sequences, np.int32)
         self._page_marks = np.zeros(2 * pool.num_pages, np.int32)
-        self._first_key = (next(_cache_ids) & 0x7FFFFFFF) << 32
-        self._free_rows = list(range(max_sequences - 1, -1, -1))
         arrays = {
             "page_ids": self.page_ids,
             "seq_lens": self.seq_lens,
             "reserved_lens": self.reserved_lens,
             "tail_copies": self.tail_copies,
+            "next_free": self._next_free,
             "page_marks": self._page_marks,
         }
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
+        self._pointers["keys"] = ffi.from_buffer("int64_t[]", self.keys)
         # Filled and read under the cache's lock, so one of each is enough.
         self._size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
         self._tables = ffi.new(
             "pkv_tables *",
             {
                 **self._pointers,
-                "cache_id": self._first_key >> 32,
+                "free_row": -1,
                 "max_sequences": max_sequences,
                 "ring_pages": self.page_ids.shape[1],
                 "page_size": page_size,
@@ -108,22 +114,42 @@ class BlockTables:
 
     @property
     def num_sequences(self) -> int:
-        return self.max_sequences - len(self._free_rows)
+        return int(self._tables.num_sequences)
 
-    def new_key(self) -> int:
-        """The key of an empty row; OutOfSequences when all are taken."""
-        if not self._free_rows:
-            raise OutOfSequences(
-                f"all {self.max_sequences} sequences are in use; "
-                "free one, or build a cache with a larger max_sequences"
-            )
-        return self._first_key | self._free_rows.pop()
+    @property
+    def num_copies(self) -> int:
+        """Of shared pages, by steps that were committed."""
+        return int(self._tables.num_copies)
+
+    def next_keys(self, count: int) -> list[int]:
+        """Keys for `count` new sequences, which `add` gives rows to; OutOfSequences when there are fewer."""
+        rows = ffi.new("int32_t[]", min(count, self.max_sequences))
+        num_free = self.max_sequences - self.num_sequences
+        if count > num_free or lib.pkv_tables_next_rows(self._tables, count, rows) < count:
+            what = f"asked for {count} forks, {num_free} of {self.max_sequences} sequences are free"
+            if count == 1:
+                what = f"all {self.max_sequences} sequences are in use"
+            raise OutOfSequences(f"{what}; free one, or build a cache with a larger max_sequences")
+        return [(next(_serials) % (2**SERIAL_BITS - 1) + 1) << ROW_BITS | rows[i] for i in range(count)]
+
+    def add(self, keys: list[int], parent: int | None = None) -> None:
+        """Rows for sequences of these keys: empty, or holding what `parent` holds."""
+        row = -1 if parent is None else self.idle_row(parent)
+        check(lib.pkv_tables_add(self.pool.handle, self._tables, len(keys), keys, row), "add")
+
+    def remove(self, key: int) -> bool:
+        """Give a row back with its pages, if the key names one; False when it stands in an open step."""
+        status = lib.pkv_tables_remove(self.pool.handle, self._tables, key)
+        if status not in (lib.PKV_SEQUENCE_BUSY, lib.PKV_STALE_SEQUENCE):
+            check(status, "free")
+        return bool(status != lib.PKV_SEQUENCE_BUSY)
 
     def row(self, key: int) -> int:
         """The row that a key names; StaleSequence when it names none of these."""
-        if key < 0 or key & ~0xFFFFFFFF != self._first_key:
+        row = int(lib.pkv_tables_row(self._tables, key))
+        if row < 0:
             raise StaleSequence("the sequence was freed, or is another cache's")
-        return key & 0xFFFFFFFF
+        return row
 
     def idle_row(self, key: int) -> int:
         """The row that a key names, which stands in no step; StaleSequence, SequenceBusy."""
@@ -135,24 +161,6 @@ class BlockTables:
     def reset(self, key: int) -> None:
         """Give a row's pages back; it is empty then."""
         check(lib.pkv_tables_reset(self.pool.handle, self._tables, self.idle_row(key)), "reset")
-
-    def free(self, key: int) -> None:
-        """Give a row's pages back, and the row."""
-        self.reset(key)
-        self._free_rows.append(self.row(key))
-
-    def fork(self, key: int, count: int) -> list[int]:
-        """Keys of `count` new rows that hold what a row holds; none when there are not so many."""
-        row = self.idle_row(key)
-        if count > len(self._free_rows):
-            raise OutOfSequences(
-                f"asked for {count} forks, {len(self._free_rows)} of {self.max_sequences} sequences are "
-                "free; free one, or build a cache with a larger max_sequences"
-            )
-        keys = [self.new_key() for _ in range(count)]
-        for new in keys:
-            check(lib.pkv_tables_fork(self.pool.handle, self._tables, row, self.row(new)), "fork")
-        return keys
 
     def truncate(self, key: int, length: object) -> None:
         """Forget a row's tokens from `length` on; ArgumentError when it has fewer."""
@@ -191,7 +199,7 @@ class BlockTables:
 
     # ---- steps
 
-    def plan(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> "Plan":
+    def open(self, plan: "Plan", keys: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
 
         Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
@@ -200,15 +208,14 @@ class BlockTables:
         keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int64_t[]", counts)
         batch, size = (self.pool.handle, self._tables, len(keys), keys_at, counts_at), self._size
         # As large as the last one and some pages more: enough for a batch that goes on, and no more calls.
-        plan = Plan(size.plan_bytes + 512)
+        plan.take_memory(size.plan_bytes + 512)
         status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
         if status == lib.PKV_PLAN_TOO_SMALL:
-            plan = Plan(size.plan_bytes)
+            plan.take_memory(size.plan_bytes)
             status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
         if status != lib.PKV_OK:
             self._refuse(status, self._refusal)
         plan.num_tokens, plan.num_pages = size.num_tokens, size.num_pages
-        return plan
 
     def pages_needed(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> int:
         """What `plan` would take of the pool, be it there or not."""
@@ -221,16 +228,13 @@ class BlockTables:
 
     def commit(self, plan: "Plan") -> None:
         check(lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle), "commit")
-        self.num_copies += plan.handle.num_copies
 
     def rollback(self, plan: "Plan") -> None:
+        """Nothing where the plan was never opened, or has ended."""
         check(lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle), "rollback")
 
     def check(self) -> None:
         """Raise InvariantViolation unless every page's references are explained by the rows."""
-        free_rows = np.array(self._free_rows, np.int32)
-        if len(np.unique(free_rows)) != len(free_rows) or self.reserved_lens[free_rows].any():
-            check(lib.PKV_INVARIANT, "the list of free rows")
         check(lib.pkv_tables_check(self.pool.handle, self._tables, self.pool.num_pages), "block tables")
 
     def _refuse(self, status: int, refusal: Any) -> NoReturn:
@@ -259,16 +263,27 @@ class BlockTables:
         raise ArgumentError(f"new[{refusal.index}] is {asked} tokens, outside 1 to {available}")
 
 
-class Plan:
+class Plan(Uncopyable):
     """What a step reserved: a `pkv_plan` and its arrays, in one buffer of the step's own."""
 
     __slots__ = ("_buffer", "handle", "num_bytes", "num_pages", "num_tokens")
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self) -> None:
+        self.handle = _NEVER_OPENED
+        self.num_tokens = self.num_pages = 0
+
+    def take_memory(self, num_bytes: int) -> None:
+        """A buffer of at least num_bytes; the plan in it is not open."""
         self._buffer = np.empty((num_bytes + 7) // 8, np.int64)
         self.num_bytes = self._buffer.nbytes
-        self.handle = ffi.from_buffer("pkv_plan *", self._buffer)
-        self.num_tokens = self.num_pages = 0
+        handle = ffi.from_buffer("pkv_plan *", self._buffer)
+        handle.is_open = 0
+        self.handle = handle
+
+    @property
+    def is_open(self) -> bool:
+        """Was it opened, and neither committed nor rolled back?"""
+        return bool(self.handle.is_open)
 
     @property
     def num_seqs(self) -> int:
@@ -285,6 +300,9 @@ class Plan:
         view = self._buffer.view(np.int32)[begin // 4 : begin // 4 + count]
         view.flags.writeable = False
         return view
+
+
+_NEVER_OPENED = ffi.new("pkv_plan *")
 
 
 def counts_of(new: object, num_seqs: int) -> NDArray[np.int64]:

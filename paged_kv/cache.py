@@ -11,7 +11,8 @@ from ._binding import integer, kernels
 from .block_table import MOST_TOKENS, Window, counts_of
 from .errors import ArgumentError
 from .layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
-from .sequence import Sequence
+from .lifetime import Uncopyable
+from .sequence import Sequence, new_sequences
 from .step import Step, keys_of
 from .store import Store
 
@@ -30,7 +31,7 @@ class CacheStats:
     num_copies: int  # of shared pages, for those who appended to them; since the cache was built
 
 
-class PagedKVCache:
+class PagedKVCache(Uncopyable):
     """Keys and values of many sequences, in pages of one pool.
 
     Parameters
@@ -106,9 +107,7 @@ class PagedKVCache:
 
     def sequence(self) -> Sequence:
         """A new, empty sequence.  Raises: OutOfSequences, CacheClosed."""
-        with self._store.lock:
-            self._store.settle()
-            return Sequence(self._store, self._store.tables.new_key())
+        return new_sequences(self._store, 1)[0]
 
     def step(self, seqs: Iterable[Sequence], new: object) -> Step:
         """Reserve slots for the next tokens of some sequences: of all of them, or of none.

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from ._binding import check, ffi, integer, lib
 from .arrays import float32_pointer
 from .errors import ArgumentError, CacheClosed
+from .lifetime import Uncopyable
 from .pool import PagePool
 
 #: A cache line.
@@ -118,7 +119,7 @@ class BatchKVStorage:
         )
 
 
-class KVCacheManager:
+class KVCacheManager(Uncopyable):
     """Keys and values of `batch_size` sequences of one layer, float32, in rings of max_seq_len tokens.
 
     Calls before `allocate` raise CacheClosed.  Arrays that are returned cannot be written, ever; they stay
@@ -211,7 +212,7 @@ class KVCacheManager:
         return self._ring
 
 
-class _Rings:
+class _Rings(Uncopyable):
     """One allocation: a page for each batch entry, and how many tokens each has seen."""
 
     def __init__(self, storage: BatchKVStorage) -> None:

@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._binding import check, ffi, integer, lib
+from .errors import StaleSequence
+from .lifetime import Uncopyable
 from .store import Store
 
 #: The key of a sequence that was freed.
 FREED = -1
 
 
-class Sequence:
+class Sequence(Uncopyable):
     """Tokens of one sequence in a cache, made by `cache.sequence()`.
 
     ``len(seq)`` is the number of committed tokens, and so the next position.  A handle compares by identity
@@ -26,10 +28,12 @@ class Sequence:
     """
 
     __slots__ = ("__weakref__", "_key", "_store")
+    _instead = "fork() shares its pages"
 
     def __init__(self, store: Store, key: int) -> None:
         self._store = store
         self._key = key
+        store.note_handle(self, key)
 
     def __len__(self) -> int:
         """Tokens ever committed.  Raises: StaleSequence, CacheClosed."""
@@ -54,7 +58,8 @@ class Sequence:
         Raises: ArgumentError, StaleSequence, CacheClosed.  Cost: copies every token.
         """
         store = self._store
-        with store:
+        with store.running():
+            store.require_open()
             layer = store.layer(layer)
             with store.lock:
                 slots = store.tables.slots(store.tables.row(self._key))
@@ -84,10 +89,7 @@ class Sequence:
         Cost: O(pages); takes no page.
         """
         num_forks = 1 if count is None else integer("count", count, 0)
-        with self._store.lock:
-            self._store.settle()
-            keys = self._store.tables.fork(self._key, num_forks)
-            forks = [Sequence(self._store, key) for key in keys]
+        forks = new_sequences(self._store, num_forks, self)
         return forks[0] if count is None else forks
 
     def truncate(self, length: int) -> None:
@@ -115,15 +117,19 @@ class Sequence:
 
         Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
         """
-        with self._store.lock:
-            self._store.settle()
-            self._store.tables.free(self._key)
-            self._key = FREED
-
-    def __del__(self) -> None:
-        # Nothing but this: it may run while somebody holds the lock.
-        if self._key != FREED:
-            self._store.abandoned_keys.append(self._key)
+        store = self._store
+        if self._key == FREED:
+            store.require_open()
+            raise StaleSequence("the sequence was freed already")
+        # In a finaliser or a signal handler that runs inside a call on this cache: when that call is over.
+        if not store.free_later(self._key):
+            with store.lock:
+                store.settle()
+                # A finaliser of a cycle runs after settle() has freed the cycle's sequences: then this frees
+                # nothing.
+                if not store.free(self._key):
+                    store.tables.idle_row(self._key)  # raises SequenceBusy
+        self._key = FREED
 
     def __enter__(self) -> "Sequence":
         return self
@@ -133,3 +139,21 @@ class Sequence:
     ) -> None:
         if self._key != FREED and not self._store.closed:
             self.free()
+
+
+def new_sequences(store: Store, count: int, parent: Sequence | None = None) -> list[Sequence]:
+    """Handles of `count` new sequences: empty, or holding what `parent` holds.
+
+    Raises: OutOfSequences, SequenceBusy, StaleSequence, CacheClosed.
+    """
+    with store.lock:
+        store.settle()
+        # Whom we fork is looked at before there is room for it.
+        key = None if parent is None else parent._key
+        if key is not None:
+            store.tables.idle_row(key)
+        keys = store.tables.next_keys(count)
+        # The handles are there before their rows are taken, so that an interrupt loses none.
+        handles = [Sequence(store, key) for key in keys]
+        store.tables.add(keys, key)
+    return handles

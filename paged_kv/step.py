@@ -24,11 +24,12 @@ from .arrays import Array, array_of, rows_of
 from .attention import Append, Attention, RepeatedAttention
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
+from .lifetime import Uncopyable
 from .sequence import Sequence
 from .store import Store, taken
 
 
-class Step:
+class Step(Uncopyable):
     """New tokens of some sequences, between reservation and commit; made by `cache.step(seqs, new)`.
 
     Rows of q, k and v are the new tokens of all sequences one after the other: sequence i has the rows
@@ -36,21 +37,20 @@ class Step:
     thread; one that is collected while it is open is rolled back.
     """
 
-    __slots__ = ("_batch", "_is_open", "_num_copies", "_plan", "_seqs", "_slots", "_store", "_written")
+    __slots__ = ("__weakref__", "_batch", "_num_copies", "_plan", "_seqs", "_slots", "_store", "_written")
+    _instead = "it is one forward pass; open another one"
 
     def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
+        self._store = store
         self._seqs, keys = keys_of(seqs)
         counts = counts_of(new, len(keys))
         with store.lock:
             store.settle()
-            self._plan = store.tables.plan(keys, counts)
-            store.open_plans[id(self._plan)] = self._plan
-        self._store = store
+            self._plan = store.open_plan(self, keys, counts)
         self._batch = self._plan.batch
         self._slots = self._plan.handle.slot_mapping
         self._num_copies = self._plan.handle.num_copies
         self._written = bytearray(store.layout.num_layers)
-        self._is_open = True
 
     # ---- what was reserved
 
@@ -116,7 +116,9 @@ class Step:
         Values are rounded to nearest even; finite ones beyond the stored range saturate, NaN and inf pass.
         Raises: ArgumentError, StepClosed, CacheClosed.
         """
-        with self._store as store:
+        store = self._store
+        with store.running():
+            store.require_open()
             self._require_open()
             layer = store.layer(layer)
             pages, num_tokens = store.pages_of[layer], self._plan.num_tokens
@@ -165,9 +167,10 @@ class Step:
         Raises: ArgumentError, LayerNotWritten, StepClosed, CacheClosed.
         Cost: reads the keys and values of each sequence once for every block of its rows.
         """
-        with self._store as store:
-            if not self._is_open:
-                self._require_open()
+        store = self._store
+        with store.running():
+            store.require_open()
+            self._require_open()
             layer = store.layer(layer)
             if k is None or v is None:
                 if k is not v:
@@ -225,20 +228,21 @@ class Step:
             self._store.settle()
             self._require_open()
             if 0 in self._written and self._plan.num_tokens:
-                self._roll_back()
+                self._store.roll_back(self._plan)
                 raise LayerNotWritten(
                     f"layer {self._written.index(0)} has no keys and values; the step was rolled back"
                 )
-            self._is_open = False
-            del self._store.open_plans[id(self._plan)]
-            self._store.tables.commit(self._plan)
+            self._store.commit(self._plan)
 
     def rollback(self) -> None:
         """As if the step had never been.  Raises: StepClosed, CacheClosed.  Cost: O(its new pages)."""
+        # In a finaliser or a signal handler that runs inside a call on this cache: when that call is over.
+        if self._store.roll_back_later(self._plan):
+            return
         with self._store.lock:
             self._store.settle()
             self._require_open()
-            self._roll_back()
+            self._store.roll_back(self._plan)
 
     def __enter__(self) -> "Step":
         return self
@@ -246,7 +250,7 @@ class Step:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._is_open or self._store.closed:
+        if not self._plan.is_open or self._store.closed:
             return
         if error is None:
             self.commit()
@@ -268,17 +272,8 @@ class Step:
             lib.pkv_copy_blocks(pages, plan.num_copies, plan.copied_from, plan.copied_to)
 
     def _require_open(self) -> None:
-        if not self._is_open:
+        if not self._plan.handle.is_open:
             raise StepClosed("the step was committed or rolled back already; open another one")
-
-    def _roll_back(self) -> None:
-        self._is_open = False
-        self._store.roll_back(self._plan)
-
-    def __del__(self) -> None:
-        # Nothing but this: it may run while somebody holds the lock.
-        if getattr(self, "_is_open", False):
-            self._store.abandoned_plans.append(self._plan)
 
 
 def keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], NDArray[np.int64]]:

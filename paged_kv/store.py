@@ -1,34 +1,41 @@
 """The store: what a cache, its sequences and its steps share.
 
 Pool, block tables, layout and threads, and one lock.  The lock covers bookkeeping; it is not held while
-attention runs.  Calls that read or write pages enter the store for as long as they run, so that closing can
-wait for them.
+attention runs.  Calls that read or write pages are `running` until they return, so that close() can wait for
+them.
+
+    handles      a Ref for each sequence, by its key      recorded before its row is taken
+    open_plans   a Ref for each step's plan               recorded before its pages are reserved
+
+so nothing is lost when a handle is collected or an interrupt comes, at whatever moment.  C records which keys
+are in use and which plans are open, in the call that changes it; the dictionaries only name the owners.
 
 Imports block_table and attention.  Imported by sequence, step and cache, which hold it and not each other.
 """
 
-import os
-import threading
 from collections import deque
-from types import TracebackType
-from typing import TypeVar
-from weakref import WeakSet
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ._binding import DTYPE_CODES, ffi, integer, shared_threads
 from .attention import Append, RepeatedAttention
 from .block_table import BlockTables, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
+from .lifetime import OwnedLock, Ref, RunningCalls, Uncopyable, reentrant_call
 from .machine import shared_cache_bytes
 from .pool import PagePool
 
 Call = TypeVar("Call", Append, RepeatedAttention)
 
 
-class Store:
+class Store(Uncopyable):
     """Pages for `num_pages * layout.page_size` tokens and the rows of `max_sequences` sequences.
 
-    `with store:` runs a call that touches pages: CacheClosed when it is too late for that.
+    with store.lock: store.settle() ...             bookkeeping
+    with store.running(): store.require_open() ...  a call that touches pages
     """
 
     def __init__(
@@ -54,22 +61,22 @@ class Store:
         for layer in range(layout.num_layers):
             self._describe_layer(layer, num_pages, cached_bytes)
         self.closed = False
-        #: Plans of open steps, by identity.
-        self.open_plans: dict[int, Plan] = {}
-        #: What collected handles leave behind.  Their finalisers may run anywhere, also while the lock is
-        #: held: they only append here, and whoever takes the lock next settles it.
-        self.abandoned_plans: deque[Plan] = deque()
-        self.abandoned_keys: deque[int] = deque()
-        self._renew_lock()
-        _stores.add(self)
+        self._lock, self._running = OwnedLock(), RunningCalls()
+        self.handles: dict[int, Ref] = {}
+        self.open_plans: dict[int, Ref] = {}
+        #: Refs whose owners were collected, possibly while the lock was held.  The next call that takes the
+        #: lock gives back what they hold.
+        self._abandoned_plans: deque[Ref] = deque()
+        self._abandoned_keys: deque[Ref] = deque()
 
-    def _renew_lock(self) -> None:
-        """A lock that nobody holds: at first, and in a forked child, whose other threads are not there."""
-        self.lock = threading.Lock()
-        self._idle = threading.Condition(self.lock)
-        #: An entry for each call that runs.  It is made before `closed` is looked at, and `close` looks for
-        #: entries after it has set that: one of the two sees the other, and no call waits for a lock.
-        self._running: deque[None] = deque()
+    @property
+    def lock(self) -> Any:
+        """For `with`.  Raises: ReentrantCall where this thread holds it, in a frame below."""
+        return self._lock.taken()
+
+    def running(self) -> Any:
+        """For `with`, round a call that touches pages; `require_open` comes first in it."""
+        return self._running.mine()
 
     def _describe_layer(self, layer: int, num_pages: int, cached_bytes: int) -> None:
         layout = self.layout
@@ -99,14 +106,71 @@ class Store:
     def settle(self) -> None:
         """First of what is done under the lock: CacheClosed, or give back what collected handles held."""
         self.require_open()
-        while self.abandoned_plans:
-            self.roll_back(self.abandoned_plans.popleft())
-        while self.abandoned_keys:
-            self.tables.free(self.abandoned_keys.popleft())
+        if self._abandoned_plans or self._abandoned_keys:
+            self._give_back_abandoned()
+
+    def _give_back_abandoned(self) -> None:
+        # An entry leaves its queue after it was dealt with: an interrupt makes it be dealt with twice, which
+        # changes nothing.  Plans first: their sequences stand in them.
+        while self._abandoned_plans:
+            self.roll_back(self._abandoned_plans[0].held)
+            self._abandoned_plans.popleft()
+        for _ in range(len(self._abandoned_keys)):
+            abandoned = self._abandoned_keys[0]
+            if not self.free(abandoned.held):
+                self._abandoned_keys.append(abandoned)  # it stands in an open step, which has to end first
+            self._abandoned_keys.popleft()
+
+    # ---- sequences
+
+    def note_handle(self, handle: object, key: int) -> None:
+        """Free the key when the handle is collected."""
+        self.handles[key] = Ref(handle, self._abandoned_keys.append, key)
+
+    def free(self, key: int) -> bool:
+        """Give back what a key holds, which may be nothing any more; False when it stands in an open step."""
+        is_free = self.tables.remove(key)
+        if is_free:
+            self.handles.pop(key, None)
+        return is_free
+
+    def free_later(self, key: int) -> bool:
+        """Queue a key if this thread holds the lock already, in a frame below; False if it does not."""
+        if not self._lock.is_mine:
+            return False
+        if (handle := self.handles.get(key)) is not None:
+            self._abandoned_keys.append(handle)
+        return True
+
+    # ---- steps
+
+    def open_plan(self, step: object, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> Plan:
+        """Reserve what a step takes, until it ends or is collected."""
+        plan = Plan()
+        self.open_plans[id(plan)] = Ref(step, self._abandoned_plans.append, plan)
+        try:
+            self.tables.open(plan, keys, counts)
+        except BaseException:
+            self.roll_back(plan)
+            raise
+        return plan
+
+    def commit(self, plan: Plan) -> None:
+        self.tables.commit(plan)
+        self.open_plans.pop(id(plan), None)
 
     def roll_back(self, plan: Plan) -> None:
-        del self.open_plans[id(plan)]
+        """Give back what a plan reserved, if it has not ended yet."""
         self.tables.rollback(plan)
+        self.open_plans.pop(id(plan), None)
+
+    def roll_back_later(self, plan: Plan) -> bool:
+        """Queue a plan if this thread holds the lock already, in a frame below; False if it does not."""
+        if not self._lock.is_mine:
+            return False
+        if (noted := self.open_plans.get(id(plan))) is not None:
+            self._abandoned_plans.append(noted)
+        return True
 
     def layer(self, layer: object) -> int:
         """`layer` as an index; ArgumentError when there is no such layer."""
@@ -114,31 +178,20 @@ class Store:
             return layer
         return integer("layer", layer, 0, self.layout.num_layers - 1)
 
-    def __enter__(self) -> "Store":
-        self._running.append(None)
-        if self.closed:
-            self.__exit__(None, None, None)
-            self.require_open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._running:  # a child that was forked within a call has none
-            self._running.pop()
-        if self.closed:
-            with self.lock:
-                self._idle.notify_all()
-
     def close(self) -> None:
-        """Refuse new calls, wait for those that run, roll open steps back, give the memory back."""
+        """Refuse new calls, wait for those that run, roll open steps back, give the memory back.
+
+        Each part may be done again: a close that was interrupted is ended by the next one.
+        """
         with self.lock:
-            if self.closed:
-                return
+            if self._running.is_mine:
+                raise reentrant_call()
             self.closed = True
-            self._idle.wait_for(lambda: not self._running)
+        self._running.wait()
+        with self.lock:
             for plan in list(self.open_plans.values()):
-                self.roll_back(plan)
+                self.roll_back(plan.held)
+            self.handles.clear()
             self.pool.close()
 
 
@@ -148,15 +201,3 @@ def taken(calls: deque[Call]) -> Call | None:
         return calls.pop()
     except IndexError:
         return None
-
-
-_stores: WeakSet[Store] = WeakSet()
-
-
-def _renew_locks() -> None:
-    for store in _stores:
-        store._renew_lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)

@@ -51,9 +51,11 @@ static int64_t num_pages_seen(const pkv_tables *tables, int64_t old_len, int64_t
 
 /* The row that a key names, or -1. */
 static int64_t row_of(const pkv_tables *tables, int64_t key) {
-  int64_t row = key & UINT32_MAX;
-  return key >= 0 && key >> 32 == tables->cache_id && row < tables->max_sequences ? row : -1;
+  int64_t row = key & ((1 << PKV_ROW_BITS) - 1);
+  return key > 0 && row < tables->num_rows && tables->keys[row] == key ? row : -1;
 }
+
+int64_t pkv_tables_row(const pkv_tables *tables, int64_t key) { return row_of(tables, key); }
 
 static pkv_status refuse(pkv_refusal *refusal, pkv_status status, int64_t index, int64_t asked,
                          int64_t available) {
@@ -262,6 +264,8 @@ static int64_t list_pages(const pkv_tables *tables, int64_t row, int64_t first, 
   return count;
 }
 
+static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan);
+
 static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int64_t *keys,
                             const int64_t *counts, bool any_copies, pkv_plan *plan) {
   pkv_batch batch = plan->batch;
@@ -273,7 +277,7 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
     pkv_status status = reserve_row(pool, tables, row, on_copy, new_len);
     if (status != PKV_OK) { /* the pool has fewer pages than it says */
       plan->batch.num_seqs = i;
-      pkv_step_rollback(pool, tables, plan);
+      give_back(pool, tables, plan);
       return status;
     }
     int64_t first_page = first_page_seen(tables, old_len), end_page = pages_for(tables, new_len);
@@ -305,14 +309,17 @@ pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
   if (status != PKV_OK) return status;
   if (size->plan_bytes > plan_bytes) return PKV_PLAN_TOO_SMALL;
   *plan = lay_out(tables, (char *)(plan + 1), num_seqs, size);
-  if (size->num_copies == 0) return plan_rows(pool, tables, keys, counts, false, plan);
-  mark_shared_tails(pool, tables, num_seqs, keys);
-  status = plan_rows(pool, tables, keys, counts, true, plan);
-  unmark_tails(tables, num_seqs, keys);
+  if (size->num_copies) mark_shared_tails(pool, tables, num_seqs, keys);
+  status = plan_rows(pool, tables, keys, counts, size->num_copies > 0, plan);
+  if (size->num_copies) unmark_tails(tables, num_seqs, keys);
+  plan->is_open = status == PKV_OK;
   return status;
 }
 
-pkv_status pkv_step_commit(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
+pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
+  if (!plan->is_open) return PKV_STEP_CLOSED;
+  plan->is_open = 0;
+  tables->num_copies += plan->num_copies;
   for (int64_t i = 0; i < plan->batch.num_seqs; i++) {
     int32_t row = plan->rows[i];
     int64_t old_len = tables->seq_lens[row], new_len = tables->reserved_lens[row];
@@ -331,7 +338,7 @@ pkv_status pkv_step_commit(pkv_pool *pool, const pkv_tables *tables, const pkv_p
   return PKV_OK;
 }
 
-pkv_status pkv_step_rollback(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
+static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
   /* Backwards, so that the free list is as it was before the step. */
   for (int64_t i = plan->batch.num_seqs - 1; i >= 0; i--) {
     int32_t row = plan->rows[i], *copy = &tables->tail_copies[row];
@@ -346,17 +353,35 @@ pkv_status pkv_step_rollback(pkv_pool *pool, const pkv_tables *tables, const pkv
   return PKV_OK;
 }
 
+pkv_status pkv_step_rollback(pkv_pool *pool, const pkv_tables *tables, pkv_plan *plan) {
+  if (!plan->is_open) return PKV_OK;
+  plan->is_open = 0;
+  return give_back(pool, tables, plan);
+}
+
 /* ---- rows */
 
-static bool is_row(const pkv_tables *tables, int32_t row) { return row >= 0 && row < tables->max_sequences; }
+static bool is_row(const pkv_tables *tables, int32_t row) { return row >= 0 && row < tables->num_rows; }
 
 static bool is_busy(const pkv_tables *tables, int32_t row) {
   return tables->reserved_lens[row] != tables->seq_lens[row];
 }
 
-pkv_status pkv_tables_fork(pkv_pool *pool, const pkv_tables *tables, int32_t from, int32_t to) {
-  if (!is_row(tables, from) || !is_row(tables, to) || tables->reserved_lens[to] != 0) return PKV_BAD_ARGUMENT;
-  if (is_busy(tables, from)) return PKV_SEQUENCE_BUSY;
+/* The free row after `row`: the next of the list, then those that nobody has used yet. */
+static int32_t next_row(const pkv_tables *tables, int32_t row) {
+  if (row >= tables->num_rows) return row + 1;
+  int32_t next = tables->next_free[row];
+  return next >= 0 ? next : tables->num_rows;
+}
+
+int64_t pkv_tables_next_rows(const pkv_tables *tables, int64_t count, int32_t *rows) {
+  int32_t row = tables->free_row >= 0 ? tables->free_row : tables->num_rows;
+  int64_t found = 0;
+  for (; found < count && row < tables->max_sequences; row = next_row(tables, row)) rows[found++] = row;
+  return found;
+}
+
+static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t from, int32_t to) {
   int64_t seq_len = tables->seq_lens[from], first = first_page_at(tables, seq_len);
   for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
     if (page == tables->sink_pages && page < first) page = first;
@@ -365,6 +390,48 @@ pkv_status pkv_tables_fork(pkv_pool *pool, const pkv_tables *tables, int32_t fro
     *cell_of(tables, to, page) = *cell;
   }
   tables->seq_lens[to] = tables->reserved_lens[to] = (int32_t)seq_len;
+  return PKV_OK;
+}
+
+/* Do the keys name the rows that come next, in their order? */
+static bool name_the_next_rows(const pkv_tables *tables, int64_t count, const int64_t *keys) {
+  int32_t row = tables->free_row >= 0 ? tables->free_row : tables->num_rows;
+  for (int64_t i = 0; i < count; i++, row = next_row(tables, row))
+    if (row >= tables->max_sequences || keys[i] < 0 || keys[i] >> PKV_ROW_BITS == 0 ||
+        (keys[i] & ((1 << PKV_ROW_BITS) - 1)) != row)
+      return false;
+  return true;
+}
+
+pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, const int64_t *keys,
+                          int32_t from) {
+  if (from >= 0 && (!is_row(tables, from) || tables->keys[from] == 0)) return PKV_STALE_SEQUENCE;
+  if (from >= 0 && is_busy(tables, from)) return PKV_SEQUENCE_BUSY;
+  if (count > tables->max_sequences - tables->num_sequences) return PKV_OUT_OF_SEQUENCES;
+  if (!name_the_next_rows(tables, count, keys)) return PKV_BAD_ARGUMENT;
+  for (int64_t i = 0; i < count; i++) {
+    int32_t row = (int32_t)(keys[i] & ((1 << PKV_ROW_BITS) - 1));
+    if (row == tables->num_rows)
+      tables->num_rows++;
+    else
+      tables->free_row = tables->next_free[row];
+    tables->keys[row] = keys[i];
+    tables->tail_copies[row] = -1;
+    tables->num_sequences++;
+    if (from >= 0 && share_pages(pool, tables, from, row) != PKV_OK) return PKV_INVARIANT;
+  }
+  return PKV_OK;
+}
+
+pkv_status pkv_tables_remove(pkv_pool *pool, pkv_tables *tables, int64_t key) {
+  int32_t row = (int32_t)row_of(tables, key);
+  if (row < 0) return PKV_STALE_SEQUENCE;
+  pkv_status status = pkv_tables_reset(pool, tables, row);
+  if (status != PKV_OK) return status;
+  tables->keys[row] = 0;
+  tables->next_free[row] = tables->free_row;
+  tables->free_row = row;
+  tables->num_sequences--;
   return PKV_OK;
 }
 
@@ -387,7 +454,7 @@ pkv_status pkv_tables_reset(pkv_pool *pool, const pkv_tables *tables, int32_t ro
 /* ---- what there is */
 
 int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
-  for (int64_t row = 0; row < tables->max_sequences; row++) {
+  for (int64_t row = 0; row < tables->num_rows; row++) {
     int64_t seq_len = tables->seq_lens[row], first = first_page_at(tables, seq_len);
     for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
       if (page == tables->sink_pages && page < first) page = first;
@@ -406,7 +473,7 @@ int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
 
 /* Count the references that the tables explain, by page. */
 static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, int32_t *references) {
-  for (int64_t row = 0; row < tables->max_sequences; row++) {
+  for (int64_t row = 0; row < tables->num_rows; row++) {
     int64_t seq_len = tables->seq_lens[row], reserved_len = tables->reserved_lens[row];
     if (seq_len < 0 || seq_len > reserved_len || reserved_len > tables->max_seq_len) return PKV_INVARIANT;
     int64_t first = first_page_at(tables, seq_len);
@@ -423,8 +490,24 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
   return PKV_OK;
 }
 
+/* Each row is in use, under a key of its own row, or on the list once, and empty. */
+static pkv_status check_rows(const pkv_tables *tables) {
+  int32_t num_used = 0, num_listed = 0;
+  for (int32_t row = 0; row < tables->num_rows; row++) {
+    int64_t key = tables->keys[row];
+    if (key < 0 || (key > 0 && (key & ((1 << PKV_ROW_BITS) - 1)) != row)) return PKV_INVARIANT;
+    if (key == 0 && tables->reserved_lens[row]) return PKV_INVARIANT;
+    num_used += key > 0;
+  }
+  for (int32_t row = tables->free_row; row >= 0; row = tables->next_free[row])
+    if (row >= tables->num_rows || tables->keys[row] || ++num_listed > tables->num_rows) return PKV_INVARIANT;
+  bool is_whole = num_used == tables->num_sequences && num_used + num_listed == tables->num_rows;
+  return is_whole && tables->num_rows <= tables->max_sequences ? PKV_OK : PKV_INVARIANT;
+}
+
 pkv_status pkv_tables_check(const pkv_pool *pool, const pkv_tables *tables, int64_t num_pages) {
   pkv_status status = pkv_pool_check(pool);
+  if (status == PKV_OK) status = check_rows(tables);
   if (status != PKV_OK) return status;
   int32_t *references = calloc((size_t)num_pages, sizeof *references);
   if (!references) return PKV_OUT_OF_MEMORY;

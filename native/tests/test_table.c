@@ -14,18 +14,22 @@ enum {
   BLOCK = 2 * PAGE_SIZE * HEAD_DIM * 4
 };
 
+static int64_t row_keys[ROWS];
+static int32_t next_free[ROWS];
 static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[2 * NUM_PAGES];
 static int32_t tail_copies[ROWS] = {-1, -1, -1};
-static const pkv_tables tables = {.page_ids = page_ids,
-                                  .seq_lens = seq_lens,
-                                  .reserved_lens = reserved_lens,
-                                  .tail_copies = tail_copies,
-                                  .page_marks = page_marks,
-                                  .cache_id = 7,
-                                  .max_sequences = ROWS,
-                                  .ring_pages = RING,
-                                  .page_size = PAGE_SIZE,
-                                  .max_seq_len = RING * PAGE_SIZE};
+static pkv_tables tables = {.keys = row_keys,
+                            .next_free = next_free,
+                            .free_row = -1,
+                            .page_ids = page_ids,
+                            .seq_lens = seq_lens,
+                            .reserved_lens = reserved_lens,
+                            .tail_copies = tail_copies,
+                            .page_marks = page_marks,
+                            .max_sequences = ROWS,
+                            .ring_pages = RING,
+                            .page_size = PAGE_SIZE,
+                            .max_seq_len = RING * PAGE_SIZE};
 
 static union {
   pkv_plan plan;
@@ -35,7 +39,7 @@ static pkv_plan *const plan = &memory.plan;
 static pkv_step_size size;
 static pkv_refusal refusal;
 
-static int64_t key(int64_t row) { return (int64_t)7 << 32 | row; }
+static int64_t key(int64_t row) { return (7 + row) << PKV_ROW_BITS | row; }
 
 static pkv_status measure(pkv_pool *pool, int64_t num_seqs, const int64_t *keys, const int64_t *counts) {
   return pkv_step_measure(pool, &tables, num_seqs, keys, counts, &size, &refusal);
@@ -43,6 +47,26 @@ static pkv_status measure(pkv_pool *pool, int64_t num_seqs, const int64_t *keys,
 
 static pkv_status open_step(pkv_pool *pool, int64_t num_seqs, const int64_t *keys, const int64_t *counts) {
   return pkv_step_open(pool, &tables, num_seqs, keys, counts, plan, (int64_t)sizeof memory, &size, &refusal);
+}
+
+static void rows_are_given_and_taken_back(pkv_pool *pool) {
+  int32_t rows[ROWS + 1];
+  int64_t keys[ROWS] = {key(0), key(1), key(2)};
+  assert(pkv_tables_next_rows(&tables, ROWS + 1, rows) == ROWS && rows[0] == 0 && rows[2] == 2);
+  assert(pkv_tables_add(pool, &tables, 1, keys + 1, -1) == PKV_BAD_ARGUMENT); /* row 0 comes first */
+  assert(pkv_tables_add(pool, &tables, 2, keys, 2) == PKV_STALE_SEQUENCE);
+  assert(pkv_tables_add(pool, &tables, ROWS, keys, -1) == PKV_OK && tables.num_sequences == ROWS);
+  assert(pkv_tables_next_rows(&tables, 1, rows) == 0);
+  assert(pkv_tables_remove(pool, &tables, keys[1]) == PKV_OK);
+  assert(pkv_tables_remove(pool, &tables, keys[1]) == PKV_STALE_SEQUENCE);
+  assert(pkv_tables_remove(pool, &tables, keys[0]) == PKV_OK);
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  assert(pkv_tables_next_rows(&tables, ROWS, rows) == 2 && rows[0] == 0 && rows[1] == 1);
+  assert(pkv_tables_row(&tables, keys[0]) == -1 && pkv_tables_row(&tables, keys[2]) == 2);
+  next_free[1] = 0; /* a circle */
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
+  next_free[1] = -1;
+  assert(pkv_tables_add(pool, &tables, 2, keys, -1) == PKV_OK);
 }
 
 static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
@@ -66,6 +90,8 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   assert(pkv_pool_num_free(pool) == NUM_PAGES && reserved_lens[2] == 0);
   assert(open_step(pool, 2, keys, counts) == PKV_OK);
   assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
+  assert(pkv_step_commit(pool, &tables, plan) == PKV_STEP_CLOSED);
+  assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK); /* which does nothing by now */
   assert(seq_lens[2] == 17 && seq_lens[0] == 3);
   pkv_pages pages = {.k = pkv_pool_data(pool),
                      .v = pkv_pool_data(pool) + BLOCK / 2,
@@ -97,7 +123,7 @@ static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
   assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
   keys[2] = key(ROWS);
   assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
-  keys[2] = (int64_t)8 << 32;
+  keys[2] = (int64_t)99 << PKV_ROW_BITS; /* row 0 under another serial */
   assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
   counts[0] = RING * PAGE_SIZE + 1;
   assert(measure(pool, 2, keys, counts) == PKV_SEQUENCE_TOO_LONG);
@@ -125,7 +151,10 @@ static void a_stray_write_into_the_tables_is_found(pkv_pool *pool) {
 
 /* Row 2 has 17 tokens in two pages, row 0 has 3 in one, two pages are free. */
 static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
-  assert(pkv_tables_fork(pool, &tables, 2, 1) == PKV_OK && pkv_pool_num_free(pool) == 2);
+  int64_t fork = key(1);
+  assert(pkv_tables_add(pool, &tables, 1, &fork, 2) == PKV_OUT_OF_SEQUENCES);
+  assert(pkv_tables_remove(pool, &tables, fork) == PKV_OK);
+  assert(pkv_tables_add(pool, &tables, 1, &fork, 2) == PKV_OK && pkv_pool_num_free(pool) == 2);
   assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 20);
   int64_t keys[2] = {key(1), key(2)}, counts[2] = {1, 1};
   /* Both who hold the page append: they are equally long, so the first one writes in place. */
@@ -147,13 +176,13 @@ static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
   assert(pkv_tables_truncate(pool, &tables, 1, 18 + 1) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_truncate(pool, &tables, 1, -1) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_truncate(pool, &tables, 1, 16) == PKV_OK && pkv_pool_num_free(pool) == 2);
-  assert(pkv_tables_fork(pool, &tables, 2, 0) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_reset(pool, &tables, 1) == PKV_OK && pkv_pool_num_free(pool) == 2);
 }
 
 int main(void) {
   pkv_pool *pool = NULL;
   assert(pkv_pool_create(NUM_PAGES, BLOCK, &pool) == PKV_OK);
+  rows_are_given_and_taken_back(pool);
   a_step_commits_or_leaves_no_trace(pool);
   who_appends_to_a_shared_page_gets_a_copy(pool);
   what_cannot_be_is_refused_by_name(pool);

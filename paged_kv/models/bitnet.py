@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from .._binding import integer
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
+from ..lifetime import Uncopyable
 from ..sequence import Sequence
 from .checkpoint import (
     Checkpoint,
@@ -165,7 +166,7 @@ SHAPES = {
 }
 
 
-class BitNetModel:
+class BitNetModel(Uncopyable):
     """A model's weights and its forward pass: a BitNet, or a llama with 8 or 16 bits a weight.
 
     Parameters

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from .._binding import integer
 from ..cache import PagedKVCache
 from ..errors import ArgumentError, OutOfPages, SequenceBusy
+from ..lifetime import Uncopyable
 from .bitnet import BitNetModel, GenerationReport
 from .sampling import Sampler
 
@@ -78,7 +79,7 @@ class Admission:
         return cls(cache.stats().num_pages, lambda num_tokens: -(-num_tokens // page_size))
 
 
-class Batch:
+class Batch(Uncopyable):
     """Requests that wait and requests that run, over one cache.
 
     Parameters

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .._binding import check, ffi, lib, shared_threads
 from ..errors import ArgumentError
+from ..lifetime import Uncopyable
 from ..pool import PagePool
 from .ternary import FloatArray, Int8Array
 
@@ -28,7 +29,7 @@ STORE, ADD = lib.PKV_STORE, lib.PKV_ADD
 RELU2_GATE, SILU_GATE = lib.PKV_RELU2_GATE, lib.PKV_SILU_GATE
 
 
-class Matrix:
+class Matrix(Uncopyable):
     """A packed matrix [num_out, num_in] and a scale for each output, as `pkv_multiply` takes them.
 
     kind : "ternary", "int8" or "bfloat16"

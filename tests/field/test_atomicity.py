@@ -237,4 +237,4 @@ def test_row_39_at_rest_nothing_is_held(rng):
                 seq.free()
         stats = cache.stats()
         assert (stats.num_used_pages, stats.num_sequences, stats.num_tokens) == (0, 0, 0)
-        assert not cache._store.open_plans and not cache._store.abandoned_keys
+        assert not cache._store.open_plans and not cache._store.handles

@@ -96,7 +96,7 @@ def test_an_interruption_that_leaves_a_step_open_does_too(model, monkeypatch, me
         usual, calls = getattr(Step, method), []
 
         def interrupted(step, *arguments):
-            calls.append(step._is_open)
+            calls.append(step._plan.is_open)
             if len(calls) == 3:
                 raise KeyboardInterrupt
             return usual(step, *arguments)

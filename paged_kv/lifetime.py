@@ -1,0 +1,143 @@
+"""Lifetimes: what owns part of a cache, how it is given back, and locks that know their thread.
+
+An owner (a sequence, a step, a pool) gives back what it holds exactly once.  So it cannot be copied, and
+what it holds comes back even when it is collected at a bad moment: while a lock is held, or while an
+exception of a signal handler propagates.  Owners therefore have no `__del__`: that is Python code, which an
+interrupt can end before its first line.  A `Ref` is recorded before anything is taken.  When the owner is
+collected, the interpreter appends the `Ref` to a queue without running Python code; the next call processes
+the queue.
+
+Imports errors.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+from weakref import WeakSet, ref
+
+from .errors import NotCopyable, ReentrantCall
+
+
+class Uncopyable:
+    """Base of objects that own something: `copy`, `deepcopy` and `pickle` raise NotCopyable."""
+
+    __slots__ = ()
+
+    #: What to do instead.
+    _instead = "share the object itself"
+
+    def __reduce__(self) -> NoReturn:
+        raise NotCopyable(f"a {type(self).__name__} owns memory and cannot be copied; {self._instead}")
+
+
+class Ref(ref[Any]):
+    """A weak reference to an owner, and `held`: what goes back when the owner is gone.
+
+    on_death : called with the Ref; a builtin such as `deque.append`, which no interrupt can enter
+    """
+
+    __slots__ = ("held",)
+    held: Any
+
+    def __new__(cls, owner: object, on_death: Callable[[Any], object], held: Any) -> "Ref":
+        self = super().__new__(cls, owner, on_death)
+        self.held = held
+        return self
+
+    def __init__(self, owner: object, on_death: Callable[[Any], object], held: Any) -> None:
+        super().__init__(owner, on_death)  # type: ignore[call-arg]
+
+
+class OwnedLock:
+    """A lock that raises where it would wait for its own thread.
+
+        with owned_lock.taken(): ...
+
+    A signal handler or a finaliser runs in the middle of whatever its thread was doing.  If that was a call
+    that holds this lock, waiting would never end, and continuing would show half-done state.
+    """
+
+    __slots__ = ("__weakref__", "_lock")
+
+    def __init__(self) -> None:
+        self.renew()
+        _renewed_in_children.add(self)
+
+    def renew(self) -> None:
+        # An RLock knows its owner; `taken` makes sure that it is entered once.  `taken` does not acquire it:
+        # an interrupt before the `with` block begins would leave it locked.  `with` acquires it in C.
+        self._lock: Any = threading.RLock()
+
+    @property
+    def is_mine(self) -> bool:
+        """Does this thread hold it?"""
+        return bool(self._lock._is_owned())
+
+    def taken(self) -> Any:
+        """For `with`.  Raises: ReentrantCall."""
+        if self._lock._is_owned():
+            raise reentrant_call()
+        return self._lock
+
+
+class RunningCalls:
+    """Which threads are inside a call that must end before memory is given back.
+
+        with running.mine(): ...                a call; it waits for nobody
+        running.wait()                          until those that run have ended
+
+    Each thread has its own lock, which others hold for a moment in `wait` only.  The caller of `wait` first
+    sets a flag that makes new calls fail; calls check that flag inside `with running.mine()`.
+    """
+
+    __slots__ = ("__weakref__", "_locks")
+
+    def __init__(self) -> None:
+        self.renew()
+        _renewed_in_children.add(self)
+
+    def renew(self) -> None:
+        #: By thread; threads that have ended leave theirs to the next one of the same number.
+        self._locks: dict[int, Any] = {}
+
+    def mine(self) -> Any:
+        """This thread's lock, for `with`."""
+        try:
+            return self._locks[threading.get_ident()]
+        except KeyError:
+            return self._locks.setdefault(threading.get_ident(), threading.RLock())
+
+    @property
+    def is_mine(self) -> bool:
+        """Is this thread inside such a call?"""
+        lock = self._locks.get(threading.get_ident())
+        return lock is not None and bool(lock._is_owned())
+
+    def wait(self) -> None:
+        """Until the calls that run have ended.  Raises: ReentrantCall when one of them is this thread's."""
+        if self.is_mine:
+            raise reentrant_call()
+        for lock in list(self._locks.values()):
+            with lock:
+                pass
+
+
+def reentrant_call() -> ReentrantCall:
+    return ReentrantCall(
+        "this thread is inside another call on the same object: a signal handler or a finaliser ran in the "
+        "middle of it; call again when that has returned"
+    )
+
+
+#: In a forked child, the threads that held a lock are not there to release it.
+_renewed_in_children: WeakSet[OwnedLock | RunningCalls] = WeakSet()
+
+
+def _renew_all() -> None:
+    for lock in _renewed_in_children:
+        lock.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)

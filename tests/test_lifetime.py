@@ -1,0 +1,192 @@
+"""What owns pages gives them back exactly once, whatever is done to the handle."""
+
+import copy
+import gc
+import pickle
+
+import numpy as np
+import pytest
+from conftest import fill, make_cache, rows
+
+import paged_kv
+from paged_kv import NotCopyable, PagedKVError, StaleSequence, lifetime
+from paged_kv.models import bitnet, generate, matrix
+
+DUPLICATIONS = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "deepcopy of a list": lambda owner: copy.deepcopy([owner]),
+    "pickle": pickle.dumps,
+    "pickle, the oldest protocol": lambda owner: pickle.dumps(owner, 0),
+    "reduce": lambda owner: owner.__reduce__(),
+    "reduce_ex": lambda owner: owner.__reduce_ex__(4),
+}
+
+
+def subclasses(kind):
+    return {kind, *(inner for child in kind.__subclasses__() for inner in subclasses(child))}
+
+
+def owners():
+    """One of each class that owns something."""
+    cache = make_cache(num_layers=1)
+    seq, held = cache.sequence(), cache.sequence()
+    step = cache.step([held], [3])
+    manager = paged_kv.KVCacheManager()
+    manager.allocate(8, 1, 16, 2)
+    model = bitnet.BitNetModel.tiny()
+    weights = matrix.ternary_matrix(np.zeros((16, 16), np.int8), np.ones(1, np.float32))
+    batch = generate.Batch(model, cache, generate.Admission.pages_of(cache))
+    store = cache._store
+    inner = [store, store.pool, store.tables, step._plan, manager._ring]
+    return [cache, seq, step, manager, model, weights, batch, *inner]
+
+
+def test_every_class_that_owns_something_is_tried_below():
+    kinds = {type(owner) for owner in owners()}
+    missing = subclasses(lifetime.Uncopyable) - kinds - {lifetime.Uncopyable}
+    assert {kind for kind in missing if kind.__module__.startswith("paged_kv")} <= {
+        kind for kind in missing if any(issubclass(kind, known) for known in kinds)
+    }
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATIONS.values(), ids=DUPLICATIONS)
+def test_what_owns_something_is_not_copied(duplicate):
+    for owner in owners():
+        with pytest.raises(NotCopyable, match=type(owner).__name__):
+            duplicate(owner)
+
+
+def test_a_copy_that_fails_takes_nothing_with_it(rng):
+    """pybind11 #1214, xgboost #2533: a copied handle freed in its finaliser what the original still used."""
+    cache = make_cache(num_layers=1)
+    alice = cache.sequence()
+    (written,) = fill(cache, [alice], [3], rng)
+    for duplicate in DUPLICATIONS.values():
+        with pytest.raises(NotCopyable, match="fork"):
+            duplicate(alice)
+        gc.collect()
+    bob = cache.sequence()
+    fill(cache, [bob], [3], rng)
+    np.testing.assert_array_equal(alice.gather(0)[0], written[0])
+    cache.check()
+
+
+@pytest.mark.parametrize("kind", [paged_kv.Sequence, paged_kv.Step, paged_kv.PagedKVCache])
+def test_a_handle_that_is_half_built_ends_silently(kind, recwarn):
+    kind.__new__(kind)
+    gc.collect()
+    assert not [warning for warning in recwarn if "__del__" in str(warning.message)]
+
+
+def test_a_key_names_one_sequence_for_ever(rng):
+    """Rows come back to others; who held one before is told so, not shown what is there now."""
+    cache = make_cache(max_sequences=2)
+    stale = []
+    for _ in range(20):
+        seq = cache.sequence()
+        fill(cache, [seq], [5], rng)
+        stale.append(seq._key)
+        seq.free()
+    assert len(set(stale)) == 20 and len({key & 0xFFFFFF for key in stale}) == 1
+    live = cache.sequence()
+    fill(cache, [live], [7], rng)
+    forged = cache.sequence()
+    for key in stale:
+        forged._key = key
+        for call in (
+            lambda: len(forged),
+            lambda: forged.gather(0),
+            lambda: forged.held_positions,
+            forged.fork,
+            forged.reset,
+            lambda: forged.truncate(0),
+            lambda: cache.step([forged], [1]),
+            lambda: cache.pages_needed([forged], [1]),
+        ):
+            with pytest.raises(StaleSequence):
+                call()
+    assert len(live) == 7
+    cache.check()
+
+
+def test_a_key_of_another_cache_names_nothing_here():
+    mine, other = make_cache(), make_cache()
+    seqs = [mine.sequence() for _ in range(3)]
+    theirs = other.sequence()
+    for call in (lambda: mine.step([theirs], [1]), lambda: mine.pages_needed([theirs], [1])):
+        with pytest.raises(StaleSequence):
+            call()
+    assert len({seq._key for seq in (*seqs, theirs)}) == 4
+
+
+def test_rows_are_handed_out_and_taken_back_in_any_order(rng):
+    cache = make_cache(num_pages=64, max_sequences=20)
+    live = []
+    for _ in range(400):
+        if live and rng.random() < 0.5:
+            live.pop(rng.integers(len(live))).free()
+        elif live and rng.random() < 0.3 and len(live) < 18:
+            live += live[rng.integers(len(live))].fork(2)
+        elif len(live) < 20:
+            live.append(cache.sequence())
+            fill(cache, live[-1:], [int(rng.integers(1, 20))], rng)
+        assert cache.stats().num_sequences == len(live)
+        cache.check()
+
+
+class Request:
+    """In a cycle, as callbacks make them, so that the collector ends it, whenever it runs."""
+
+    def __init__(self, seq):
+        self.seq, self.me = seq, self
+
+    def __del__(self):
+        self.seq.free()
+
+
+@pytest.mark.parametrize("order", ["the request first", "the sequence first"])
+def test_a_finaliser_that_frees_its_sequence_is_silent(order, recwarn):
+    """loguru PR #720.  Finalisers of a cycle run in the order of creation: the sequence may be
+    gone already.
+    """
+    cache = make_cache(num_pages=64)
+    for _ in range(50):
+        if order == "the request first":
+            request = Request.__new__(Request)
+            request.__init__(cache.sequence())
+        else:
+            seq = cache.sequence()
+            request = Request(seq)
+            del seq
+        del request
+    gc.collect()
+    assert cache.stats().num_sequences == 0
+    assert not [warning for warning in recwarn if "exception" in str(warning.message).lower()]
+
+
+def test_a_second_free_is_still_refused():
+    cache = make_cache()
+    seq = cache.sequence()
+    seq.free()
+    with pytest.raises(StaleSequence):
+        seq.free()
+
+
+def test_a_lost_handle_that_stands_in_an_open_step_waits_for_it(rng):
+    cache = make_cache(num_layers=1)
+    seq = cache.sequence()
+    step = cache.step([seq], [5])
+    with cache._store.lock:
+        seq.free()  # as from a finaliser: it cannot be done now
+    assert cache.stats().num_sequences == 1
+    k = rows(rng, 5, 2, 32)
+    step.write(0, k, k)
+    step.commit()
+    assert cache.stats().num_sequences == 0 and cache.stats().num_used_pages == 0
+    cache.check()
+
+
+def test_errors_of_lifetimes_are_typed():
+    for error, builtin in ((NotCopyable, TypeError), (paged_kv.ReentrantCall, RuntimeError)):
+        assert issubclass(error, PagedKVError) and issubclass(error, builtin)
