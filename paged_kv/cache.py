@@ -101,9 +101,29 @@ class PagedKVCache(Uncopyable):
         )
 
     @property
+    def num_layers(self) -> int:
+        return self._store.layout.num_layers
+
+    @property
     def page_size(self) -> int:
         """Tokens per page."""
         return self._store.layout.page_size
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences at a time."""
+        return self._store.tables.max_sequences
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of one sequence."""
+        return self._store.tables.max_seq_len
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens of one sequence in one step; without a window as many as a sequence may have."""
+        window = self._store.tables.window
+        return self.max_seq_len if window is None else window.max_step_tokens
 
     def sequence(self) -> Sequence:
         """A new, empty sequence.  Raises: OutOfSequences, CacheClosed."""

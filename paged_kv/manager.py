@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ._binding import check, ffi, integer, lib
 from .arrays import float32_pointer
 from .errors import ArgumentError, CacheClosed
-from .lifetime import Uncopyable
+from .lifetime import OwnedLock, Uncopyable
 from .pool import PagePool
 
 #: A cache line.
@@ -124,11 +124,12 @@ class KVCacheManager(Uncopyable):
 
     Calls before `allocate` raise CacheClosed.  Arrays that are returned cannot be written, ever; they stay
     readable as long as they are held, and show the tokens they were returned for until the next append or
-    reset of their batch entry.
+    reset of their batch entry.  Calls may come from several threads; each is done as a whole.
     """
 
     def __init__(self) -> None:
         self._ring: _Rings | None = None
+        self._lock = OwnedLock()
 
     def allocate(self, max_seq_len: int, batch_size: int, hidden_dim: int, num_heads: int) -> None:
         """Take all memory: what was there before is replaced when there is room for the new beside it.
@@ -146,7 +147,8 @@ class KVCacheManager(Uncopyable):
         begin = time.perf_counter_ns()
         ring = _Rings(BatchKVStorage.of(max_seq_len, batch_size, hidden_dim, num_heads))
         ring.metrics.allocate_ns = time.perf_counter_ns() - begin
-        self._ring = ring
+        with self._lock.taken():
+            self._ring = ring
 
     def append(self, K: FloatArray, V: FloatArray, seq_pos: int, batch_idx: int) -> None:
         """Add one token to a batch entry; the oldest makes room once the ring is full.
@@ -160,9 +162,10 @@ class KVCacheManager(Uncopyable):
         Raises: ArgumentError, CacheClosed.  Cost: O(1), nothing is allocated.
         """
         begin = time.perf_counter_ns()
-        rings = self._rings()
-        rings.append(K, V, seq_pos, batch_idx)
-        rings.metrics.append_ns += time.perf_counter_ns() - begin
+        with self._lock.taken():
+            rings = self._rings()
+            rings.append(K, V, seq_pos, batch_idx)
+            rings.metrics.append_ns += time.perf_counter_ns() - begin
 
     def get_cache(self, batch_idx: int) -> tuple[FloatArray, FloatArray, int]:
         """A batch entry's tokens, oldest first.
@@ -172,9 +175,10 @@ class KVCacheManager(Uncopyable):
         Cost: O(1), a view, until the ring wraps and whenever it is exactly full; else a copy.
         """
         begin = time.perf_counter_ns()
-        rings = self._rings()
-        result = rings.get_cache(batch_idx)
-        rings.metrics.get_cache_ns += time.perf_counter_ns() - begin
+        with self._lock.taken():
+            rings = self._rings()
+            result = rings.get_cache(batch_idx)
+            rings.metrics.get_cache_ns += time.perf_counter_ns() - begin
         return result
 
     def get_segments(self, batch_idx: int) -> tuple[Pair, Pair]:
@@ -183,13 +187,15 @@ class KVCacheManager(Uncopyable):
         Returns: ((K, V), (K, V)), float32 [num_heads, tokens, head_dim], read-only.
         Raises: ArgumentError, CacheClosed.  Cost: O(1), always.
         """
-        return self._rings().segments(batch_idx)
+        with self._lock.taken():
+            return self._rings().segments(batch_idx)
 
     def reset(self, batch_idx: int) -> None:
         """Forget a batch entry's tokens.  Raises: ArgumentError, CacheClosed.  Cost: O(1)."""
-        rings = self._rings()
-        rings.seq_lens[rings.entry(batch_idx)] = 0
-        rings.metrics.num_resets += 1
+        with self._lock.taken():
+            rings = self._rings()
+            rings.seq_lens[rings.entry(batch_idx)] = 0
+            rings.metrics.num_resets += 1
 
     def state(self, batch_idx: int) -> CacheState:
         """Where a batch entry's ring stands.  Raises: ArgumentError, CacheClosed."""
@@ -199,7 +205,8 @@ class KVCacheManager(Uncopyable):
 
     def metrics(self) -> CacheMetrics:
         """A copy of the counters.  Raises: CacheClosed."""
-        return replace(self._rings().metrics)
+        with self._lock.taken():
+            return replace(self._rings().metrics)
 
     @property
     def storage(self) -> BatchKVStorage:
@@ -213,14 +220,17 @@ class KVCacheManager(Uncopyable):
 
 
 class _Rings(Uncopyable):
-    """One allocation: a page for each batch entry, and how many tokens each has seen."""
+    """One allocation: a page for each batch entry, and how many tokens each has seen.
+
+    The caller holds the manager's lock.
+    """
 
     def __init__(self, storage: BatchKVStorage) -> None:
         batch_size, self.num_heads, _, self.max_seq_len, self.head_dim = storage.shape
         self.storage = storage
         self.pool = PagePool(batch_size, storage.strides[0])
         self.page_ids: list[int] = self.pool.acquire(batch_size).tolist()
-        self.seq_lens = [0] * batch_size
+        self.seq_lens = ffi.new("int64_t[]", batch_size)  # C counts a token in the call that stores it
         self.metrics = CacheMetrics(storage_bytes=storage.num_bytes)
         entry, head, side, token, _ = storage.strides
         whole = np.asarray(_Window(self.pool, storage))
@@ -238,11 +248,10 @@ class _Rings(Uncopyable):
                 "head_dim_v": self.head_dim,
             },
         )
-        # Of the token at hand: where its rows are.
+        # Scratch of `append`, under the manager's lock: where the token's rows are.
         self._k_rows, self._v_rows = (
             ffi.new("pkv_rows *", {"head_stride": self.head_dim * 4}) for _ in range(2)
         )
-        self._slots = ffi.new("int64_t[]", batch_size)  # of the token at hand, for each entry
         self._shapes = ((self.num_heads, self.head_dim), (self.num_heads * self.head_dim,))
         self._token_bytes = 2 * self.num_heads * self.head_dim * 4
 
@@ -256,9 +265,8 @@ class _Rings(Uncopyable):
             raise ArgumentError(f"seq_pos is {seq_pos}; batch entry {entry} has {seq_len} tokens so far")
         k_at, v_at = float32_pointer("K", K, *self._shapes), float32_pointer("V", V, *self._shapes)
         self._k_rows.data, self._v_rows.data = k_at, v_at
-        self._slots[entry] = self.page_ids[entry] * self.max_seq_len + seq_len % self.max_seq_len
-        check(lib.pkv_append(self.pages, 1, self._slots + entry, self._k_rows, self._v_rows), "append")
-        self.seq_lens[entry] = seq_len + 1
+        page_id, count = self.page_ids[entry], self.seq_lens + entry
+        check(lib.pkv_append_to_ring(self.pages, page_id, count, self._k_rows, self._v_rows), "append")
         self.metrics.num_appends += 1
         self.metrics.appended_bytes += self._token_bytes
 

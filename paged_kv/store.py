@@ -28,7 +28,7 @@ from .lifetime import OwnedLock, Ref, RunningCalls, Uncopyable, reentrant_call
 from .machine import shared_cache_bytes
 from .pool import PagePool
 
-Call = TypeVar("Call", Append, RepeatedAttention)
+Call = TypeVar("Call")
 
 
 class Store(Uncopyable):

@@ -19,7 +19,7 @@ FLOORS = [
     {"sequence"},
     {"step"},
     {"cache", "manager"},
-    {"models.ternary", "models.sampling"},
+    {"models.ternary", "models.sampling", "models.token_ids", "models.session"},
     {"models.matrix", "models.baselines"},
     {"models.layers", "models.tensor_file"},
     {"models.checkpoint"},

@@ -1,5 +1,6 @@
 """The four calls: the ten tests that were asked for by name, the layout in bytes, the ring against a list."""
 
+import threading
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ from paged_kv import (
     CacheClosed,
     CacheState,
     KVCacheManager,
+    ReentrantCall,
     align_up,
     is_aligned,
 )
@@ -288,3 +290,68 @@ def test_alignment_helpers():
         with pytest.raises(ArgumentError):
             is_aligned(64, bad)
     assert BatchKVStorage.of(2048, 8, 4096, 32).alignment == 64
+
+
+def test_threads_fill_entries_of_one_manager_each_its_own():
+    """llama-cpp-python #471, ctransformers #52: one object, two threads, and each other's data."""
+    num_tokens, num_entries = 3000, 3
+    manager = KVCacheManager()
+    manager.allocate(num_tokens, num_entries, 512, 8)
+
+    def fill(entry):
+        row = np.full((8, 64), entry + 1, np.float32)
+        for i in range(num_tokens):
+            manager.append(row, -row, i, entry)
+
+    threads = [threading.Thread(target=fill, args=(entry,)) for entry in range(num_entries)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for entry in range(num_entries):
+        k, v, cached_len = manager.get_cache(entry)
+        assert cached_len == num_tokens and (k == entry + 1).all() and (v == -entry - 1).all()
+    metrics = manager.metrics()
+    assert metrics.num_appends == num_entries * num_tokens
+    assert metrics.appended_bytes == metrics.num_appends * 2 * 512 * 4
+
+
+def test_threads_that_append_to_one_entry_lose_no_token_and_write_none_twice():
+    manager = KVCacheManager()
+    manager.allocate(64, 1, 16, 2)
+    appended = []
+
+    def fill(number):
+        row = np.full(16, number, np.float32)
+        while (position := manager.state(0).seq_len) < 2000:
+            try:
+                manager.append(row, row, position, 0)
+            except ArgumentError:
+                continue  # another thread was first
+            appended.append(position)
+
+    threads = [threading.Thread(target=fill, args=(number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(appended) == list(range(len(appended))) and len(appended) >= 2000
+    assert manager.state(0).seq_len == len(appended)
+
+
+def test_a_manager_is_not_entered_again_in_the_middle_of_a_call():
+    manager = KVCacheManager()
+    manager.allocate(4, 1, 16, 2)
+    row = np.zeros(16, np.float32)
+    with manager._lock.taken():  # as in a signal handler or a finaliser
+        for call in (
+            lambda: manager.append(row, row, 0, 0),
+            lambda: manager.get_cache(0),
+            lambda: manager.get_segments(0),
+            lambda: manager.reset(0),
+            lambda: manager.metrics(),
+            lambda: manager.allocate(4, 1, 16, 2),
+        ):
+            with pytest.raises(ReentrantCall):
+                call()
+    manager.append(row, row, 0, 0)

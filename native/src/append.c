@@ -130,6 +130,14 @@ pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t 
   return PKV_OK;
 }
 
+pkv_status pkv_append_to_ring(const pkv_pages *pages, int32_t page_id, int64_t *seq_len, const pkv_rows *k,
+                              const pkv_rows *v) {
+  int64_t slot = (int64_t)page_id * pages->page_size + *seq_len % pages->page_size;
+  pkv_status status = pkv_append(pages, 1, &slot, k, v);
+  *seq_len += status == PKV_OK;
+  return status;
+}
+
 pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, float *k, float *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;

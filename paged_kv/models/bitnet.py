@@ -5,11 +5,12 @@ attention, and takes the tokens of many sequences at once.
 
     ids ── embedding ── blocks ── final norm ── head (the embedding, transposed) ── logits
 
-Imports checkpoint and sampling, and the cache for `generate_sequence`.  Imported by generate.
+Imports checkpoint, sampling and session.  Imported by generate.
 """
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from .._binding import integer
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
-from ..lifetime import Uncopyable
-from ..sequence import Sequence
+from ..lifetime import OwnedLock, Uncopyable
+from ..store import taken
 from .checkpoint import (
     Checkpoint,
     bits_of_float32,
@@ -42,8 +43,10 @@ from .layers import (
 )
 from .matrix import Matrix, bfloat16_matrix, int8_matrix, random_matrix
 from .sampling import Sampler
+from .session import Session
 from .tensor_file import write_tensors
 from .ternary import FloatArray
+from .token_ids import drawn_id, token_ids
 
 __all__ = ["BitNetAttentionLayer", "BitNetBlock", "BitNetConfig", "BitNetModel"]
 
@@ -201,9 +204,11 @@ class BitNetModel(Uncopyable):
         self.head = head_of(embedding) if head is None else head
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self._rotation = Rotation(frequencies, config.max_position_embeddings)
-        self._buffers = Buffers()
-        self._cache: PagedKVCache | None = None
-        self._entries: dict[int, _Entry] = {}
+        #: Scratch of forward passes; one takes it for as long as it runs, and several threads may.
+        self._buffers: deque[Buffers] = deque(maxlen=4)
+        self._sessions: dict[int, Session] = {}
+        #: Guards the sessions' table and the report.
+        self._lock = OwnedLock()
         self.report = GenerationReport()
 
     @classmethod
@@ -326,13 +331,15 @@ class BitNetModel(Uncopyable):
             raise ArgumentError(f"ids lie outside 0 to {self.config.vocab_size - 1}")
         if ids.size and positions.max() >= len(self._rotation.cos):
             raise ArgumentError(f"position {positions.max()} is beyond the model's {len(self._rotation.cos)}")
-        buffers, eps = self._buffers, self.config.rms_norm_eps
+        eps = self.config.rms_norm_eps
+        buffers = taken(self._buffers) or Buffers()
         x = buffers.rows("x", len(ids), self.config.hidden_size)
         chosen = self.embedding[ids.astype(np.intp)]
         x[:] = float32_of_bits(chosen) if chosen.dtype == np.uint16 else chosen
         for layer, block in enumerate(self.blocks):
             block(x, self._rotation, step, layer, buffers)
         x = x[np.asarray(rows, np.intp)]
+        self._buffers.append(buffers)
         if isinstance(self.head, Matrix):
             return self.head(x, norm=self.final_norm, eps=eps)
         x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(eps)) * self.final_norm
@@ -369,55 +376,52 @@ class BitNetModel(Uncopyable):
         progress : called with the number of new tokens after each
 
         Returns: int32, the new ids.  `report` tells what it took.
-        Raises: ArgumentError; SequenceTooLong when the model's positions are used up.
+        Raises: ArgumentError; SequenceTooLong when the model's positions are used up; what `sampler` and
+        `progress` raise.  The sequence then holds what was generated before, and the next call goes on there.
+        Threads may use different sequences at once; a second one waits for a sequence that is in use.
+        Cost: the sequence's cache starts with room for 256 tokens and doubles when it is full.
         """
         num_tokens = integer("num_tokens", num_tokens, 0)
-        entry = self._entry(integer("batch_idx", batch_idx, 0, self.batch_size - 1))
-        fresh = [] if len(entry.seq) or entry.pending else [self.config.bos_token_id]
-        pending = entry.pending + (fresh if prompt is None else np.asarray(prompt).tolist())
-        sampler = sampler or Sampler()
-        assert self._cache is not None
+        session, sampler = self._session(batch_idx), sampler or Sampler()
+        new = [] if prompt is None else token_ids("prompt", prompt, self.config.vocab_size).tolist()
         new_ids: list[int] = []
-        while len(new_ids) < num_tokens:
-            begin = time.perf_counter_ns()
-            with self._cache.step([entry.seq], [pending]) as step:
-                logits = self.forward(pending, step, [-1])[0]
-            num_prompt_tokens = len(pending) if not new_ids else 0
-            pending = [sampler.sample(logits)]
-            new_ids += pending
-            entry.pending = pending
-            self.report.count_step(num_prompt_tokens, 1, time.perf_counter_ns() - begin)
-            if progress is not None:
-                progress(len(new_ids))
-            if new_ids[-1] in self.config.stop_ids:
-                break
-        entry.pending = pending
+        with session.lock.taken():
+            if prompt is None and not session.ids:
+                new = [self.config.bos_token_id]
+            while len(new_ids) < num_tokens:
+                begin = time.perf_counter_ns()
+                ids, unseen = session.unseen(new)
+                # A sampler that raises rolls the step back, with the prompt.
+                with session.step(unseen) as step:
+                    logits = self.forward(unseen, step, [-1])[0]
+                    new_ids.append(drawn_id(sampler, logits))
+                    session.ids = [*ids, new_ids[-1]]
+                new = []
+                num_prompt_tokens = len(unseen) if len(new_ids) == 1 else 0
+                with self._lock.taken():
+                    self.report.count_step(num_prompt_tokens, 1, time.perf_counter_ns() - begin)
+                if progress is not None:
+                    progress(len(new_ids))
+                if new_ids[-1] in self.config.stop_ids:
+                    break
+            if new:  # no token was asked for: the prompt waits for the next call
+                session.ids = session.ids + new
         return np.array(new_ids, np.int32)
 
     def reset_sequence(self, batch_idx: int) -> None:
         """Forget the tokens of one of the model's own sequences."""
-        entry = self._entry(integer("batch_idx", batch_idx, 0, self.batch_size - 1))
-        entry.seq.reset()
-        entry.pending = []
+        session = self._session(batch_idx)
+        with session.lock.taken():
+            session.reset()
 
-    def _entry(self, batch_idx: int) -> "_Entry":
-        if self._cache is None:
-            page_size = 64
-            num_pages = self.batch_size * -(-self.config.max_position_embeddings // page_size)
-            self._cache = self.new_cache(
-                num_pages=num_pages, page_size=page_size, max_sequences=self.batch_size
-            )
-        if batch_idx not in self._entries:
-            self._entries[batch_idx] = _Entry(self._cache.sequence(), [])
-        return self._entries[batch_idx]
-
-
-@dataclass
-class _Entry:
-    """One of the model's own sequences, and ids that it has not seen yet."""
-
-    seq: Sequence
-    pending: list[int]
+    def _session(self, batch_idx: int) -> Session:
+        batch_idx = integer("batch_idx", batch_idx, 0, self.batch_size - 1)
+        with self._lock.taken():
+            session = self._sessions.get(batch_idx)
+            if session is None:
+                positions = self.config.max_position_embeddings
+                session = self._sessions[batch_idx] = Session(self.new_cache, positions)
+            return session
 
 
 def head_of(rows: NDArray[Any], kind: str = "int8") -> Matrix | FloatArray:

@@ -19,7 +19,6 @@ never depend on the other rows of the call.
 Imports matrix.  Imported by bitnet.
 """
 
-import threading
 from typing import Protocol
 
 import numpy as np
@@ -51,8 +50,8 @@ class KVStep(Protocol):
         q's shape."""
 
 
-class Buffers(threading.local):
-    """Arrays that a forward pass uses again for every token, each thread its own; they grow, and stay."""
+class Buffers:
+    """Arrays that a forward pass uses again for every token; they grow, and stay.  One pass at a time."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, FloatArray] = {}
