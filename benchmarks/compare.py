@@ -26,6 +26,7 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import ceiling
 import numpy as np
@@ -33,6 +34,7 @@ import torch
 from harness import machine, progress, show
 from rivals import NAMES, available
 
+from paged_kv.files import replace_files
 from paged_kv.machine import num_cpus
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -196,8 +198,8 @@ def main() -> None:
             rows += run(shape, DTYPES[dtype], *sizes, options)
             gc.collect()
             if options.json:
-                with open(options.json, "w") as file:
-                    json.dump({"machine": machine(), "rows": rows}, file, indent=0)
+                text = json.dumps({"machine": machine(), "rows": rows}, indent=0).encode()
+                replace_files({Path(options.json): lambda file, text=text: file.write(text)})
     for work in options.work.split(","):
         show([row for row in rows if row["work"].endswith(work)], False)
 

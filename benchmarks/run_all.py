@@ -16,6 +16,8 @@ from pathlib import Path
 
 from harness import machine
 
+from paged_kv.files import replace_files
+
 FOLDER = Path(__file__).parent
 BENCHMARKS = ("planning", "seam", "append_latency", "requested_table", "utilization", "attention")
 BENCHMARKS += ("bitnet", "matrices")
@@ -45,7 +47,8 @@ def main() -> None:
         else json.dumps(part)
         for name, part in results.items()
     }
-    path.write_text("{\n" + ",\n".join(f'"{name}": {text}' for name, text in rows.items()) + "\n}\n")
+    text = "{\n" + ",\n".join(f'"{name}": {text}' for name, text in rows.items()) + "\n}\n"
+    replace_files({path: lambda file: file.write(text.encode())})
     print(path)
 
 

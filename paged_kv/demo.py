@@ -26,6 +26,7 @@ import numpy as np
 from ._binding import kernels
 from .errors import ArgumentError
 from .extras import require
+from .files import replace_files
 from .live_line import LiveLine
 from .machine import num_cpus
 from .models.baselines import ConcatenatedCache, RecomputeStep
@@ -319,7 +320,8 @@ def plot(served: Served, pool_pages: int, path: str) -> None:
     pages.legend(loc="lower left")
     shares.plot(seconds, [100 * moment.utilization for moment in served.moments])
     shares.set(xlabel="seconds", ylabel="utilization, %", ylim=(0, 100))
-    figure.savefig(path)
+    suffix = Path(path).suffix.removeprefix(".") or "png"
+    replace_files({Path(path): lambda file: figure.savefig(file, format=suffix)})
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from .._binding import integer
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
+from ..files import replace_files
 from ..lifetime import OwnedLock, Uncopyable
 from ..store import taken
 from .checkpoint import (
@@ -44,7 +45,7 @@ from .layers import (
 from .matrix import Matrix, bfloat16_matrix, int8_matrix, random_matrix
 from .sampling import Sampler
 from .session import Session
-from .tensor_file import write_tensors
+from .tensor_file import tensors_writer
 from .ternary import FloatArray
 from .token_ids import drawn_id, token_ids
 
@@ -262,6 +263,9 @@ class BitNetModel(Uncopyable):
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors, as `from_pretrained` and transformers read them.
 
+        Files that are there are replaced, once the new ones are whole: also those that this model was loaded
+        from, which it goes on reading.
+
         Raises: ArgumentError for what is no BitNet, or has a head that is not its embedding; OSError.
         """
         if self.config.model_type != "bitnet":
@@ -269,8 +273,14 @@ class BitNetModel(Uncopyable):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
-        write_tensors(folder / "model.safetensors", tensors | tensors_of(self.config, self.blocks))
-        (folder / "config.json").write_text(self.config.to_json())
+        tensors |= tensors_of(self.config, self.blocks)
+        config = self.config.to_json().encode()
+        replace_files(
+            {
+                folder / "model.safetensors": tensors_writer(tensors),
+                folder / "config.json": lambda file: file.write(config),
+            }
+        )
 
     @classmethod
     def random(

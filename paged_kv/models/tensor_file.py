@@ -5,19 +5,20 @@
 Read here and not by the safetensors package, which knows no bfloat16 without torch and copies what it reads.
 A file is hostile until it has been looked at: every length and offset is held against the file's size.
 
-Imports errors.  Imported by checkpoint.
+Imports errors and files.  Imported by checkpoint.
 """
 
 import json
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
+from ..files import Writer, replace_files
 
 #: bfloat16 comes as its bits.
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8, "I8": np.int8}
@@ -74,8 +75,8 @@ class TensorFile(Mapping[str, NDArray[Any]]):
         return len(self._entries)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write a safetensors file; uint16 is the bits of bfloat16."""
+def tensors_writer(tensors: Mapping[str, NDArray[Any]]) -> Writer:
+    """Writes a safetensors file; uint16 is the bits of bfloat16."""
     names = {np.dtype(kind): name for name, kind in DTYPES.items()}
     header, begin = {}, 0
     for name, array in tensors.items():
@@ -84,7 +85,16 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+
+    def write(file: BinaryIO) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in tensors.values():
-            np.ascontiguousarray(array).tofile(file)
+            if array.size:
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    return write
+
+
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    replace_files({path: tensors_writer(tensors)})
