@@ -120,6 +120,17 @@ class PagedKVCache(Uncopyable):
         return self._store.tables.max_seq_len
 
     @property
+    def window(self) -> int | None:
+        """Tokens that a token sees, itself among them; None: all."""
+        window = self._store.tables.window
+        return None if window is None else window.size
+
+    @property
+    def max_sequence_pages(self) -> int:
+        """Pages that one sequence holds at most, in an open step."""
+        return self._store.tables.page_ids.shape[1]
+
+    @property
     def max_step_tokens(self) -> int:
         """Tokens of one sequence in one step; without a window as many as a sequence may have."""
         window = self._store.tables.window

@@ -30,8 +30,9 @@ from .files import replace_files
 from .live_line import LiveLine
 from .machine import num_cpus
 from .models.baselines import ConcatenatedCache, RecomputeStep
+from .models.batch import Admission, Batch, ServingCache
 from .models.bitnet import TINY_BITNET, BitNetModel
-from .models.generate import Admission, Batch, ServingCache, seed_of
+from .models.generate import seed_of
 from .models.sampling import Sampler
 from .models.timing import Clock, TimedCache, TimedStep
 

@@ -61,7 +61,7 @@ class Report:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command; 0 when it went well."""
+    """The command; 0 when it went well, 1 when a prompt failed on its way."""
     live = LiveLine(sys.stderr)
     model, tokenizer = opened(options, live)
     prompts = [
@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
         show = None if options.json else StreamedText(tokenizer, len(prompts) == 1)
         watch = Watch(model, cache)
         new_ids: list[list[int]] = [[] for _ in prompts]
+        failed: dict[int, Exception] = {}
         with watch.timed():
             for index, id in generate_stream(
                 model,
@@ -93,11 +94,16 @@ def run(options: argparse.Namespace) -> int:
                 cache=watch.cache,
                 progress=watch.count,
             ):
+                if isinstance(id, Exception):
+                    failed[index] = id
+                    continue
                 new_ids[index].append(id)
                 if show is not None:
                     show.add(index, id)
                 live.progress("tokens", sum(map(len, new_ids)), options.max_tokens * len(prompts))
         live.clear()
+        for index, error in failed.items():
+            print(f"paged-kv: prompt {index + 1} ended early: {error}", file=sys.stderr)
         report = watch.report(sum(map(len, prompts)), sum(map(len, new_ids)))
     if not options.no_compare:
         lengths = [len(ids) + len(new) for ids, new in zip(prompts, new_ids, strict=True)]
@@ -110,11 +116,11 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         fields = {name: rounded(value) for name, value in asdict(report).items()}
         print(json.dumps({"kernel": kernels().active, "texts": texts, **fields}))
-        return 0
+        return 1 if failed else 0
     assert show is not None
     show.finish(options.prompt, texts)
     print("\n".join(lines_of(report, len(prompts))))
-    return 0
+    return 1 if failed else 0
 
 
 def opened(options: argparse.Namespace, live: LiveLine) -> tuple[BitNetModel, Any]:
@@ -176,8 +182,7 @@ class Watch:
     def __init__(self, model: BitNetModel, cache: PagedKVCache) -> None:
         self.model, self.pages = model, cache
         self._attention, self._weights = Clock(), Clock()
-        # Serving asks a cache for sequences and steps, and for its pages' size and number.
-        self.cache: Any = _Watched(cache, self._attention)
+        self.cache: Any = TimedCache(cache, self._attention)
         stats = cache.stats()
         self._token_bytes = stats.pool_bytes // (stats.num_pages * cache.page_size)
         self._before = GenerationReport()
@@ -221,14 +226,6 @@ class Watch:
             weight_bytes=self.model.weight_bytes,
             cache_bytes=self.pages.stats().pool_bytes,
         )
-
-
-class _Watched(TimedCache):
-    """A cache whose steps are timed, with what admission asks of it."""
-
-    def __init__(self, cache: PagedKVCache, clock: Clock) -> None:
-        super().__init__(cache, clock)
-        self.page_size, self.stats = cache.page_size, cache.stats
 
 
 def without_cache(model: BitNetModel, lengths: list[int]) -> float:

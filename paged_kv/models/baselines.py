@@ -96,10 +96,15 @@ class RaggedStep:
     def __enter__(self) -> Self:
         return self
 
+    def rollback(self) -> None:
+        """As if the step had never been."""
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing was reserved, so there is nothing to commit."""
+        if error is not None:
+            self.rollback()
 
 
 class ConcatenatedStep(RaggedStep):
@@ -108,8 +113,13 @@ class ConcatenatedStep(RaggedStep):
     def __init__(
         self, cache: ConcatenatedCache, seqs: Sequence[ConcatenatedSequence], counts: NDArray[np.int64]
     ) -> None:
-        super().__init__([len(seq) for seq in seqs], counts)
+        self.old_lens = [len(seq) for seq in seqs]
+        super().__init__(self.old_lens, counts)
         self.cache, self.seqs = cache, seqs
+
+    def rollback(self) -> None:
+        for seq, length in zip(self.seqs, self.old_lens, strict=True):
+            seq.k, seq.v = ([array[:length] for array in side] for side in (seq.k, seq.v))
 
     def attend(
         self, layer: int, q: FloatArray, k: FloatArray, v: FloatArray, /, *, out: FloatArray | None = None

@@ -44,6 +44,9 @@ class TimedStep:
         self._clock.seconds += time.perf_counter() - begin
         return out
 
+    def rollback(self) -> None:
+        self._step.rollback()
+
     def __enter__(self) -> "TimedStep":
         self._step.__enter__()
         return self
@@ -55,11 +58,13 @@ class TimedStep:
 
 
 class TimedCache:
-    """A cache whose steps are TimedSteps."""
+    """A cache whose steps are TimedSteps; everything else is the cache's."""
 
     def __init__(self, cache: Any, clock: Clock) -> None:
         self._cache, self._clock = cache, clock
-        self.sequence = cache.sequence
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
 
     def step(self, seqs: Any, new: Any) -> TimedStep:
         return TimedStep(self._cache.step(seqs, new), self._clock)
