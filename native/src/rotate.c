@@ -50,8 +50,11 @@ static void rotate_chunks(void *context, int32_t worker) {
       rotate_token(job, token);
 }
 
-void pkv_rotate(pkv_threads *threads, const pkv_rows *rows, int64_t num_tokens, int32_t num_heads,
-                int32_t head_dim, const int32_t *positions, const float *cosines, const float *sines) {
+pkv_status pkv_rotate(pkv_threads *threads, const pkv_rows *rows, int64_t num_tokens, int32_t num_heads,
+                      int32_t head_dim, const int32_t *positions, int64_t num_positions, const float *cosines,
+                      const float *sines) {
+  for (int64_t token = 0; token < num_tokens; token++)
+    if (positions[token] < 0 || positions[token] >= num_positions) return PKV_BAD_ARGUMENT;
   job job = {rows, num_tokens, num_heads, head_dim, positions, cosines, sines, 0};
   bool is_much = num_tokens * num_heads * head_dim * (int64_t)sizeof(float) >= BYTES_WORTH_A_THREAD;
   int32_t num_workers = is_much ? pkv_threads_claim(threads) : 0;
@@ -60,4 +63,5 @@ void pkv_rotate(pkv_threads *threads, const pkv_rows *rows, int64_t num_tokens, 
   else
     rotate_chunks(&job, 0);
   if (num_workers) pkv_threads_release(threads);
+  return PKV_OK;
 }

@@ -47,7 +47,7 @@ from .sampling import Sampler
 from .session import Session
 from .tensor_file import tensors_writer
 from .ternary import FloatArray
-from .token_ids import drawn_id, token_ids
+from .token_ids import drawn_id, indices, token_ids
 
 __all__ = ["BitNetAttentionLayer", "BitNetBlock", "BitNetConfig", "BitNetModel"]
 
@@ -331,24 +331,28 @@ class BitNetModel(Uncopyable):
         ----------
         ids : int [num_tokens], the step's new tokens, of all its sequences
         step : takes their keys and values and attends
-        rows : int [num_rows], the tokens whose logits are wanted
+        rows : int [num_rows], the tokens whose logits are wanted; negative ones count from the last
 
         Returns: float32 [num_rows, vocab_size].  A row's bits do not depend on the other rows.
-        Raises: ArgumentError for ids that the vocabulary does not hold and positions beyond the model's.
+        Raises: ArgumentError, before any work is done, for ids that the vocabulary does not hold, ids that
+        are not as many as the step's tokens, rows that are none of them, and positions beyond the model's.
         """
-        ids, positions = np.asarray(ids), step.positions
-        if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
-            raise ArgumentError(f"ids lie outside 0 to {self.config.vocab_size - 1}")
-        if ids.size and positions.max() >= len(self._rotation.cos):
-            raise ArgumentError(f"position {positions.max()} is beyond the model's {len(self._rotation.cos)}")
+        ids, positions = token_ids("ids", ids, self.config.vocab_size), step.positions
+        if positions.dtype != np.int32 or positions.shape != ids.shape:
+            raise ArgumentError(
+                f"{ids.size} ids, and a step of {positions.dtype} positions {list(positions.shape)}; "
+                "give the ids of its new tokens"
+            )
+        rows = indices("rows", rows, len(ids))
+        self._rotation.require(positions)
         eps = self.config.rms_norm_eps
         buffers = taken(self._buffers) or Buffers()
         x = buffers.rows("x", len(ids), self.config.hidden_size)
-        chosen = self.embedding[ids.astype(np.intp)]
+        chosen = self.embedding[ids]
         x[:] = float32_of_bits(chosen) if chosen.dtype == np.uint16 else chosen
         for layer, block in enumerate(self.blocks):
             block(x, self._rotation, step, layer, buffers)
-        x = x[np.asarray(rows, np.intp)]
+        x = x[rows]
         self._buffers.append(buffers)
         if isinstance(self.head, Matrix):
             return self.head(x, norm=self.final_norm, eps=eps)

@@ -24,11 +24,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .._binding import ffi, lib, shared_threads
+from .._binding import DTYPE_CODES, check, ffi, int32_pointer, lib, shared_threads
 from ..arrays import array_of, set_rows
 from ..errors import ArgumentError
 from .matrix import ADD, RELU2_GATE, SILU_GATE, Matrix
 from .ternary import FloatArray
+
+#: Positions that a model's tables begin with.
+FIRST_POSITIONS = 1024
 
 ACTIVATIONS = {"relu2": RELU2_GATE, "silu": SILU_GATE}
 
@@ -65,25 +68,63 @@ class Buffers:
 
 
 class Rotation:
-    """Cosines and sines of every position, float32 [max_positions, head_dim / 2].
+    """Turns pairs of a head's elements by angles in proportion to a token's position.
 
     frequencies : float32 [head_dim / 2], radians a position
+    max_positions : positions are below it
+
+    Cosines and sines are computed for the positions that come up, at least twice as many each time.
     """
 
     def __init__(self, frequencies: FloatArray, max_positions: int) -> None:
+        self.max_positions = max_positions
+        self._frequencies = frequencies
+        #: (cosines, sines), each float32 [positions, head_dim / 2].  Replaced as one, so that threads may
+        #: grow it.
+        self._tables = self._tables_of(min(max_positions, FIRST_POSITIONS))
+
+    def _tables_of(self, num_positions: int) -> tuple[FloatArray, FloatArray]:
         # All in float32, as where such models are trained: at position 1000 an exact angle differs by 6e-5.
-        angles = np.outer(np.arange(max_positions, dtype=np.float32), frequencies)
-        self.cos, self.sin = np.cos(angles), np.sin(angles)
-        self._tables = [ffi.from_buffer("float[]", table) for table in (self.cos, self.sin)]
+        angles = np.outer(np.arange(num_positions, dtype=np.float32), self._frequencies)
+        return np.cos(angles), np.sin(angles)
+
+    def require(self, positions: NDArray[np.int32]) -> None:
+        """ArgumentError unless all of these are positions of the model; after that they can be rotated by."""
+        low, high = (int(positions.min()), int(positions.max())) if positions.size else (0, -1)
+        if low < 0 or high >= self.max_positions:
+            outside = low if low < 0 else high
+            raise ArgumentError(f"position {outside} is beyond the model's {self.max_positions}")
+        num_known = len(self._tables[0])
+        if high >= num_known:
+            self._tables = self._tables_of(min(max(high + 1, 2 * num_known), self.max_positions))
 
     def __call__(self, heads: FloatArray, positions: NDArray[np.int32]) -> None:
-        """Rotate float32 [num_tokens, num_heads, head_dim] in place; i pairs with i + head_dim / 2."""
+        """Rotate float32 [num_tokens, num_heads, head_dim] in place; i pairs with i + head_dim / 2.
+
+        positions : int32 [num_tokens]
+        Raises: ArgumentError, and nothing has changed.
+        """
+        described = array_of("heads", heads)
+        half = len(self._frequencies)
+        if described.dtype != DTYPE_CODES["float32"] or described.shape[2:] != (2 * half,):
+            raise ArgumentError(
+                f"heads is {heads.dtype} {list(heads.shape)}; it must be float32 [.., {2 * half}]"
+            )
+        at = int32_pointer("positions", positions)
+        if len(positions) != len(heads):
+            raise ArgumentError(f"{len(heads)} tokens have {len(positions)} positions; give one for each")
         if not len(heads):
             return
         rows = ffi.new("pkv_rows *")
-        set_rows(rows, array_of("heads", heads))
-        at = ffi.from_buffer("int32_t[]", positions)
-        lib.pkv_rotate(shared_threads(), rows, *heads.shape, at, *self._tables)
+        set_rows(rows, described)
+        for _ in range(2):
+            tables = self._tables
+            pointers = [ffi.from_buffer("float[]", table) for table in tables]
+            status = lib.pkv_rotate(shared_threads(), rows, *heads.shape, at, len(tables[0]), *pointers)
+            if status == lib.PKV_OK:
+                return
+            self.require(positions)
+        check(status, "rotate")
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | None = None) -> FloatArray:

@@ -44,7 +44,10 @@ class Matrix(Uncopyable):
         self, kind: str, num_out: int, num_in: int, packed: NDArray[np.uint8], scales: FloatArray
     ) -> None:
         self.kind, self.num_out, self.num_in = kind, num_out, num_in
-        assert packed.nbytes == packed_bytes(kind, num_out, num_in), (packed.nbytes, kind, num_out, num_in)
+        if kind not in KINDS or packed.nbytes != packed_bytes(kind, num_out, num_in):
+            raise ArgumentError(f"{packed.nbytes} bytes are no {kind} matrix [{num_out}, {num_in}]")
+        if np.shape(scales) != (num_out,):
+            raise ArgumentError(f"scales have the shape {list(np.shape(scales))}, not [{num_out}]")
         self.packed = packed
         self.scales = np.zeros(_up(num_out, OUT_BLOCK), np.float32)
         self.scales[:num_out] = scales
@@ -142,6 +145,10 @@ def ternary_matrix(weight: Int8Array, scale: FloatArray) -> Matrix:
 
 def codes_matrix(codes: NDArray[np.uint8], scale: FloatArray) -> Matrix:
     """From uint8 [out, in] of 0, 1, 2 for -1, 0, +1, and a scale: one, or one for each output."""
+    if codes.dtype != np.uint8 or codes.ndim != 2 or (codes.size and codes.max() > 2):
+        raise ArgumentError(
+            f"codes are {codes.dtype} {list(codes.shape)}; they must be uint8 [out, in], 0 to 2"
+        )
     num_out, num_in = codes.shape
     packed = new_bytes(packed_bytes("ternary", num_out, num_in))
     codes_at = ffi.from_buffer("uint8_t[]", np.ascontiguousarray(codes))
@@ -209,7 +216,7 @@ def _address(array: FloatArray) -> Any:
 
 
 def _require_rows(name: str, array: FloatArray, shape: tuple[int, int]) -> None:
-    is_dense = array.ndim == 2 and (array.strides[1] == 4 or array.size == 0)
+    is_dense = array.ndim == 2 and ((array.strides[1] == 4 and array.strides[0] % 4 == 0) or array.size == 0)
     if array.dtype != np.float32 or array.shape != shape or not is_dense:
         raise ArgumentError(
             f"{name} is {array.dtype} {list(array.shape)}; it must be float32 {list(shape)}, dense along rows"

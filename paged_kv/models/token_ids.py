@@ -12,23 +12,40 @@ from .._binding import integer
 from ..errors import ArgumentError
 
 
+def integer_vector(name: str, values: object) -> NDArray[Any]:
+    """`values` as a vector of some integer dtype; ArgumentError for what is none."""
+    try:
+        array: NDArray[Any] = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentError(f"{name} is {values!r:.60}; it must be a vector of integers: {error}") from None
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ArgumentError(f"{name} is {array.dtype} {list(array.shape)}; it must be a vector of integers")
+    return array if array.size else np.empty(0, np.int64)
+
+
 def token_ids(name: str, ids: object, vocab_size: int) -> NDArray[np.int64]:
     """`ids` as int64 [num_ids]: a list, numpy array or torch tensor of integers from 0 to vocab_size - 1.
 
     Raises: ArgumentError that names the first id outside, or says what `ids` is.
     """
-    try:
-        array: NDArray[Any] = np.asarray(ids)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ArgumentError(f"{name} is {ids!r:.60}; it must be a vector of token ids: {error}") from None
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ArgumentError(f"{name} is {array.dtype} {list(array.shape)}; it must be a vector of token ids")
-    outside = np.flatnonzero((array < 0) | (array >= vocab_size)) if array.size else array
+    vector = integer_vector(name, ids)
+    outside = np.flatnonzero((vector < 0) | (vector >= vocab_size))
     if outside.size:
         raise ArgumentError(
-            f"{name}[{outside[0]}] is {array[outside[0]]}; ids lie outside 0 to {vocab_size - 1}"
+            f"{name}[{outside[0]}] is {vector[outside[0]]}; ids lie outside 0 to {vocab_size - 1}"
         )
-    return array.astype(np.int64)
+    return vector.astype(np.int64)
+
+
+def indices(name: str, values: object, size: int) -> NDArray[np.int64]:
+    """Indices into an axis of `size`, int64 [num]; negative ones count from its end.  Raises:
+    ArgumentError.
+    """
+    vector = integer_vector(name, values)
+    outside = np.flatnonzero((vector < -size) | (vector >= size))
+    if outside.size:
+        raise ArgumentError(f"{name}[{outside[0]}] is {vector[outside[0]]}, outside {-size} to {size - 1}")
+    return vector.astype(np.int64)
 
 
 def prompt_ids(name: str, prompt: object, vocab_size: int) -> list[int]:
