@@ -7,7 +7,7 @@ Imports _binding.  Imported by attention, step and manager.
 """
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,13 +102,77 @@ def _tensor(name: str, tensor: Any) -> Array:
     dtype = DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise ArgumentError(f"{name} is {tensor.dtype}; it must be float32, float16 or bfloat16")
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        raise ArgumentError(f"{name} is on {tensor.device}, {tensor.layout}; it must be a strided CPU tensor")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(f"{name} requires grad, and nothing here has one: use torch.no_grad()")
+    address = _address_of_values(name, tensor)
     item_bytes = _ITEM_BYTES[dtype]
     strides = tuple(stride * item_bytes for stride in tensor.stride())
-    return Array(ffi.cast("char *", tensor.data_ptr()), tuple(tensor.shape), strides, dtype)
+    return Array(ffi.cast("char *", address), tuple(tensor.shape), strides, dtype)
+
+
+def _address_of_values(name: str, tensor: Any) -> int:
+    """Where a tensor's first value lies; ArgumentError when its values are not what lies there.
+
+    A tensor may have no memory (fake, distributed, wrapped, its storage freed), less than its shape says (its
+    storage shrunk), or memory that means something else (a sign in a flag, a tangent beside it).
+    """
+    _require_plain(name, tensor)
+    if tensor.is_neg() or tensor.is_conj():
+        raise ArgumentError(f"{name} has its sign in a flag; pass {name}.resolve_neg().resolve_conj()")
+    if has_tangent(tensor):
+        raise ArgumentError(f"{name} has a tangent, and nothing here has one; pass its primal value")
+    try:
+        address = int(tensor.data_ptr())
+        num_bytes = int(tensor.untyped_storage().nbytes())
+    except (RuntimeError, NotImplementedError) as error:
+        raise ArgumentError(f"{name} has no memory of its own: {error!s:.120}") from None
+    if tensor.numel():
+        last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if address == 0 or num_bytes < needed:
+            raise ArgumentError(
+                f"{name} takes {needed} bytes of its storage, which has {num_bytes}; it was resized or freed"
+            )
+    return address
+
+
+def _require_plain(name: str, tensor: Any) -> None:
+    """ArgumentError for tensors that are elsewhere, or whose operations are somebody else's."""
+    torch = sys.modules["torch"]
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        raise ArgumentError(f"{name} is on {tensor.device}, {tensor.layout}; it must be a strided CPU tensor")
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise ArgumentError(
+            f"{name} is a {kind.__name__}, whose values are not in its own memory; pass these"
+        )
+
+
+def has_tangent(tensor: Any) -> bool:
+    """Is it a dual tensor of forward-mode differentiation?"""
+    forward_ad = sys.modules.get("torch.autograd.forward_ad")
+    if forward_ad is None or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def numpy_of(name: str, array: Any) -> Any:
+    """A tensor's values as a numpy array; anything else as it is.  Raises: ArgumentError."""
+    if not is_tensor(array):
+        return array
+    _require_plain(name, array)
+    array = array.detach().resolve_conj().resolve_neg()
+    _address_of_values(name, array)
+    torch = sys.modules["torch"]
+    return array.float().numpy() if array.dtype is torch.bfloat16 else array.numpy()
+
+
+Element = TypeVar("Element", bound=np.generic)
+
+
+def read_only(array: NDArray[Element]) -> NDArray[Element]:
+    """The array's elements, in place, through a buffer that offers no writing: `setflags` cannot allow it."""
+    return np.asarray(array.data.toreadonly())
 
 
 def rows_of(name: str, array: object, *shapes: tuple[int, int, int]) -> Array:
@@ -190,9 +254,7 @@ def float32_pointer(name: str, array: object, *shapes: tuple[int, ...]) -> Any:
 
 def head_values(name: str, values: object, num_q_heads: int, *, least: float) -> NDArray[np.float32]:
     """float32 [num_q_heads] of a vector of real numbers, each finite or, where that is allowed, -inf."""
-    if is_tensor(values):
-        described: Any = values
-        values = described.detach().float().numpy()
+    values = numpy_of(name, values)
     try:
         vector = np.asarray(values)
         is_real = vector.dtype.kind in "fiu" or vector.dtype.name == "bfloat16"
@@ -209,9 +271,11 @@ def head_values(name: str, values: object, num_q_heads: int, *, least: float) ->
 
 def index_vector(name: str, values: object) -> NDArray[np.int64]:
     """A vector of int32 or int64 numbers, of numpy, torch or a list, as int64."""
-    if is_tensor(values):
-        values = values.numpy() if values.device.type == "cpu" else None  # type: ignore[attr-defined]
-    vector = np.asarray(values)
+    values = numpy_of(name, values)
+    try:
+        vector = np.asarray(values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ArgumentError(f"{name} is {values!r:.60}; it must be a vector of integers: {error}") from None
     if vector.size == 0 and isinstance(values, list):
         vector = np.empty(0, np.int64)
     if vector.ndim != 1 or vector.dtype not in (np.int32, np.int64):

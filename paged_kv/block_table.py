@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._binding import check, ffi, integer, lib
+from .arrays import numpy_of, read_only
 from .errors import (
     ArgumentError,
     OutOfPages,
@@ -295,11 +296,11 @@ class Plan(Uncopyable):
         return ffi.addressof(self.handle.batch)
 
     def int32(self, pointer: Any, count: int) -> NDArray[np.int32]:
-        """One of the plan's arrays as a read-only view."""
+        """One of the plan's arrays as a view that cannot be written, nor be made so: C trusts what
+        is there.
+        """
         begin = ffi.cast("char *", pointer) - ffi.cast("char *", self.handle)
-        view = self._buffer.view(np.int32)[begin // 4 : begin // 4 + count]
-        view.flags.writeable = False
-        return view
+        return read_only(self._buffer.view(np.int32)[begin // 4 : begin // 4 + count])
 
 
 _NEVER_OPENED = ffi.new("pkv_plan *")
@@ -320,6 +321,7 @@ def counts_of(new: object, num_seqs: int) -> NDArray[np.int64]:
             return np.fromiter(new, np.int64, num_seqs)
         except OverflowError:
             raise ArgumentError(f"a count of new tokens is outside 1 to {MOST_TOKENS}") from None
+    new = numpy_of("new", new)
     if not isinstance(new, np.ndarray):
         raise ArgumentError(f"new is {type(new).__name__}; give a list with ids or a count for each sequence")
     if new.ndim != 1 or not np.issubdtype(new.dtype, np.integer) or len(new) != num_seqs:
@@ -335,7 +337,7 @@ def _count_of(name: str, entry: object) -> int:
     if isinstance(entry, (int, np.integer)) and not isinstance(entry, bool):
         return int(entry)
     if hasattr(entry, "__len__") and not isinstance(entry, (str, bytes)):
-        ids = np.asarray(entry)
+        ids = np.asarray(numpy_of(name, entry))
         if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) and ids.size:
             if ids.min() < 0 or ids.max() > MOST_TOKENS:
                 raise ArgumentError(f"{name} holds an id outside [0, 2**31)")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy import ndarray
 
 from ._binding import ffi
-from .arrays import Array, is_tensor
+from .arrays import Array, has_tangent, is_tensor
 
 from_buffer = ffi.from_buffer
 
@@ -27,7 +27,7 @@ class Form:
     when that does not look the same.  `empty()` is a new array of its kind, shape and dtype.
     """
 
-    __slots__ = ("_dtype", "_kind", "_layout", "_shape", "_strides", "empty", "place", "span")
+    __slots__ = ("_dtype", "_item_bytes", "_kind", "_layout", "_shape", "_strides", "empty", "place", "span")
 
     place: Callable[[Any, Any], bool]
     empty: Callable[[], Any]
@@ -40,7 +40,7 @@ class Form:
         low, high = described.extent
         self.span = high - low
         if is_tensor(array):
-            self._layout = array.layout
+            self._layout, self._item_bytes = array.layout, array.element_size()
             #: None of a dense one, which is asked in half the time.
             self._strides = None if array.is_contiguous() else array.stride()
             self.place = self._tensor
@@ -94,7 +94,12 @@ class Form:
             or not (tensor.is_contiguous() if self._strides is None else tensor.stride() == self._strides)
         ):
             return False
-        rows.address = tensor.data_ptr()
+        address = tensor.data_ptr()
+        if address == 0 or tensor.is_neg() or has_tangent(tensor):
+            return False
+        if tensor.untyped_storage().nbytes() < tensor.storage_offset() * self._item_bytes + self.span:
+            return False
+        rows.address = address
         return True
 
 

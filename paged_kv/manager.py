@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._binding import check, ffi, integer, lib
-from .arrays import float32_pointer
+from .arrays import float32_pointer, read_only
 from .errors import ArgumentError, CacheClosed
 from .lifetime import OwnedLock, Uncopyable
 from .pool import PagePool
@@ -285,7 +285,7 @@ class _Rings(Uncopyable):
             self.metrics.num_views += 1
             return *self._views(entry, 0, cached_len), cached_len
         older, newer = self.segments(entry)
-        k, v = (_read_only(np.concatenate(parts, axis=1)) for parts in zip(older, newer, strict=True))
+        k, v = (read_only(np.concatenate(parts, axis=1)) for parts in zip(older, newer, strict=True))
         self.metrics.num_reconstructions += 1
         self.metrics.copied_bytes += k.nbytes + v.nbytes
         return k, v, cached_len
@@ -312,8 +312,3 @@ class _Window:
             "shape": storage.shape,
             "strides": storage.strides,
         }
-
-
-def _read_only(array: FloatArray) -> FloatArray:
-    """The array's elements, through a buffer that cannot be written."""
-    return np.asarray(array.data.toreadonly())

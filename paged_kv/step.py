@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._binding import lib
-from .arrays import Array, array_of, rows_of
+from .arrays import Array, array_of, read_only, rows_of
 from .attention import Append, Attention, RepeatedAttention
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, StepClosed
@@ -79,7 +79,7 @@ class Step(Uncopyable):
     def first_page(self) -> NDArray[np.int32]:
         """int32 [num_seqs]: the logical page at which each row of `block_table` begins; 0 with sinks."""
         first_pages = self._plan.int32(self._batch.first_pages, self._plan.num_seqs)
-        return first_pages if not self._batch.sink_pages else np.zeros_like(first_pages)
+        return first_pages if not self._batch.sink_pages else read_only(np.zeros_like(first_pages))
 
     @property
     def block_table(self) -> NDArray[np.int32]:
@@ -99,7 +99,7 @@ class Step(Uncopyable):
         columns += np.where(columns >= batch.sink_pages, gaps[rows], 0)
         table = np.full((plan.num_seqs, (num_pages + gaps).max(initial=0)), -1, np.int32)
         table[rows, columns] = page_ids
-        return table
+        return read_only(table)
 
     # ---- layer by layer
 

@@ -282,3 +282,43 @@ def test_every_error_is_a_paged_kv_error():
     assert len(errors) == 13
     assert all(issubclass(error, paged_kv.PagedKVError) for error in errors)
     assert issubclass(ArgumentError, ValueError)
+
+
+READ_ONLY = ["positions", "qo_indptr", "seq_lens", "slot_mapping", "first_page", "block_table"]
+
+
+def ways_to_write(array):
+    """Attempts to change an array that numpy offers."""
+    yield lambda: array.__setitem__(..., 7)
+    yield lambda: array.setflags(write=True)
+    yield lambda: setattr(array.flags, "writeable", True)
+    yield lambda: array.view().setflags(write=True)
+    yield lambda: array[:].setflags(write=True)
+    yield lambda: array.view(np.uint8).setflags(write=True)
+    yield lambda: array.base.setflags(write=True)
+    yield lambda: memoryview(array).__setitem__(0, 7)
+    yield lambda: np.copyto(array, 7)
+    yield lambda: np.add(array, 1, out=array)
+    yield lambda: array.sort()
+    yield lambda: array.resize(100)
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_arrays_of_a_step_cannot_be_made_writeable(name, sinks, rng):
+    """C follows them; a slot that was written there let it write anywhere."""
+    window = {"window": 20, "num_sink_tokens": sinks} if sinks else {}
+    cache = make_cache(num_layers=1, **window)
+    seqs = [cache.sequence(), cache.sequence()]
+    fill(cache, seqs, [40, 3], rng)
+    step = cache.step(seqs, [2, 17])
+    array = getattr(step, name)
+    expected = array.copy()
+    for write in ways_to_write(array):
+        with pytest.raises((ValueError, TypeError, AttributeError, NotImplementedError)):
+            write()
+        np.testing.assert_array_equal(getattr(step, name), expected)
+    k = rows(rng, 19, 2, 32)
+    step.write(0, k, k)
+    step.commit()
+    cache.check()

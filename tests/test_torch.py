@@ -185,3 +185,158 @@ def test_tensors_that_look_like_the_last_ones_are_asked_what_changes(rng):
         with pytest.raises(ArgumentError, match="overlaps"):
             step.attend(0, wide[:, 0:2], k, k, out=wide[:, 1:3])
         step.rollback()
+
+
+# ---- tensors whose pointer is not their value
+
+
+class Wrapper(torch.Tensor):
+    """As quantised weights are: a shape and a dtype, and the values somewhere else."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+def emptied(tensor, num_bytes=0):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(num_bytes)
+    return tensor
+
+
+def shrunk_below(tensor):
+    """Its storage ends in the middle of the last value's row."""
+    storage = tensor.untyped_storage()
+    storage.resize_((tensor.storage_offset() + tensor.numel() - 1) * tensor.element_size())
+    return tensor
+
+
+def fake(tensor):
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+#: pytorch #116683, PR #122309, PR #172127, PR #56058, PR #61925.
+NOT_IN_MEMORY = {
+    "its storage was freed": emptied,
+    "its storage was shrunk": lambda tensor: emptied(tensor, 64),
+    "a slice of one that was shrunk": lambda tensor: shrunk_below(
+        torch.cat([tensor, tensor])[1 : 1 + len(tensor)]
+    ),
+    "a wrapper": Wrapper,
+    "a fake": fake,
+    "zeros without memory": lambda tensor: torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype),
+    "negated in a flag": lambda tensor: torch._neg_view(tensor),
+    "the imaginary part of a conjugate": lambda tensor: torch.complex(tensor, tensor).conj().imag,
+}
+
+
+@pytest.mark.parametrize("spoil", NOT_IN_MEMORY.values(), ids=NOT_IN_MEMORY)
+@pytest.mark.parametrize("place", ["q", "k", "v", "out"])
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_a_tensor_whose_memory_is_not_its_value_is_refused(spoil, place, is_repeated, rng):
+    arrays = dict(zip(("q", "k", "v", "out"), tensors(rng, *[(4, 2, 32)] * 4), strict=True))
+    with make_cache(num_layers=1) as cache:
+        step = cache.step([cache.sequence()], [4])
+        for _ in range(2 * is_repeated):  # from the second on, only addresses are set
+            step.attend(0, arrays["q"], arrays["k"], arrays["v"], out=arrays["out"])
+            step.write(0, arrays["k"], arrays["v"])
+        spoilt = arrays | {place: spoil(arrays[place])}
+        with pytest.raises(ArgumentError, match=place):
+            step.attend(0, spoilt["q"], spoilt["k"], spoilt["v"], out=spoilt["out"])
+        if place in ("k", "v"):
+            with pytest.raises(ArgumentError, match=place):
+                step.write(0, spoilt["k"], spoilt["v"])
+        step.rollback()
+
+
+@pytest.mark.parametrize("spoil", NOT_IN_MEMORY.values(), ids=NOT_IN_MEMORY)
+@pytest.mark.parametrize("place", ["q", "k_pages", "v_pages"])
+def test_foreign_pages_whose_memory_is_not_their_value_are_refused(spoil, place, rng):
+    given = dict(
+        zip(("q", "k_pages", "v_pages"), tensors(rng, (1, 2, 32), *[(2, 16, 2, 32)] * 2), strict=True)
+    )
+    given[place] = spoil(given[place])
+    lists = {"qo_indptr": [0, 1], "kv_indptr": [0, 2], "kv_indices": [0, 1], "kv_last_page_len": [3]}
+    with pytest.raises(ArgumentError, match=place):
+        paged_kv.paged_attention(**given, **lists)
+
+
+@pytest.mark.parametrize("spoil", [emptied, Wrapper, fake], ids=["freed", "a wrapper", "a fake"])
+def test_lists_and_ids_without_memory_are_refused(spoil, rng):
+    q, k, v = tensors(rng, (1, 2, 32), (2, 16, 2, 32), (2, 16, 2, 32))
+    lists = {"qo_indptr": [0, 1], "kv_indptr": [0, 2], "kv_indices": [0, 1], "kv_last_page_len": [3]}
+    for name, values in lists.items():
+        with pytest.raises(ArgumentError, match=name):
+            paged_kv.paged_attention(q, k, v, **lists | {name: spoil(torch.tensor(values))})
+    for name in ("sinks", "alibi_slopes"):
+        with pytest.raises(ArgumentError, match=name):
+            paged_kv.paged_attention(q, k, v, **lists, **{name: spoil(torch.zeros(2))})
+    outputs, lses = tensors(rng, (2, 5, 3, 16), (2, 5, 3))
+    with pytest.raises(ArgumentError, match="lses"):
+        paged_kv.merge_states(list(outputs), [lses[0], spoil(lses[1])])
+    with pytest.raises(ArgumentError, match="outputs"):
+        paged_kv.merge_states([outputs[0], spoil(outputs[1])], list(lses))
+    with make_cache() as cache:
+        seq = cache.sequence()
+        for new in ([spoil(torch.tensor([1, 2]))], spoil(torch.tensor([1]))):
+            with pytest.raises(ArgumentError, match="new"):
+                cache.step([seq], new)
+
+
+def test_values_with_a_flag_are_taken_where_they_are_copied_anyway(rng):
+    q, k, v = tensors(rng, (1, 2, 32), (2, 16, 2, 32), (2, 16, 2, 32))
+    lists = {"qo_indptr": [0, 1], "kv_indptr": [0, 2], "kv_indices": [0, 1], "kv_last_page_len": [3]}
+    sinks = torch.tensor([1.0, -2.0])
+    expected = paged_kv.paged_attention(q, k, v, **lists, sinks=-sinks)
+    assert torch.equal(paged_kv.paged_attention(q, k, v, **lists, sinks=torch._neg_view(sinks)), expected)
+
+
+def test_counts_and_ids_may_be_tensors():
+    with make_cache() as cache:
+        seqs = [cache.sequence() for _ in range(2)]
+        cache.step(seqs, torch.tensor([3, 2])).rollback()
+        cache.step(seqs, [torch.tensor([5, 6, 7]), torch.tensor([8], dtype=torch.int32)]).rollback()
+        with pytest.raises(ArgumentError, match="outside"):
+            cache.step(seqs, [torch.tensor([5, -6]), 1])
+
+
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_a_tangent_is_refused_and_not_lost(is_repeated, rng):
+    from torch.autograd import forward_ad
+
+    q, k, v = tensors(rng, *[(4, 2, 32)] * 3)
+    with make_cache(num_layers=1) as cache, forward_ad.dual_level():
+        step = cache.step([cache.sequence()], [4])
+        for _ in range(2 * is_repeated):
+            step.attend(0, q, k, v)
+        for place in range(3):
+            given = [q, k, v]
+            given[place] = forward_ad.make_dual(given[place], torch.ones_like(q))
+            with pytest.raises(ArgumentError, match="tangent"):
+                step.attend(0, *given)
+        step.rollback()
+
+
+def test_a_tensor_of_vmap_is_refused(rng):
+    q, k, v = tensors(rng, (2, 4, 2, 32), *[(4, 2, 32)] * 2)
+    with make_cache(num_layers=1) as cache:
+        step = cache.step([cache.sequence()], [4])
+        with pytest.raises(ArgumentError, match="q has no memory"):
+            torch.func.vmap(lambda q: step.attend(0, q, k, v))(q)
+        step.rollback()
+
+
+def test_plain_subclasses_and_parameters_are_taken(rng):
+    q, k, v = tensors(rng, *[(4, 2, 32)] * 3)
+    with make_cache(num_layers=1) as cache:
+        step = cache.step([cache.sequence()], [4])
+        expected = step.attend(0, q, k, v)
+        Plain = type("Plain", (torch.Tensor,), {})
+        for given in (q.as_subclass(Plain), torch.nn.Parameter(q, requires_grad=False)):
+            assert torch.equal(step.attend(0, given, k, v).as_subclass(torch.Tensor), expected)
+        step.rollback()

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._binding import integer
+from ..arrays import numpy_of
 from ..errors import ArgumentError
 
 
 def integer_vector(name: str, values: object) -> NDArray[Any]:
     """`values` as a vector of some integer dtype; ArgumentError for what is none."""
     try:
-        array: NDArray[Any] = np.asarray(values)
+        array: NDArray[Any] = np.asarray(numpy_of(name, values))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentError(f"{name} is {values!r:.60}; it must be a vector of integers: {error}") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
