@@ -169,8 +169,8 @@ class PagedKVCache(Uncopyable):
     def stats(self) -> CacheStats:
         """Counts of this moment.  Raises: CacheClosed.  Cost: O(max_sequences)."""
         store = self._store
-        with store.lock:
-            store.settle()
+        with store.reading() as is_alone:
+            store.settle(is_alone)
             num_pages, num_free = store.pool.num_pages, store.pool.num_free
             num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
         slots = (num_pages - num_free) * store.layout.page_size
@@ -187,8 +187,8 @@ class PagedKVCache(Uncopyable):
 
     def check(self) -> None:
         """Raise InvariantViolation unless every page is accounted for.  Cost: O(pages)."""
-        with self._store.lock:
-            self._store.settle()
+        with self._store.reading() as is_alone:
+            self._store.settle(is_alone)
             self._store.tables.check()
 
     def close(self) -> None:

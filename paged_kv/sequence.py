@@ -46,7 +46,7 @@ class Sequence(Uncopyable):
     @property
     def held_positions(self) -> NDArray[np.int32]:
         """int32 [held]: positions of the tokens that are there: the sinks and the last `window`, in order."""
-        with self._store.lock:
+        with self._store.reading():
             self._store.require_open()
             return self._store.tables.held_positions(self._store.tables.row(self._key))
 
@@ -61,7 +61,7 @@ class Sequence(Uncopyable):
         with store.running():
             store.require_open()
             layer = store.layer(layer)
-            with store.lock:
+            with store.reading():
                 slots = store.tables.slots(store.tables.row(self._key))
             layout, num_heads = store.layout, store.layout.num_kv_heads
             k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)

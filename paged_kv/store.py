@@ -14,6 +14,7 @@ Imports block_table and attention.  Imported by sequence, step and cache, which 
 """
 
 from collections import deque
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -74,6 +75,13 @@ class Store(Uncopyable):
         """For `with`.  Raises: ReentrantCall where this thread holds it, in a frame below."""
         return self._lock.taken()
 
+    def reading(self) -> Any:
+        """For `with`, round what only reads; also inside another call of this thread, where it yields False.
+
+        A signal handler or a finaliser runs between two lines of Python, where what C keeps is whole.
+        """
+        return nullcontext(False) if self._lock.is_mine else self._lock.taken()
+
     def running(self) -> Any:
         """For `with`, round a call that touches pages; `require_open` comes first in it."""
         return self._running.mine()
@@ -103,10 +111,13 @@ class Store(Uncopyable):
         if self.closed:
             raise CacheClosed("the cache was closed; build a new one")
 
-    def settle(self) -> None:
-        """First of what is done under the lock: CacheClosed, or give back what collected handles held."""
+    def settle(self, is_alone: bool = True) -> None:
+        """First of what is done under the lock: CacheClosed, or give back what collected handles held.
+
+        is_alone : what `reading` yields
+        """
         self.require_open()
-        if self._abandoned_plans or self._abandoned_keys:
+        if is_alone and (self._abandoned_plans or self._abandoned_keys):
             self._give_back_abandoned()
 
     def _give_back_abandoned(self) -> None:

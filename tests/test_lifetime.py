@@ -1,8 +1,11 @@
 """What owns pages gives them back exactly once, whatever is done to the handle."""
 
+import contextlib
 import copy
 import gc
 import pickle
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -189,3 +192,158 @@ def test_a_lost_handle_that_stands_in_an_open_step_waits_for_it(rng):
 def test_errors_of_lifetimes_are_typed():
     for error, builtin in ((NotCopyable, TypeError), (paged_kv.ReentrantCall, RuntimeError)):
         assert issubclass(error, PagedKVError) and issubclass(error, builtin)
+
+
+# ---- called again in the middle of a call, by a signal handler or a finaliser
+
+
+def hang(*_):
+    raise AssertionError("it hangs")
+
+
+@pytest.fixture
+def watchdog():
+    """Waiting for a lock is interrupted by a signal, so a call that hangs fails the test."""
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, 20)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def entry_points(cache, seq, step, other):
+    """Every public call on a cache and its handles: (name, call, whether it works inside another one)."""
+    k = np.zeros((3, 2, 32), np.float32)
+    return {
+        "stats": (cache.stats, True),
+        "check": (cache.check, True),
+        "len": (lambda: len(seq), True),
+        "held_positions": (lambda: seq.held_positions, True),
+        "gather": (lambda: seq.gather(0), True),
+        "positions": (lambda: step.positions, True),
+        "write": (lambda: step.write(0, k, k), True),
+        "attend": (lambda: step.attend(0, k, k, k), True),
+        "free": (other.free, True),
+        "rollback": (step.rollback, True),
+        "sequence": (cache.sequence, False),
+        "fork": (seq.fork, False),
+        "forks": (lambda: seq.fork(2), False),
+        "truncate": (lambda: seq.truncate(1), False),
+        "reset": (seq.reset, False),
+        "step": (lambda: cache.step([seq], [1]), False),
+        "pages_needed": (lambda: cache.pages_needed([seq], [1]), False),
+        "commit": (step.commit, False),
+        "close": (cache.close, False),
+    }
+
+
+NAMES = [
+    *(
+        "stats",
+        "check",
+        "len",
+        "held_positions",
+        "gather",
+        "positions",
+        "write",
+        "attend",
+        "free",
+        "rollback",
+    ),
+    *("sequence", "fork", "forks", "truncate", "reset", "step", "pages_needed", "commit", "close"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_inside_another_one_works_or_raises(name, watchdog, rng):
+    cache = make_cache(num_layers=1)
+    seq, other, third = (cache.sequence() for _ in range(3))
+    fill(cache, [seq, other], [5, 20], rng)
+    step = cache.step([third], [3])
+    calls = entry_points(cache, seq, step, other)
+    assert list(calls) == NAMES
+    call, works = calls[name]
+    with cache._store.lock:
+        if works:
+            call()
+        else:
+            with pytest.raises(paged_kv.ReentrantCall, match="signal handler or a finaliser"):
+                call()
+    assert len(seq) == 5
+    assert cache.stats().num_sequences == (2 if name == "free" else 3)
+    assert cache.stats().num_used_pages == 1 + 2 * (name != "free") + (name != "rollback")
+    cache.check()
+
+
+def test_closing_from_inside_a_call_on_pages_is_refused(watchdog, rng):
+    cache = make_cache(num_layers=1)
+    seq = cache.sequence()
+    fill(cache, [seq], [5], rng)
+    with cache._store.running():
+        with pytest.raises(paged_kv.ReentrantCall):
+            cache.close()
+        assert len(seq) == 5 and seq.gather(0)[0].shape == (5, 2, 32)
+    cache.close()
+
+
+def test_closing_waits_for_the_calls_of_other_threads(watchdog):
+    cache = make_cache(num_layers=1)
+    is_inside, may_leave, is_closed = threading.Event(), threading.Event(), threading.Event()
+
+    def stay():
+        with cache._store.running():
+            is_inside.set()
+            may_leave.wait(10)
+            assert not is_closed.is_set()
+
+    def close():
+        cache.close()
+        is_closed.set()
+
+    threads = [threading.Thread(target=stay), threading.Thread(target=close)]
+    threads[0].start()
+    is_inside.wait(10)
+    threads[1].start()
+    assert not is_closed.wait(0.2)
+    with pytest.raises(paged_kv.CacheClosed):  # nobody new comes in
+        cache.sequence()
+    may_leave.set()
+    assert is_closed.wait(10)
+    for thread in threads:
+        thread.join(10)
+
+
+def test_a_close_that_was_interrupted_is_ended_by_the_next_one(monkeypatch):
+    cache = make_cache(num_layers=1)
+    seq = cache.sequence()
+    cache.step([seq], [5])
+    step = cache.step([cache.sequence()], [5])
+
+    def interrupt(plan):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._store, "roll_back", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.close()
+    cache.close()
+    cache.close()
+    assert not step._plan.is_open
+
+
+def test_finalisers_in_the_middle_of_calls_free_their_sequences(watchdog):
+    """dask/distributed PR #1229, wandb PR #11402: the collector ran a finaliser that wanted the lock held."""
+    cache = make_cache(num_layers=1, num_pages=64)
+    kept = cache.sequence()
+    threshold = gc.get_threshold()
+    gc.set_threshold(50)
+    try:
+        for _ in range(3000):
+            with contextlib.suppress(paged_kv.OutOfSequences):
+                Request(cache.sequence())
+            cache.step([kept], [1]).rollback()
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert cache.stats().num_sequences == 1 and cache.stats().num_used_pages == 0
+    cache.check()

@@ -81,13 +81,13 @@ static void clear(const extent *extent, pkv_state state) {
 
 /* The end of the run that begins at token `start`. */
 static int32_t end_of_run(const job *job, int32_t start, int32_t span_end) {
-  int32_t end = start + job->run_tokens;
+  int64_t end = (int64_t)start + job->run_tokens; /* beyond int32 at the end of the longest sequence */
   int32_t page_size = job->pages->page_size;
   if (page_size > PKV_RUN_TOKENS) { /* pieces of a page do not reach into the next */
-    int32_t page_end = (start / page_size + 1) * page_size;
+    int64_t page_end = ((int64_t)start / page_size + 1) * page_size;
     if (end > page_end) end = page_end;
   }
-  return end < span_end ? end : span_end;
+  return end < span_end ? (int32_t)end : span_end;
 }
 
 static bool are_in_page(const job *job, int32_t start, int32_t end) {
@@ -456,7 +456,7 @@ static int32_t span_tokens_of(const pkv_pages *pages) {
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
   int64_t token_bytes =
       (int64_t)4 * job->pages->num_kv_heads * (job->pages->head_dim + job->pages->head_dim_v);
-  if (pkv_cost_of_work(job->batch) * token_bytes < BYTES_WORTH_A_THREAD) num_workers = 1;
+  if (pkv_cost_of_work(job->batch) <= (BYTES_WORTH_A_THREAD - 1) / token_bytes) num_workers = 1;
   job->work = pkv_work_of(job->pages, job->batch, job->num_q_heads, span_tokens_of(job->pages), num_workers);
   work_size size = pkv_cut_work(&job->work, NULL);
   if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;

@@ -64,7 +64,7 @@ int64_t pkv_cost_of_work(const pkv_batch *batch) {
  * everybody: each key is read for more rows at a time then. */
 static bool goes_by_head(const work *work, int32_t num_rows) {
   int32_t most = work->one_head.num_rows;
-  int64_t num_blocks = (num_rows + most - 1) / most * (int64_t)work->num_kv_heads;
+  int64_t num_blocks = ((int64_t)num_rows + most - 1) / most * work->num_kv_heads;
   return most > work->all_heads.num_rows && num_rows > work->all_heads.num_rows &&
          num_blocks >= BLOCKS_PER_WORKER * work->num_workers;
 }
@@ -88,7 +88,8 @@ static bool is_cut(const work *work, int64_t total, int64_t left, int64_t cost, 
 static int32_t num_pieces_of(const work *work, int64_t total, int64_t cost, int32_t num_spans) {
   int32_t num_groups = work->num_kv_heads / work->some_heads.num_kv_heads;
   int32_t shortest = num_groups < work->num_workers ? 1 : SPANS_WORTH_A_PIECE;
-  int64_t most = (num_spans + shortest - 1) / shortest, piece = num_groups * cost_of_piece(work, total);
+  int64_t most = ((int64_t)num_spans + shortest - 1) / shortest,
+          piece = num_groups * cost_of_piece(work, total);
   int64_t num_pieces = (cost + piece - 1) / piece;
   return (int32_t)(num_pieces < most ? num_pieces : most);
 }
@@ -120,8 +121,9 @@ work_size pkv_cut_work(const work *work, block *blocks) {
   for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
     bool is_by_head = goes_by_head(work, num_rows_of(batch, seq));
     const extent *extent = is_by_head ? &work->one_head : &work->all_heads;
-    for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += extent->num_rows) {
-      int32_t num_rows = batch->qo_indptr[seq + 1] - row;
+    int32_t num_rows = 0;
+    for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += num_rows) {
+      num_rows = batch->qo_indptr[seq + 1] - row;
       if (num_rows > extent->num_rows) num_rows = extent->num_rows;
       int32_t num_spans = spans_of(batch, work->span_tokens, seq, row, num_rows).count;
       int64_t cost = cost_of(batch, seq, row, num_rows);
