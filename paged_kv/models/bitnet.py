@@ -8,7 +8,6 @@ attention, and takes the tokens of many sequences at once.
 Imports checkpoint, sampling and session.  Imported by generate.
 """
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -31,10 +30,11 @@ from .checkpoint import (
     blocks_of,
     float32_of_bits,
     open_folder,
+    stop_ids_of,
     tensors_of,
 )
+from .config import BitNetConfig
 from .layers import (
-    ACTIVATIONS,
     BitNetAttentionLayer,
     BitNetBlock,
     Buffers,
@@ -53,80 +53,6 @@ __all__ = ["BitNetAttentionLayer", "BitNetBlock", "BitNetConfig", "BitNetModel"]
 
 #: The model that ships with the library: weights, tokenizer, and the modules that training held out.
 TINY_BITNET = Path(__file__).parent / "tiny_bitnet"
-
-
-@dataclass(frozen=True)
-class BitNetConfig:
-    """The shape of a BitNet, or of a llama, under the names of transformers' configurations."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float
-    rms_norm_eps: float
-    bos_token_id: int
-    eos_token_id: int | tuple[int, ...]
-    model_type: str = "bitnet"
-    hidden_act: str = "relu2"
-    rope_scaling: dict[str, Any] | None = None
-    #: Whether products are divided by a stored scale (linear_class "bitlinear"), not multiplied.
-    inverse_scales: bool = False
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "BitNetConfig":
-        """From a config.json; ArgumentError when a field is missing, or asks for what is not there."""
-        fields = json.loads(text)
-        if not isinstance(fields, dict):
-            raise ArgumentError("the model's config is no JSON object")
-        rope = fields.get("rope_parameters") or {}
-        fields = {name: value for name, value in (fields | rope).items() if value is not None}
-        if {"hidden_size", "num_attention_heads"} <= fields.keys():
-            fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-            fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-        if fields.get("rope_type", "default") != "default" and "rope_scaling" not in fields:
-            fields["rope_scaling"] = rope
-        scaling = fields.get("rope_scaling")
-        if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "llama3":
-            raise ArgumentError(f"rope_scaling is {scaling}; of these, llama3 is there")
-        quantization = fields.get("quantization_config") or {}
-        fields["inverse_scales"] = quantization.get("linear_class", "bitlinear") == "bitlinear" and bool(
-            quantization
-        )
-        if isinstance(fields.get("eos_token_id"), list):
-            fields["eos_token_id"] = tuple(fields["eos_token_id"])
-        if fields.get("model_type", "bitnet") not in ("bitnet", "llama"):
-            raise ArgumentError(f"model_type is {fields['model_type']}; bitnet and llama are there")
-        if fields.get("hidden_act", "relu2") not in ACTIVATIONS:
-            known_acts = " and ".join(ACTIVATIONS)
-            raise ArgumentError(f"hidden_act is {fields['hidden_act']}; {known_acts} are there")
-        if fields.get("attention_bias") or fields.get("mlp_bias"):
-            raise ArgumentError("the model has biases, which are not there")
-        try:
-            known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
-            return cls(**known)
-        except TypeError as missing:
-            raise ArgumentError(f"the model's config is not whole: {missing}") from None
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text."""
-        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-
-    def to_json(self) -> str:
-        """As transformers reads it."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "inverse_scales"}
-        fields |= {"architectures": ["BitNetForCausalLM"], "tie_word_embeddings": True}
-        linear_class = "bitlinear" if self.inverse_scales else "autobitlinear"
-        fields["quantization_config"] = {
-            **{"quant_method": "bitnet", "linear_class": linear_class},
-            **{"quantization_mode": "offline", "modules_to_not_convert": ["lm_head"]},
-        }
-        return json.dumps(fields, indent=2)
 
 
 @dataclass
@@ -217,11 +143,18 @@ class BitNetModel(Uncopyable):
         """A model from an .npz file with transformers' names, as benchmarks/tiny_bitnet/README.md has it."""
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, NDArray[Any]] = dict(file)
-        config = BitNetConfig.from_json(arrays.pop("config").tobytes())
-        scales = arrays["model.embed_tokens.weight_scale"]
-        embedding = arrays["model.embed_tokens.weight"] * scales[:, None]
-        blocks = blocks_of(config, Checkpoint(arrays, str(path)), None)
-        return cls(config, blocks, embedding, arrays["model.norm.weight"], batch_size=batch_size)
+        if "config" not in arrays:
+            raise ArgumentError(f"{path} has no array config")
+        config = BitNetConfig.from_json(arrays.pop("config").tobytes(), str(path))
+        checkpoint = Checkpoint(arrays, str(path))
+        codes = checkpoint.raw("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        embedding = (
+            codes * checkpoint.floats("model.embed_tokens.weight_scale", (config.vocab_size,))[:, None]
+        )
+        norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
+        blocks = blocks_of(config, checkpoint, None)
+        checkpoint.require_all_taken()
+        return cls(config, blocks, embedding, norm, batch_size=batch_size)
 
     @classmethod
     def tiny(cls) -> "BitNetModel":
@@ -238,7 +171,8 @@ class BitNetModel(Uncopyable):
         batch_size: int = 8,
         progress: Callable[[int, int], object] | None = None,
     ) -> "BitNetModel":
-        """A model from a folder as transformers saves it: config.json and safetensors.
+        """A model from a folder as transformers saves it: config.json and safetensors, and
+        generation_config.json, whose end tokens end a text too.
 
         head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact
         weights : of a llama's projections, "int8" or "bfloat16"; a BitNet's are ternary
@@ -246,18 +180,20 @@ class BitNetModel(Uncopyable):
 
         Files are read by memory map; projections go into huge pages.  BitNet's come packed in 2 bits, with
         scales of either direction, or as floats that are made ternary; a llama's as `weights` says.
-        Raises: ArgumentError, naming the tensor that is missing, of another shape, or all zeros; OSError.
+        Raises: ArgumentError, naming the tensor that is missing, of another shape, all zeros, not finite, or
+        that no part of the model takes; and the field of a config that is none; OSError.
         """
         fields, checkpoint = open_folder(Path(folder))
-        config = BitNetConfig.from_json(json.dumps(fields))
+        config = BitNetConfig.from_fields(fields).with_stop_ids(stop_ids_of(Path(folder)))
         shape = (config.vocab_size, config.hidden_size)
-        embedding = checkpoint.raw("model.embed_tokens.weight", shape)
         checkpoint.nonzero("model.embed_tokens.weight", shape)
-        # Where a head is stored and not the embedding's, the config says so by not tying them.
-        is_own = "lm_head.weight" in checkpoint and not fields.get("tie_word_embeddings", False)
-        rows = checkpoint.raw("lm_head.weight", shape) if is_own else embedding
+        embedding = rows = checkpoint.raw("model.embed_tokens.weight", shape)
+        if not fields.flag("tie_word_embeddings", False):
+            checkpoint.nonzero("lm_head.weight", shape)
+            rows = checkpoint.raw("lm_head.weight", shape)
         norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
         blocks = blocks_of(config, checkpoint, progress, weights)
+        checkpoint.require_all_taken()
         return cls(config, blocks, embedding, norm, head=head_of(rows, head), batch_size=batch_size)
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -401,6 +337,8 @@ class BitNetModel(Uncopyable):
         new_ids: list[int] = []
         with session.lock.taken():
             if prompt is None and not session.ids:
+                if self.config.bos_token_id is None:
+                    raise ArgumentError("the model has no begin token; give a prompt")
                 new = [self.config.bos_token_id]
             while len(new_ids) < num_tokens:
                 begin = time.perf_counter_ns()

@@ -5,11 +5,10 @@ load; a llama's in floats, which are rounded to 8 bits a weight, or to
 bfloat16.  Projections that share their input become
 one matrix; gate and up lie in turns of eight outputs, so that one gates the other where it is computed.
 
-Imports layers and tensor_file.  Imported by bitnet.
+Imports layers, json_file and tensor_file.  Imported by bitnet.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
+from .json_file import Fields, read_json_object
 from .layers import BitNetAttentionLayer, BitNetBlock
 from .matrix import Matrix, bfloat16_matrix, codes_matrix, int8_matrix
-from .tensor_file import TensorFile
+from .tensor_file import DTYPES, TensorFile
 from .ternary import FloatArray, pack_ternary, ternarise, unpack_ternary
 
 Tensors = Mapping[str, NDArray[Any]]
+#: Bits of float32.
+LARGEST_BFLOAT16 = 0x7F7F0000
 
 
 def float32_of_bits(bits: NDArray[np.uint16]) -> FloatArray:
@@ -33,7 +35,15 @@ def float32_of_bits(bits: NDArray[np.uint16]) -> FloatArray:
 def bits_of_float32(values: FloatArray) -> NDArray[np.uint16]:
     """bfloat16's bits of finite values, to nearest even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    # Above the largest bfloat16, a finite value would round to an infinity: it saturates, as in pages.
+    largest = np.uint32(LARGEST_BFLOAT16)
+    magnitudes = bits & np.uint32(0x7FFFFFFF)
+    bits = np.where(magnitudes > largest, bits & np.uint32(0x80000000) | largest, bits)
     return ((bits + 0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+#: Last parts of the names of what a layer computes with; other tensors may be buffers.
+PARAMETERS = ("weight", "bias", "weight_scale")
 
 
 class Checkpoint:
@@ -42,12 +52,15 @@ class Checkpoint:
     tensors : by name; uint16 stands for bfloat16
     where : what errors call it
 
-    Raises: ArgumentError that names the tensor: when it is missing, has another shape, or is all zeros where
-    it must not be.
+    It remembers which tensors were taken, so that what nobody takes can be named.
+
+    Raises: ArgumentError that names the tensor: when it is missing, has another shape or dtype, holds values
+    that are not finite, or is all zeros where it must not be.
     """
 
     def __init__(self, tensors: Tensors, where: str) -> None:
         self.tensors, self.where = tensors, where
+        self._taken: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -57,24 +70,51 @@ class Checkpoint:
             array = self.tensors[name]
         except KeyError:
             raise ArgumentError(f"{self.where} has no tensor {name}") from None
+        self._taken.add(name)
         if array.shape != shape:
             raise ArgumentError(f"{self.where}: {name} has the shape {list(array.shape)}, not {list(shape)}")
         return array
 
     def floats(self, name: str, shape: tuple[int, ...]) -> FloatArray:
+        """float32, all of them finite."""
         array = self.raw(name, shape)
         if array.dtype == np.uint16:
-            return float32_of_bits(array)
-        if array.dtype not in (np.float32, np.float16):
+            values = float32_of_bits(array)
+        elif array.dtype in (np.float32, np.float16):
+            values = np.ascontiguousarray(array, np.float32)
+        else:
             raise ArgumentError(f"{self.where}: {name} is {array.dtype}; it must be floating")
-        return np.ascontiguousarray(array, np.float32)
+        if not np.isfinite(values).all():
+            raise ArgumentError(f"{self.where}: {name} holds values that are not finite")
+        return values
+
+    def require_all_taken(self) -> None:
+        """ArgumentError that names the first tensor which no part of the model has taken.
+
+        Passed over are rotary frequencies, which follow from the config, a head where the config ties it to
+        the embedding, and buffers of dtypes that no weight has.
+        """
+        for name in self.tensors:
+            if name not in self._taken and not self._is_harmless(name):
+                raise ArgumentError(
+                    f"{self.where} has a tensor {name}, which no part of this model takes; "
+                    "the model would compute without it"
+                )
+
+    def _is_harmless(self, name: str) -> bool:
+        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
+            return True
+        is_parameter = name.rpartition(".")[2] in PARAMETERS or "lora_" in name
+        return not is_parameter and not self._has_known_dtype(name)
+
+    def _has_known_dtype(self, name: str) -> bool:
+        dtypes = getattr(self.tensors, "dtypes", None)
+        return True if dtypes is None else dtypes[name] in DTYPES
 
     def nonzero(self, name: str, shape: tuple[int, ...]) -> FloatArray:
         array = self.floats(name, shape)
         if not array.any():
             raise ArgumentError(f"{self.where}: {name} is all zeros; take a whole revision of the checkpoint")
-        if not np.isfinite(array).all():
-            raise ArgumentError(f"{self.where}: {name} holds values that are not finite")
         return array
 
     def ternary(self, name: str, num_out: int, num_in: int, inverse: bool) -> tuple[NDArray[np.uint8], float]:
@@ -100,20 +140,56 @@ class Checkpoint:
         return (weight + np.int8(1)).view(np.uint8), float(1 / scale[0] if inverse else scale[0])
 
 
-def open_folder(folder: Path) -> tuple[dict[str, Any], Checkpoint]:
-    """config.json and the tensors of a folder as transformers saves it, in one file or several."""
-    config = json.loads((folder / "config.json").read_text())
+class Shards(Mapping[str, NDArray[Any]]):
+    """Tensors of several files, each from the file that holds it.
+
+    files : by the tensor's name
+    """
+
+    def __init__(self, files: dict[str, TensorFile]) -> None:
+        self._files = files
+        self.dtypes = {name: file.dtypes[name] for name, file in files.items()}
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._files[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def open_folder(folder: Path) -> tuple[Fields, Checkpoint]:
+    """config.json and the tensors of a folder as transformers saves it, in one file or several.
+
+    Raises: ArgumentError that names the file; OSError.
+    """
+    path = folder / "config.json"
+    fields = Fields(read_json_object(path), str(path))
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in files):
-            raise ArgumentError(f"{index} names a file outside its folder")
-    else:
-        files = ["model.safetensors"]
-    tensors: dict[str, NDArray[Any]] = {}
-    for name in files:
-        tensors |= TensorFile(folder / name)
-    return config, Checkpoint(tensors, str(folder))
+    if not index.exists():
+        return fields, Checkpoint(TensorFile(folder / "model.safetensors"), str(folder))
+    shard_of = Fields(read_json_object(index), str(index)).texts("weight_map")
+    for name in shard_of.values():
+        if name in ("", "..") or "\0" in name or Path(name).name != name:
+            raise ArgumentError(f"{index} names a file outside its folder: {name!r:.60}")
+    shards = {name: TensorFile(folder / name) for name in sorted(set(shard_of.values()))}
+    for name, shard in shard_of.items():
+        if name not in shards[shard]:
+            raise ArgumentError(f"{folder / shard} has no tensor {name}, which {index.name} says it has")
+    # Where two shards hold a tensor, the index decides; what it does not list is there too.
+    files = {name: shard for shard in shards.values() for name in shard}
+    files |= {name: shards[shard] for name, shard in shard_of.items()}
+    return fields, Checkpoint(Shards(files), str(folder))
+
+
+def stop_ids_of(folder: Path) -> tuple[int, ...]:
+    """Tokens that end a text by generation_config.json; none where there is no such file."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return ()
+    return Fields(read_json_object(path), str(path)).ids("eos_token_id")
 
 
 # ---- blocks

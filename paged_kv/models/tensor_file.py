@@ -9,6 +9,7 @@ Imports errors and files.  Imported by checkpoint.
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,11 @@ from ..files import Writer, replace_files
 
 #: bfloat16 comes as its bits.
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8, "I8": np.int8}
+#: Bytes of a value of dtypes that are passed over where nobody takes the tensor.
+OTHER_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "BOOL": 1},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+}
 MOST_HEADER_BYTES = 100 << 20
 
 
@@ -43,6 +49,8 @@ class TensorFile(Mapping[str, NDArray[Any]]):
             header = json.loads(self._bytes[8 : 8 + header_bytes].tobytes())
             header.pop("__metadata__", None)
             self._entries = {name: self._entry(name, **fields) for name, fields in header.items()}
+            #: Names of dtypes as the file has them, also of those that cannot be read.
+            self.dtypes: dict[str, str] = {name: entry[0] for name, entry in self._entries.items()}
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             if isinstance(error, ArgumentError):
                 raise
@@ -51,11 +59,11 @@ class TensorFile(Mapping[str, NDArray[Any]]):
     def _entry(self, name: str, dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[Any, ...]:
         begin, end = data_offsets
         numbers = [*shape, begin, end]
-        if dtype not in DTYPES or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ArgumentError(f"{self.path}: {name} is {dtype} {shape}; it must be {', '.join(DTYPES)}")
-        num_bytes = int(np.dtype(DTYPES[dtype]).itemsize)
-        for extent in shape:
-            num_bytes *= extent
+        if type(dtype) is not str or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ArgumentError(f"{self.path}: {name} is {dtype!r} {shape}, at {begin!r} to {end!r}")
+        item_bytes = np.dtype(DTYPES[dtype]).itemsize if dtype in DTYPES else OTHER_BYTES.get(dtype)
+        # Where even the size of a value is not known, the tensor's place is all there is to check.
+        num_bytes = end - begin if item_bytes is None else math.prod(shape, start=int(item_bytes))
         if begin > end or end > len(self._data) or end - begin != num_bytes:
             raise ArgumentError(
                 f"{self.path}: {name} is {dtype} {shape}, {num_bytes} bytes; the file has {begin} to {end} "
@@ -65,8 +73,16 @@ class TensorFile(Mapping[str, NDArray[Any]]):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         dtype, shape, begin, end = self._entries[name]
-        # Offsets may be odd; memory-mapped arrays of numpy may be too.
-        return np.frombuffer(self._data[begin:end], DTYPES[dtype]).reshape(shape)
+        if dtype not in DTYPES:
+            raise ArgumentError(f"{self.path}: {name} is {dtype}; it must be {', '.join(DTYPES)}")
+        try:
+            # Offsets may be odd; memory-mapped arrays of numpy may be too.
+            return np.frombuffer(self._data[begin:end], DTYPES[dtype]).reshape(shape)
+        except ValueError as error:
+            raise ArgumentError(f"{self.path}: {name} is {dtype} {list(shape)}: {error}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -11,7 +11,7 @@ from paged_kv import ArgumentError
 from paged_kv.models.bitnet import SHAPES, BitNetConfig, BitNetModel
 from paged_kv.models.checkpoint import Checkpoint, bits_of_float32, float32_of_bits
 from paged_kv.models.layers import rope_frequencies
-from paged_kv.models.tensor_file import TensorFile, write_tensors
+from paged_kv.models.tensor_file import DTYPES, TensorFile, write_tensors
 from paged_kv.models.ternary import pack_ternary, ternarise, unpack_ternary
 
 CONFIG = BitNetConfig(160, 64, 96, 2, 4, 2, 16, 128, 10000.0, 1e-5, 1, (2, 3))
@@ -218,3 +218,254 @@ def test_a_shape_that_is_not_known_is_refused():
         BitNetModel.random("13b")
     with pytest.raises(ArgumentError, match="int4"):
         BitNetModel.random(CONFIG, head="int4")
+
+
+# ---- a folder that says more than is read
+
+LLAMA = {
+    **{"model_type": "llama", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def llama_tensors(rng):
+    shapes = {"model.embed_tokens": (160, 64), "model.norm": (64,), "lm_head": (160, 64)}
+    for i in range(2):
+        block = {
+            **{"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)},
+            **{"self_attn.o_proj": (64, 64), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64)},
+            **{"mlp.down_proj": (64, 96), "input_layernorm": (64,), "post_attention_layernorm": (64,)},
+        }
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    return {f"{name}.weight": rows(rng, *shape) * np.float32(0.1) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder with a small llama, its head its own."""
+    write_tensors(tmp_path / "model.safetensors", llama_tensors(np.random.default_rng(3)))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+LEFT_OVER = {
+    "a bias": {"model.layers.0.self_attn.q_proj.bias": np.full(64, 3.0, np.float32)},
+    "a bias of 64 bits": {"model.layers.0.self_attn.q_proj.bias": np.full(64, 3.0)},
+    "a BitNet's norm": {"model.layers.1.self_attn.inner_attn_ln.weight": np.ones(64, np.float32)},
+    "another BitNet's norm": {"model.layers.1.mlp.ffn_layernorm.weight": np.ones(96, np.float32)},
+    "a norm of queries": {"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)},
+    "an adapter": {"model.layers.0.self_attn.q_proj.lora_A": np.ones((4, 64), np.float32)},
+    "an adapter of integers": {"model.layers.0.self_attn.q_proj.lora_A.default": np.ones((4, 64), np.int64)},
+    "a third layer": {"model.layers.2.input_layernorm.weight": np.ones(64, np.float32)},
+    "a scale of weights": {"model.layers.0.self_attn.q_proj.weight_scale": np.ones(1, np.float32)},
+    "a buffer of floats": {"model.something": np.ones(1, np.float32)},
+}
+HARMLESS = {
+    "rotary frequencies": {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)},
+    "rotary frequencies of all": {"model.rotary_emb.inv_freq": np.ones(8, np.float32)},
+    "positions": {"model.position_ids": np.arange(128)},
+    "a mask": {"model.layers.0.self_attn.mask": np.ones((4, 4), bool)},
+    "counts of 64-bit floats": {"model.counts": np.ones(3)},
+}
+NAMES_OF_DTYPES = {"int64": "I64", "float64": "F64", "bool": "BOOL"}
+
+
+def add(folder, tensors):
+    """Append tensors, of any dtype, to a folder's file."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    names = {np.dtype(kind).name: name for name, kind in DTYPES.items()} | NAMES_OF_DTYPES
+    for name, array in tensors.items():
+        begin = len(body)
+        body += array.tobytes()
+        header[name] = {
+            **{"dtype": names[array.dtype.name], "shape": array.shape},
+            **{"data_offsets": [begin, len(body)]},
+        }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+@pytest.mark.parametrize("tensors", LEFT_OVER.values(), ids=LEFT_OVER)
+def test_a_tensor_that_no_part_takes_is_named(llama, tensors):
+    """llama.cpp PR #4283, #7931, mlc-llm PR #3494: biases and norms were dropped without a word."""
+    BitNetModel.from_pretrained(llama)
+    add(llama, tensors)
+    (name,) = tensors
+    with pytest.raises(ArgumentError, match=name.replace(".", r"\.")):
+        BitNetModel.from_pretrained(llama)
+
+
+@pytest.mark.parametrize("tensors", HARMLESS.values(), ids=HARMLESS)
+def test_a_tensor_that_no_part_needs_is_passed_over(llama, tensors):
+    """xinfer #222, mlx-examples #1232: a buffer of another dtype stopped a whole file from being read."""
+    expected = logits_of(BitNetModel.from_pretrained(llama))
+    add(llama, tensors)
+    np.testing.assert_array_equal(logits_of(BitNetModel.from_pretrained(llama)), expected)
+
+
+def test_an_untied_model_without_a_head_is_refused(llama):
+    """TensorRT-LLM #3324: the embedding took the place of a head that was missing."""
+    tied = llama / "config.json"
+    expected = logits_of(BitNetModel.from_pretrained(llama))
+    changed(llama, **{"lm_head.weight": None})
+    for fields in ({}, {"tie_word_embeddings": False}, {"tie_word_embeddings": None}):
+        tied.write_text(json.dumps(LLAMA | fields))
+        with pytest.raises(ArgumentError, match=r"no tensor lm_head\.weight"):
+            BitNetModel.from_pretrained(llama)
+    tied.write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
+    assert not np.array_equal(logits_of(BitNetModel.from_pretrained(llama)), expected)
+    tied.write_text(json.dumps(LLAMA | {"tie_word_embeddings": "yes"}))
+    with pytest.raises(ArgumentError, match="tie_word_embeddings"):
+        BitNetModel.from_pretrained(llama)
+
+
+def test_a_head_beside_a_tied_embedding_is_not_used(llama):
+    (llama / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
+    with_head = logits_of(BitNetModel.from_pretrained(llama))
+    without = logits_of(BitNetModel.from_pretrained(changed(llama, **{"lm_head.weight": None})))
+    np.testing.assert_array_equal(with_head, without)
+
+
+FLOATS = ["model.norm", "lm_head", "model.layers.0.input_layernorm", "model.layers.1.mlp.down_proj"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [*FLOATS, "model.embed_tokens", "model.layers.1.post_attention_layernorm"])
+def test_a_value_that_is_not_finite_is_named(llama, name, value):
+    array = TensorFile(llama / "model.safetensors")[f"{name}.weight"].copy()
+    array.reshape(-1)[5] = value
+    with pytest.raises(ArgumentError, match=rf"{name}\.weight.*not finite"):
+        BitNetModel.from_pretrained(changed(llama, **{f"{name}.weight": array}))
+
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+@pytest.mark.parametrize("head", ["int8", "bfloat16", "float32"])
+def test_the_largest_weights_stay_finite(llama, weights, head):
+    """3.4e38 is finite in float32, and rounds to an infinity in bfloat16."""
+    array = TensorFile(llama / "model.safetensors")["lm_head.weight"].copy()
+    array[3] = 0
+    array[3, 5] = 3.4e38
+    changed(llama, **{"lm_head.weight": array})
+    model = BitNetModel.from_pretrained(llama, weights=weights, head=head)
+    assert np.isfinite(logits_of(model)[:, :3]).all()
+    bits = bits_of_float32(np.array([3.4e38, -3.4e38, 3.3895e38, np.finfo(np.float32).max], np.float32))
+    assert np.isfinite(float32_of_bits(bits)).all()
+
+
+def split(folder, twice=()):
+    """The folder's tensors in two shards; those of `twice` are in both, and differ in the second one."""
+    whole = folder / "model.safetensors"
+    tensors = {name: array.copy() for name, array in TensorFile(whole).items()}
+    whole.unlink()
+    names = list(tensors)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    index = {}
+    for i, half in enumerate(halves):
+        part = {name: tensors[name] for name in half}
+        if i == 1:
+            part |= {name: tensors[name] * 2 for name in twice}
+        write_tensors(folder / f"part-{i}.safetensors", part)
+        index |= {name: f"part-{i}.safetensors" for name in half}
+    return index
+
+
+def write_index(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_tensor_of_two_shards_comes_from_the_one_that_the_index_names(llama):
+    """colibri #1479: the later file won, whatever the index said."""
+    expected = logits_of(BitNetModel.from_pretrained(llama))
+    name = next(iter(TensorFile(llama / "model.safetensors")))
+    index = split(llama, twice=[name])
+    write_index(llama, {"weight_map": index})
+    np.testing.assert_array_equal(logits_of(BitNetModel.from_pretrained(llama)), expected)
+    write_index(llama, {"weight_map": index | {name: "part-1.safetensors"}})
+    assert not np.array_equal(logits_of(BitNetModel.from_pretrained(llama)), expected)
+    write_index(llama, {"weight_map": index | {list(index)[-1]: "part-0.safetensors"}})
+    with pytest.raises(ArgumentError, match=r"part-0\.safetensors has no tensor"):
+        BitNetModel.from_pretrained(llama)
+
+
+INDICES = {
+    "without a map": ({}, "weight_map"),
+    "a map that is a list": ({"weight_map": ["a"]}, "weight_map"),
+    "a map of null": ({"weight_map": None}, "weight_map"),
+    "a file of null": ({"weight_map": {"a": None}}, "weight_map"),
+    "a file of numbers": ({"weight_map": {"a": 5}}, "weight_map"),
+    "a list": ([1], "not a JSON object"),
+    "a file elsewhere": ({"weight_map": {"a": "../b.safetensors"}}, "outside"),
+    "an absolute path": ({"weight_map": {"a": "/b.safetensors"}}, "outside"),
+    "NUL": ({"weight_map": {"a": "b\0c"}}, "outside"),
+    "the folder": ({"weight_map": {"a": "."}}, "outside"),
+    "its parent": ({"weight_map": {"a": ".."}}, "outside"),
+    "nothing": ({"weight_map": {"a": ""}}, "outside"),
+}
+
+
+@pytest.mark.parametrize(("index", "words"), INDICES.values(), ids=INDICES)
+def test_an_index_that_is_none_is_named(llama, index, words):
+    write_index(llama, index)
+    with pytest.raises(ArgumentError, match=rf"index\.json.*{words}"):
+        BitNetModel.from_pretrained(llama)
+
+
+def test_a_shard_that_is_not_there_is_an_os_error(llama):
+    write_index(llama, {"weight_map": {"a": "gone.safetensors"}})
+    with pytest.raises(FileNotFoundError, match="gone"):
+        BitNetModel.from_pretrained(llama)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b'{"a": ', b"version https://git-lfs.github.com/spec/v1\n", b"\xff\xfe\x00", b"[]", b"null"],
+    ids=["empty", "cut", "git-lfs", "no text", "a list", "null"],
+)
+def test_every_json_file_of_a_folder_is_named_when_it_cannot_be_read(llama, name, text):
+    (llama / name).write_bytes(text)
+    with pytest.raises(ArgumentError, match=name):
+        BitNetModel.from_pretrained(llama)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop_ids"),
+    [
+        ({"eos_token_id": [2, 9]}, (2, 9)),
+        ({"eos_token_id": 9}, (2, 9)),
+        ({"eos_token_id": None}, (2,)),
+        ({"temperature": 0.6}, (2,)),
+    ],
+    ids=str,
+)
+def test_end_tokens_are_those_of_both_files(llama, fields, stop_ids):
+    """vLLM #4180, ollama #3759: an instruct llama's end of turn stands in generation_config.json only."""
+    (llama / "generation_config.json").write_text(json.dumps(fields))
+    assert BitNetModel.from_pretrained(llama).config.stop_ids == stop_ids
+
+
+@pytest.mark.parametrize("eos", ["2", [2, "9"], 2.5, {}, True], ids=str)
+def test_end_tokens_that_are_none_are_named(llama, eos):
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ArgumentError, match=r"generation_config\.json: eos_token_id"):
+        BitNetModel.from_pretrained(llama)
+
+
+@pytest.mark.parametrize("shape", [[1] * 70, [0, 2**63], [0, 2**62, 4]], ids=["70 axes", "2**63", "2**64"])
+def test_a_shape_that_no_array_has_is_named(tmp_path, shape):
+    path = tmp_path / "model.safetensors"
+    num_bytes = 0 if 0 in shape else 4
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, num_bytes]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
+    with pytest.raises(ArgumentError, match="a is F32"):
+        TensorFile(path)["a"]
+
+
+def test_the_small_models_file_is_whole():
+    """Every array of it is taken."""
+    assert BitNetModel.tiny().config.vocab_size == 2048
