@@ -4,6 +4,7 @@ Imports the commands.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 from . import demo, generation, info, model_bench
 from .errors import PagedKVError
 from .models.bitnet import SHAPES
+from .texts import show_everything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     options = _parser().parse_args(arguments)
+    show_everything(sys.stdout)
     try:
         with demo.ended_cleanly():
             if options.command == "info":
@@ -26,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.command == "generate":
                 return generation.run(options)
             return demo.run(options)
+    except BrokenPipeError:
+        # Whoever reads has gone (`| head`).  Python would flush again at exit, and say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (PagedKVError, ImportError, OSError, MemoryError) as error:
         print(f"paged-kv: {error}", file=sys.stderr)
         return 2

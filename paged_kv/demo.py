@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ._binding import kernels
+from ._binding import integer, kernels
 from .errors import ArgumentError
 from .extras import require
 from .files import replace_files
@@ -35,6 +35,7 @@ from .models.bitnet import TINY_BITNET, BitNetModel
 from .models.generate import seed_of
 from .models.sampling import Sampler
 from .models.timing import Clock, TimedCache, TimedStep
+from .texts import open_tokenizer, read_text, require_text
 
 STANDARD_LIBRARY = Path(os.__file__).parent
 PAGE_SIZE = 64
@@ -82,7 +83,10 @@ class Moment:
 
 def run(options: argparse.Namespace) -> int:
     """The demo; 0 when all ways gave the same tokens, else 1."""
-    tokenizer = require("tokenizers", "demo").Tokenizer.from_file(str(TINY_BITNET / "tokenizer.json"))
+    integer("--seed", options.seed, 0, 2**64)
+    if options.plot:
+        require_plot(options.plot)
+    tokenizer = open_tokenizer(TINY_BITNET / "tokenizer.json")
     model = BitNetModel.tiny()
     prompts = choose_prompts(options, model, tokenizer)
     live = LiveLine(sys.stderr if options.json else sys.stdout)
@@ -130,11 +134,10 @@ def choose_prompts(options: argparse.Namespace, model: BitNetModel, tokenizer: A
             f"--max-tokens is {options.max_tokens}; "
             f"the model has {model.config.max_position_embeddings} positions"
         )
-    texts = [("--prompt", text) for text in options.prompt or []]
-    texts += [(path, Path(path).read_text(encoding="utf-8")) for path in options.file or []]
+    texts = [("--prompt", require_text("--prompt", text)) for text in options.prompt or []]
+    texts += [(path, read_text(Path(path))) for path in options.file or []]
     count = options.sequences if options.sequences is not None else len(texts) or 16
-    if count < 1:
-        raise ArgumentError(f"--sequences is {count}; it must be at least 1")
+    integer("--sequences", count, 1, 2**16)
     lengths = [room] * count
     if not texts:
         texts = list(held_out_texts())
@@ -307,6 +310,16 @@ def table(ways: list[Served]) -> str:
     lines = [f"\n{'':30}" + "".join(f"{way.way:>14}" for way in ways)]
     lines += [f"{name:30}" + "".join(f"{show(way):>14}" for way in ways) for name, show in rows]
     return "\n".join(lines)
+
+
+def require_plot(path: str) -> None:
+    """ArgumentError where no picture can be drawn there, before there is one to draw."""
+    known = require("matplotlib.backend_bases", "demo").FigureCanvasBase.get_supported_filetypes()
+    suffix = Path(path).suffix.removeprefix(".") or "png"
+    if suffix not in known:
+        raise ArgumentError(f"--plot is {path}; pictures are {', '.join(sorted(known))}")
+    if not Path(path).parent.is_dir():
+        raise ArgumentError(f"--plot is {path}; there is no folder {Path(path).parent}")
 
 
 def plot(served: Served, pool_pages: int, path: str) -> None:

@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from ._binding import kernels
+from ._binding import integer, kernels
 from .cache import PagedKVCache
 from .errors import ArgumentError
-from .extras import require
 from .info import read_gb_per_s
 from .live_line import LiveLine
 from .machine import num_cpus
@@ -35,6 +34,7 @@ from .models.generate import Batch, generate_stream
 from .models.ternary import FloatArray
 from .models.timing import Clock, TimedCache, timed_matrices
 from .pool import mebibytes
+from .texts import open_tokenizer, require_text
 
 #: Steps that are measured without a cache, and with a concatenated one.
 STEPS_WITHOUT_CACHE, STEPS_CONCATENATED = 1, 8
@@ -63,11 +63,11 @@ class Report:
 def run(options: argparse.Namespace) -> int:
     """The command; 0 when it went well, 1 when a prompt failed on its way."""
     live = LiveLine(sys.stderr)
+    texts = [require_text("--prompt", text) for text in options.prompt]
+    integer("--seed", options.seed, 0, 2**64)
     model, tokenizer = opened(options, live)
-    prompts = [
-        [model.config.bos_token_id, *tokenizer.encode(text, add_special_tokens=False).ids]
-        for text in options.prompt
-    ]
+    begin = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
+    prompts = [[*begin, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
     longest = max(map(len, prompts)) + options.max_tokens
     if options.max_tokens < 1 or longest > model.config.max_position_embeddings:
         raise ArgumentError(
@@ -112,28 +112,22 @@ def run(options: argparse.Namespace) -> int:
         live.update("the same with a concatenated cache")
         report.concatenated_tokens_per_s = concatenated(model, lengths)
         live.clear()
-    texts = [tokenizer.decode(ids) for ids in new_ids]
+    new_texts = [tokenizer.decode(ids) for ids in new_ids]
     if options.json:
         fields = {name: rounded(value) for name, value in asdict(report).items()}
-        print(json.dumps({"kernel": kernels().active, "texts": texts, **fields}))
+        print(json.dumps({"kernel": kernels().active, "texts": new_texts, **fields}))
         return 1 if failed else 0
     assert show is not None
-    show.finish(options.prompt, texts)
+    show.finish(texts, new_texts)
     print("\n".join(lines_of(report, len(prompts))))
     return 1 if failed else 0
 
 
 def opened(options: argparse.Namespace, live: LiveLine) -> tuple[BitNetModel, Any]:
     """A model and its tokenizer from a folder; None: the small one that ships with the library."""
-    Tokenizer = require("tokenizers", "demo").Tokenizer
     if options.model is None:
-        return BitNetModel.tiny(), Tokenizer.from_file(str(TINY_BITNET / "tokenizer.json"))
-    path = Path(options.model) / "tokenizer.json"
-    if not path.is_file():
-        raise ArgumentError(
-            f"there is no {path}; a model's folder has config.json, tokenizer.json and safetensors"
-        )
-    tokenizer = Tokenizer.from_file(str(path))
+        return BitNetModel.tiny(), open_tokenizer(TINY_BITNET / "tokenizer.json")
+    tokenizer = open_tokenizer(Path(options.model) / "tokenizer.json")
     model = BitNetModel.from_pretrained(
         options.model,
         head=options.head,

@@ -95,9 +95,9 @@ def run(options: argparse.Namespace) -> int:
 
 def numbers(option: str, text: str) -> list[int]:
     """A list of positive integers, separated by commas."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise ArgumentError(f"{option} is {text}; it must be numbers, such as 1,8")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 20 and int(part) for part in parts):
+        raise ArgumentError(f"{option} is {text:.60}; it must be numbers, such as 1,8")
     return [int(part) for part in parts]
 
 

@@ -33,24 +33,25 @@ class Signals:
 
     def __init__(self):
         self.num_raised = self.num_acted = 0
-        self.act = None
+        self.act, self.is_armed = None, False
         signal.signal(signal.SIGALRM, self.strike)
 
     def during(self, call, rng, act=None, longest=150):
         """Strike once in the call, if it takes so long."""
         self.act, delay = act, float(rng.integers(5, longest)) * 1e-6
         try:
+            self.is_armed = True
             signal.setitimer(signal.ITIMER_REAL, delay)
             call()
         except (KeyboardInterrupt, paged_kv.PagedKVError):
             pass
-        # What is still to come comes here; `suppress` would be interrupted before it suppresses.
-        try:  # noqa: SIM105
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        except KeyboardInterrupt:
-            pass
+        # What comes after this line, as where another thread has taken the signal, does nothing.
+        self.is_armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def strike(self, *_):
+        if not self.is_armed:
+            return
         if self.act is None:
             self.num_raised += 1
             raise KeyboardInterrupt

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "paged_kv"
 #: From the ground up; a module imports from floors below its own, and from none beside it.
 FLOORS = [
     {"errors", "layout", "machine", "reference", "extras", "files", "live_line"},
-    {"_binding", "lifetime"},
+    {"_binding", "lifetime", "texts"},
     {"arrays"},
     {"form"},
     {"attention"},

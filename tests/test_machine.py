@@ -28,10 +28,27 @@ def test_without_a_control_group_the_system_decides(tmp_path):
     assert available_memory(*machine_of(tmp_path)) == 800 * 1024
 
 
-def test_a_group_leaves_its_limit_less_its_use_plus_the_file_cache(tmp_path):
-    stat = "anon 1\ninactive_file 30000\n"
-    files = {"memory.max": "500000", "memory.current": "400000", "memory.stat": stat}
-    assert available_memory(*machine_of(tmp_path, files=files)) == 130000
+GROUP = {"memory.max": "1000", "memory.current": "900"}
+
+
+@pytest.mark.parametrize(
+    ("stat", "others", "expected"),
+    [
+        ("anon 1\ninactive_file 300\n", {}, 400),
+        ("active_file 800\n", {}, 900),
+        ("active_file 500\ninactive_file 200\nslab_reclaimable 50\n", {}, 850),
+        ("file 800\nshmem 800\n", {}, 100),
+        ("active_file 5000\n", {}, 1000),
+        ("active_file 300\n", {"memory.high": "700"}, 100),
+        ("active_file 300\n", {"memory.high": "max"}, 400),
+        ("", {"memory.max": "max", "memory.high": "950"}, 50),
+        ("", {"memory.high": "500"}, 0),
+    ],
+)
+def test_a_group_leaves_what_the_kernel_would_give(tmp_path, stat, others, expected):
+    """ollama #15474, #15704, buildbuddy PR #12792: hot file cache counted as memory in use."""
+    machine = machine_of(tmp_path, files=GROUP | {"memory.stat": stat} | others)
+    assert available_memory(*machine) == expected
 
 
 def test_the_tightest_group_on_the_way_up_counts(tmp_path):
@@ -49,7 +66,7 @@ def test_version_1_groups_are_read_too(tmp_path):
     files = {
         "memory/x/memory.limit_in_bytes": "5000",
         "memory/x/memory.usage_in_bytes": "4000",
-        "memory/x/memory.stat": "total_inactive_file 7\ninactive_file 1\n",
+        "memory/x/memory.stat": "total_inactive_file 4\ninactive_file 1\ntotal_active_file 3\n",
         "cpu/x/cpu.cfs_quota_us": "100000",
         "cpu/x/cpu.cfs_period_us": "100000",
     }
@@ -84,3 +101,44 @@ def test_the_shared_cache_is_as_large_as_the_system_says(tmp_path, size, num_byt
 
 def test_without_a_shared_cache_nothing_is_said_to_lie_there(tmp_path):
     assert shared_cache_bytes(tmp_path) == 0
+
+
+BROKEN = {
+    "no colons": {"self/cgroup": "nonsense\n"},
+    "one colon": {"self/cgroup": "0:\n"},
+    "a path that is no UTF-8": {"self/cgroup": b"0::/\xff\xfe\n"},
+    "NUL in a path": {"self/cgroup": b"0::/a\0b\n"},
+    "an empty file": {"self/cgroup": ""},
+    "three words": {"memory.stat": "active_file 5 6\nx\n\ninactive_file\nslab_reclaimable y\n"},
+    "no text": {"memory.stat": b"\xff\xff"},
+    "a limit of words": {"memory.max": "a lot"},
+    "a limit beyond 64 bits": {"memory.max": "9" * 40},
+    "digits of another script": {"memory.max": "\u0661\u0662"},
+    "a negative use": {"memory.current": "-5"},
+    "a period of 0": {"cpu.max": "100 0"},
+    "a quota of 0": {"cpu.max": "0 100"},
+    "no period": {"cpu.max": "100"},
+    "words": {"cpu.max": "many a"},
+    "meminfo without numbers": {"meminfo": "MemAvailable:\n"},
+    "meminfo of words": {"meminfo": "MemAvailable: lots kB\nx\n"},
+    "meminfo that is no text": {"meminfo": b"\xfe"},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_a_file_that_is_not_what_it_should_be_is_no_limit(tmp_path, broken):
+    """Kernels, containers and emulations of them write what they like."""
+    proc, cgroup = machine_of(tmp_path, files=GROUP | {"memory.stat": "", "cpu.max": "max 100000"})
+    for name, text in broken.items():
+        path = (proc if name in ("self/cgroup", "meminfo") else cgroup) / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    available = available_memory(proc, cgroup)
+    assert available is None or 0 <= available <= 800 * 1024
+    assert 1 <= num_cpus(proc, cgroup) <= len(os.sched_getaffinity(0))
+
+
+def test_folders_where_files_should_be_are_no_limit(tmp_path):
+    proc, cgroup = machine_of(tmp_path)
+    for path in (cgroup / "memory.max", cgroup / "cpu.max", cgroup / "memory.stat"):
+        path.mkdir(parents=True)
+    assert available_memory(proc, cgroup) == 800 * 1024

@@ -166,5 +166,6 @@ def _list_of(prompts: object) -> list[Any]:
 
 def seed_of(seed: int, index: int, sample: int = 0) -> int:
     """A seed for each place in a list of prompts, and each sample of one."""
+    seed = integer("seed", seed, 0, 2**64)
     entropy = [seed, index, sample] if sample else [seed, index]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
