@@ -74,9 +74,13 @@ class BlockTables(Uncopyable):
         self.window = window
         ring_pages = num_pages(max_seq_len, page_size)
         if window is not None:
-            ring_pages = min(ring_pages, window.ring_pages(page_size))
+            # No row holds more pages than there are; behind the sinks' cells there is one at least.  Where
+            # sinks alone would fill the pool, no page ever leaves its cell.
+            sinks = min(num_pages(window.num_sink_tokens, page_size), pool.num_pages)
+            most = max(pool.num_pages, sinks + 1)
+            ring_pages = min(ring_pages, window.ring_pages(page_size), most)
         # Untouched zeros: the rows of sequences that never come cost no memory.
-        self.page_ids = np.zeros((max_sequences, ring_pages), np.int32)
+        self.page_ids = _table(max_sequences, ring_pages)
         self.seq_lens = np.zeros(max_sequences, np.int32)
         self.reserved_lens = np.zeros(max_sequences, np.int32)
         self.tail_copies = np.zeros(max_sequences, np.int32)
@@ -124,13 +128,14 @@ class BlockTables(Uncopyable):
 
     def next_keys(self, count: int) -> list[int]:
         """Keys for `count` new sequences, which `add` gives rows to; OutOfSequences when there are fewer."""
-        rows = ffi.new("int32_t[]", min(count, self.max_sequences))
         num_free = self.max_sequences - self.num_sequences
-        if count > num_free or lib.pkv_tables_next_rows(self._tables, count, rows) < count:
+        if count > num_free:
             what = f"asked for {count} forks, {num_free} of {self.max_sequences} sequences are free"
             if count == 1:
                 what = f"all {self.max_sequences} sequences are in use"
             raise OutOfSequences(f"{what}; free one, or build a cache with a larger max_sequences")
+        rows = ffi.new("int32_t[]", count)
+        lib.pkv_tables_next_rows(self._tables, count, rows)
         return [(next(_serials) % (2**SERIAL_BITS - 1) + 1) << ROW_BITS | rows[i] for i in range(count)]
 
     def add(self, keys: list[int], parent: int | None = None) -> None:
@@ -262,6 +267,16 @@ class BlockTables(Uncopyable):
         if refusal.index < 0:
             raise ArgumentError(f"the step has {asked} new tokens or pages, {available} at most can be")
         raise ArgumentError(f"new[{refusal.index}] is {asked} tokens, outside 1 to {available}")
+
+
+def _table(max_sequences: int, ring_pages: int) -> NDArray[np.int32]:
+    try:
+        return np.zeros((max_sequences, ring_pages), np.int32)
+    except MemoryError:
+        raise MemoryError(
+            f"block tables of {max_sequences} sequences of {ring_pages} pages take "
+            f"{max_sequences * ring_pages * 4:,} bytes; lower max_sequences or max_seq_len"
+        ) from None
 
 
 class Plan(Uncopyable):

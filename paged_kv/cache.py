@@ -12,6 +12,7 @@ from .block_table import MOST_TOKENS, Window, counts_of
 from .errors import ArgumentError
 from .layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
 from .lifetime import Uncopyable
+from .pool import MOST_PAGE_BYTES
 from .sequence import Sequence, new_sequences
 from .step import Step, keys_of
 from .store import Store
@@ -80,6 +81,12 @@ class PagedKVCache(Uncopyable):
             dtype=dtype_name(dtype),
             page_size=_multiple("page_size", page_size, 16, 2**20),
         )
+        if layout.page_bytes > MOST_PAGE_BYTES:
+            raise ArgumentError(
+                f"a page of {layout.page_size} tokens takes {layout.page_bytes:,} bytes in "
+                f"{layout.num_layers} layers of {layout.num_kv_heads} heads; at most "
+                f"{MOST_PAGE_BYTES:,} can be"
+            )
         num_pages = _num_pages(layout, num_pages, memory)
         # Without a window no sequence grows beyond what the pool holds; its row need not be longer.
         most = MOST_TOKENS if window is not None else min(num_pages * layout.page_size, MOST_TOKENS)
@@ -128,7 +135,7 @@ class PagedKVCache(Uncopyable):
     @property
     def max_sequence_pages(self) -> int:
         """Pages that one sequence holds at most, in an open step."""
-        return self._store.tables.page_ids.shape[1]
+        return int(self._store.tables.page_ids.shape[1])
 
     @property
     def max_step_tokens(self) -> int:

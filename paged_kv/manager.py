@@ -28,7 +28,7 @@ from ._binding import check, ffi, integer, lib
 from .arrays import float32_pointer, read_only
 from .errors import ArgumentError, CacheClosed
 from .lifetime import OwnedLock, Uncopyable
-from .pool import PagePool
+from .pool import MOST_PAGE_BYTES, PagePool
 
 #: A cache line.
 ALIGNMENT = 64
@@ -111,6 +111,11 @@ class BatchKVStorage:
         head_dim = hidden_dim // num_heads
         side = align_up(max_seq_len * head_dim * 4)
         entry = num_heads * 2 * side
+        if entry > MOST_PAGE_BYTES:
+            raise ArgumentError(
+                f"{max_seq_len} tokens of {num_heads} heads of {head_dim} take {entry:,} bytes "
+                f"a batch entry; at most {MOST_PAGE_BYTES:,} can be"
+            )
         return cls(
             shape=(batch_size, num_heads, 2, max_seq_len, head_dim),
             strides=(entry, 2 * side, side, head_dim * 4, 4),
@@ -229,7 +234,7 @@ class _Rings(Uncopyable):
         batch_size, self.num_heads, _, self.max_seq_len, self.head_dim = storage.shape
         self.storage = storage
         self.pool = PagePool(batch_size, storage.strides[0])
-        self.page_ids: list[int] = self.pool.acquire(batch_size).tolist()
+        self.page_ids = ffi.from_buffer("int32_t[]", self.pool.acquire(batch_size))
         self.seq_lens = ffi.new("int64_t[]", batch_size)  # C counts a token in the call that stores it
         self.metrics = CacheMetrics(storage_bytes=storage.num_bytes)
         entry, head, side, token, _ = storage.strides

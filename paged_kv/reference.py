@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
+@np.errstate(all="ignore")
 def attend(
     q: ArrayLike,
     k: ArrayLike,

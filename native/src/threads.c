@@ -1,17 +1,19 @@
-/* A small pool of threads: one job at a time, workers asleep in between.
+/* The process's team of threads: one job at a time, workers asleep in between.
+ *
+ *   team      the workers; it grows to the most that a job has asked for, and ends with the last handle
+ *   handle    a pkv_threads: how many of the team its jobs may use, and scratch memory of its own
  *
  *   job_number counts jobs; a worker waits until it is not the one it did last
  *   num_working is how many workers are at it; the caller, who works too, then waits until it is 0
  *   is_open says that the job may be joined: until the caller finds nothing left to do
- *   claimed is held from claim to release
+ *   claimed, of the team and of a handle, is held from claim to release
  *
- * Who waits looks again and again for SPIN_NS, and then sleeps: a model has a hundred short jobs for a token,
- * one right after the other, and being woken up costs 10 to 100 us.  Nobody waits for a worker to wake up:
- * work is taken in pieces, so what a late one would have done is done when it comes, and the job is closed.
+ * A waiting thread spins for SPIN_NS, and then sleeps: a model has a hundred short jobs for a token, one
+ * right after the other, and waking up takes 10 to 100 us.  No job waits for a worker to wake up: work is
+ * taken in pieces, so what a late worker would have done is done when it comes, and the job is closed.
  *
- * A caller who finds the threads claimed computes alone, so nobody ever waits for somebody else's job.
- * Threads start at the first job that has work for two.  A forked child has none of them: there, everything
- * is made anew at the first claim.
+ * A caller that finds the team claimed computes alone, so no job waits for another one.  Workers start at the
+ * first job that has work for two.  A forked child has none of them: there, the team is empty again.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -24,82 +26,95 @@
 
 enum { SPIN_NS = 100000, LOOKS_PER_CLOCK = 32 };
 
-typedef struct {
-  pkv_threads *threads;
-  int32_t index;
-} worker_start;
-
 struct pkv_threads {
   int32_t num_threads; /* the caller counted in */
-  int32_t num_started; /* workers that run, the caller not counted */
-  pthread_t *ids;      /* [num_threads - 1] */
-  worker_start *starts;
   atomic_flag claimed;
-  unsigned forks; /* the process's count of forks when the threads were started */
+  atomic_uint forks; /* the process's count of forks when `claimed` was last meaningful */
+  bool has_team;     /* while claimed: the team is, too */
+  void *scratch;     /* for jobs without the team */
+  size_t scratch_bytes;
+};
 
-  pthread_mutex_t lock; /* guards what follows */
-  pthread_cond_t job_is_there;
+static struct {
+  atomic_flag claimed;
+  pthread_mutex_t lock;                          /* guards what follows */
+  pthread_cond_t job_is_there[PKV_MOST_THREADS]; /* by worker: only those of the job are woken */
   pthread_cond_t job_is_done;
-  atomic_ullong job_number; /* changed under the lock, as is num_working; looked at without */
-  int32_t num_workers;      /* of the job; workers beyond it sleep on */
+  pthread_t ids[PKV_MOST_THREADS]; /* by worker, from 1; the caller is worker 0 */
+  int32_t num_started;             /* workers that run, the caller not counted */
+  atomic_ullong job_number;        /* changed under the lock, as is num_working; read without */
+  int32_t num_workers;             /* of the job; workers beyond it sleep on */
   atomic_int num_working;
   bool is_open;
   bool is_ending;
   pkv_work work;
   void *context;
-
-  void *scratch;
+  void *scratch; /* of the job that has claimed the team */
   size_t scratch_bytes;
-};
+} team;
 
 static atomic_uint num_forks;
-static pthread_once_t fork_is_watched = PTHREAD_ONCE_INIT;
+static pthread_mutex_t handles_lock = PTHREAD_MUTEX_INITIALIZER; /* guards num_handles, and the team's end */
+static int64_t num_handles;
+static pthread_once_t is_set_up = PTHREAD_ONCE_INIT;
 
-static void count_fork(void) { atomic_fetch_add(&num_forks, 1); }
-static void watch_forks(void) { pthread_atfork(NULL, NULL, count_fork); }
+/* No worker, nothing claimed: at first, and again in a forked child. */
+static void set_up_team(void) {
+  pthread_mutex_init(&team.lock, NULL);
+  for (int32_t i = 0; i < PKV_MOST_THREADS; i++) pthread_cond_init(&team.job_is_there[i], NULL);
+  pthread_cond_init(&team.job_is_done, NULL);
+  atomic_flag_clear(&team.claimed);
+  team.num_started = 0;
+  team.num_working = 0;
+  team.is_open = team.is_ending = false;
+}
 
-/* No thread, nothing claimed: as when built, and again in a forked child. */
-static void begin_without_threads(pkv_threads *threads) {
-  pthread_mutex_init(&threads->lock, NULL);
-  pthread_cond_init(&threads->job_is_there, NULL);
-  pthread_cond_init(&threads->job_is_done, NULL);
-  atomic_flag_clear(&threads->claimed);
-  threads->num_started = 0;
-  threads->num_working = 0;
-  threads->is_open = false;
-  threads->forks = num_forks;
+static void set_up_child(void) {
+  atomic_fetch_add(&num_forks, 1);
+  pthread_mutex_init(&handles_lock, NULL);
+  set_up_team();
+}
+
+static void set_up(void) {
+  set_up_team();
+  pthread_atfork(NULL, NULL, set_up_child);
+}
+
+/* Join the workers.  The caller holds handles_lock, and no job runs. */
+static void end_team(void) {
+  pthread_mutex_lock(&team.lock);
+  team.is_ending = true;
+  for (int32_t i = 1; i <= team.num_started; i++) pthread_cond_signal(&team.job_is_there[i]);
+  pthread_mutex_unlock(&team.lock);
+  for (int32_t i = 1; i <= team.num_started; i++) pthread_join(team.ids[i], NULL);
+  team.num_started = 0;
+  team.is_ending = false;
+  free(team.scratch);
+  team.scratch = NULL;
+  team.scratch_bytes = 0;
 }
 
 pkv_status pkv_threads_create(int32_t num_threads, pkv_threads **out) {
-  if (num_threads < 1) return PKV_BAD_ARGUMENT;
-  pthread_once(&fork_is_watched, watch_forks);
+  if (num_threads < 1 || num_threads > PKV_MOST_THREADS) return PKV_BAD_ARGUMENT;
+  pthread_once(&is_set_up, set_up);
   pkv_threads *threads = calloc(1, sizeof *threads);
   if (!threads) return PKV_OUT_OF_MEMORY;
   threads->num_threads = num_threads;
-  threads->ids = calloc((size_t)num_threads, sizeof *threads->ids);
-  threads->starts = calloc((size_t)num_threads, sizeof *threads->starts);
-  begin_without_threads(threads);
+  atomic_flag_clear(&threads->claimed);
+  atomic_init(&threads->forks, num_forks);
+  pthread_mutex_lock(&handles_lock);
+  num_handles++;
+  pthread_mutex_unlock(&handles_lock);
   *out = threads;
-  if (threads->ids && threads->starts) return PKV_OK;
-  pkv_threads_destroy(threads);
-  return PKV_OUT_OF_MEMORY;
+  return PKV_OK;
 }
 
 void pkv_threads_destroy(pkv_threads *threads) {
   if (!threads) return;
-  if (threads->forks == num_forks) {
-    pthread_mutex_lock(&threads->lock);
-    threads->is_ending = true;
-    pthread_cond_broadcast(&threads->job_is_there);
-    pthread_mutex_unlock(&threads->lock);
-    for (int32_t i = 0; i < threads->num_started; i++) pthread_join(threads->ids[i], NULL);
-    pthread_mutex_destroy(&threads->lock);
-    pthread_cond_destroy(&threads->job_is_there);
-    pthread_cond_destroy(&threads->job_is_done);
-  }
+  pthread_mutex_lock(&handles_lock);
+  if (--num_handles == 0) end_team();
+  pthread_mutex_unlock(&handles_lock);
   free(threads->scratch);
-  free(threads->ids);
-  free(threads->starts);
   free(threads);
 }
 
@@ -117,92 +132,98 @@ static int64_t now_ns(void) {
   return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-static bool is_idle(pkv_threads *threads) { return threads->num_working == 0; }
-
-/* Look for a while: until there is another job than last_job, or, as its caller, until the job is done. */
-static void spin_for_a_job(pkv_threads *threads, uint64_t last_job) {
+/* Until there is another job than last_job, or for a while. */
+static void spin_for_a_job(uint64_t last_job) {
   for (int64_t end = now_ns() + SPIN_NS; now_ns() < end;)
     for (int i = 0; i < LOOKS_PER_CLOCK; i++, pause_briefly())
-      if (threads->job_number != last_job) return;
+      if (team.job_number != last_job) return;
 }
 
-static void spin_until_done(pkv_threads *threads) {
+static void spin_until_done(void) {
   for (int64_t end = now_ns() + SPIN_NS; now_ns() < end;)
     for (int i = 0; i < LOOKS_PER_CLOCK; i++, pause_briefly())
-      if (is_idle(threads)) return;
+      if (team.num_working == 0) return;
 }
 
 static void *work_until_the_end(void *argument) {
-  pkv_threads *threads = ((worker_start *)argument)->threads;
-  int32_t index = ((worker_start *)argument)->index;
+  int32_t index = (int32_t)(intptr_t)argument;
   uint64_t last_job = 0;
-  pthread_mutex_lock(&threads->lock);
+  pthread_mutex_lock(&team.lock);
   while (true) {
-    while (!threads->is_ending && (threads->job_number == last_job || index >= threads->num_workers))
-      pthread_cond_wait(&threads->job_is_there, &threads->lock);
-    if (threads->is_ending) break;
-    last_job = threads->job_number;
-    if (threads->is_open) {
-      threads->num_working++;
-      pthread_mutex_unlock(&threads->lock);
-      threads->work(threads->context, index);
-      pthread_mutex_lock(&threads->lock);
-      if (--threads->num_working == 0) pthread_cond_signal(&threads->job_is_done);
+    while (!team.is_ending && (team.job_number == last_job || index >= team.num_workers))
+      pthread_cond_wait(&team.job_is_there[index], &team.lock);
+    if (team.is_ending) break;
+    last_job = team.job_number;
+    if (team.is_open) {
+      team.num_working++;
+      pthread_mutex_unlock(&team.lock);
+      team.work(team.context, index);
+      pthread_mutex_lock(&team.lock);
+      if (--team.num_working == 0) pthread_cond_signal(&team.job_is_done);
     }
-    pthread_mutex_unlock(&threads->lock);
-    spin_for_a_job(threads, last_job);
-    pthread_mutex_lock(&threads->lock);
+    pthread_mutex_unlock(&team.lock);
+    spin_for_a_job(last_job);
+    pthread_mutex_lock(&team.lock);
   }
-  pthread_mutex_unlock(&threads->lock);
+  pthread_mutex_unlock(&team.lock);
   return NULL;
 }
 
 int32_t pkv_threads_claim(pkv_threads *threads) {
   if (!threads) return 0;
-  if (threads->forks != num_forks) begin_without_threads(threads);
-  return atomic_flag_test_and_set(&threads->claimed) ? 0 : threads->num_threads;
+  /* In a forked child, whoever had claimed the handle is not there to release it. */
+  if (threads->forks != num_forks && atomic_exchange(&threads->forks, num_forks) != num_forks)
+    atomic_flag_clear(&threads->claimed);
+  if (atomic_flag_test_and_set(&threads->claimed)) return 0;
+  threads->has_team = threads->num_threads > 1 && !atomic_flag_test_and_set(&team.claimed);
+  return threads->has_team ? threads->num_threads : 1;
 }
 
-void pkv_threads_release(pkv_threads *threads) { atomic_flag_clear(&threads->claimed); }
+void pkv_threads_release(pkv_threads *threads) {
+  if (threads->has_team) atomic_flag_clear(&team.claimed);
+  atomic_flag_clear(&threads->claimed);
+}
 
 void *pkv_threads_scratch(pkv_threads *threads, size_t num_bytes) {
-  if (num_bytes > threads->scratch_bytes) {
-    free(threads->scratch);
-    threads->scratch = aligned_alloc(64, (num_bytes + 63) / 64 * 64);
-    threads->scratch_bytes = threads->scratch ? num_bytes : 0;
+  void **scratch = threads->has_team ? &team.scratch : &threads->scratch;
+  size_t *scratch_bytes = threads->has_team ? &team.scratch_bytes : &threads->scratch_bytes;
+  if (num_bytes > *scratch_bytes) {
+    free(*scratch);
+    *scratch = aligned_alloc(64, (num_bytes + 63) / 64 * 64);
+    *scratch_bytes = *scratch ? num_bytes : 0;
   }
-  return threads->scratch;
+  return *scratch;
 }
 
 /* A system that gives no more threads is no error: fewer do the work. */
-static void start_workers(pkv_threads *threads, int32_t num_workers) {
-  while (threads->num_started < num_workers - 1) {
-    worker_start *start = &threads->starts[threads->num_started];
-    *start = (worker_start){threads, threads->num_started + 1};
-    if (pthread_create(&threads->ids[threads->num_started], NULL, work_until_the_end, start) != 0) return;
-    threads->num_started++;
+static void start_workers(int32_t num_workers) {
+  while (team.num_started < num_workers - 1) {
+    int32_t index = team.num_started + 1;
+    if (pthread_create(&team.ids[index], NULL, work_until_the_end, (void *)(intptr_t)index) != 0) return;
+    team.num_started++;
   }
 }
 
 void pkv_threads_run(pkv_threads *threads, int32_t num_workers, pkv_work work, void *context) {
-  pthread_mutex_lock(&threads->lock);
-  threads->work = work;
-  threads->context = context;
-  start_workers(threads, num_workers);
-  if (num_workers > threads->num_started + 1) num_workers = threads->num_started + 1;
-  threads->num_workers = num_workers;
-  threads->is_open = true;
-  threads->job_number++;
-  if (num_workers > 1) pthread_cond_broadcast(&threads->job_is_there);
-  pthread_mutex_unlock(&threads->lock);
+  (void)threads; /* which has claimed the team */
+  pthread_mutex_lock(&team.lock);
+  team.work = work;
+  team.context = context;
+  start_workers(num_workers);
+  if (num_workers > team.num_started + 1) num_workers = team.num_started + 1;
+  team.num_workers = num_workers;
+  team.is_open = true;
+  team.job_number++;
+  for (int32_t i = 1; i < num_workers; i++) pthread_cond_signal(&team.job_is_there[i]);
+  pthread_mutex_unlock(&team.lock);
 
   work(context, 0);
 
-  pthread_mutex_lock(&threads->lock);
-  threads->is_open = false;
-  pthread_mutex_unlock(&threads->lock);
-  if (num_workers > 1) spin_until_done(threads);
-  pthread_mutex_lock(&threads->lock);
-  while (threads->num_working > 0) pthread_cond_wait(&threads->job_is_done, &threads->lock);
-  pthread_mutex_unlock(&threads->lock);
+  pthread_mutex_lock(&team.lock);
+  team.is_open = false;
+  pthread_mutex_unlock(&team.lock);
+  if (num_workers > 1) spin_until_done();
+  pthread_mutex_lock(&team.lock);
+  while (team.num_working > 0) pthread_cond_wait(&team.job_is_done, &team.lock);
+  pthread_mutex_unlock(&team.lock);
 }

@@ -7,11 +7,13 @@
 
 typedef void (*pkv_work)(void *context, int32_t worker);
 
-/* Take the threads for one job: how many workers it has, the caller among them; 0 when they are taken. */
+/* Claim the handle, and the team if it is free, for one job: how many workers the job has, the caller among
+ * them; 0 when the handle is claimed already. */
 int32_t pkv_threads_claim(pkv_threads *threads);
 /* Memory of the job, kept for the next one; NULL when there is none. */
 void *pkv_threads_scratch(pkv_threads *threads, size_t num_bytes);
-/* Run work(context, worker) on workers 0 (the caller) to num_workers - 1; returns when all are done. */
+/* With more than one worker: run work(context, worker) on workers 0 (the caller) to num_workers - 1; returns
+ * when all are done. */
 void pkv_threads_run(pkv_threads *threads, int32_t num_workers, pkv_work work, void *context);
 void pkv_threads_release(pkv_threads *threads);
 

@@ -260,6 +260,7 @@ class BitNetModel(Uncopyable):
         head = 0 if isinstance(self.head, Matrix) else self.head.nbytes
         return sum(matrix.num_bytes for matrix in self.matrices) + head
 
+    @np.errstate(all="ignore")
     def forward(self, ids: ArrayLike, step: KVStep, rows: ArrayLike) -> FloatArray:
         """Logits after some of a step's tokens.
 

@@ -83,6 +83,7 @@ class Rotation:
         #: grow it.
         self._tables = self._tables_of(min(max_positions, FIRST_POSITIONS))
 
+    @np.errstate(all="ignore")
     def _tables_of(self, num_positions: int) -> tuple[FloatArray, FloatArray]:
         # All in float32, as where such models are trained: at position 1000 an exact angle differs by 6e-5.
         angles = np.outer(np.arange(num_positions, dtype=np.float32), self._frequencies)
@@ -127,6 +128,7 @@ class Rotation:
         check(status, "rotate")
 
 
+@np.errstate(all="ignore")
 def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | None = None) -> FloatArray:
     """Radians a position of each pair of elements, float32 [head_dim / 2].
 

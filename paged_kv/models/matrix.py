@@ -168,6 +168,11 @@ def random_matrix(num_out: int, num_in: int, rng: np.random.Generator) -> Matrix
     return Matrix("ternary", num_out, num_in, packed, np.broadcast_to(scale, num_out))
 
 
+#: A row whose largest weight is below this counts as zeros: its scale would be no normal float32.
+SMALLEST_ROW = 1e-36
+
+
+@np.errstate(all="ignore")
 def int8_matrix(
     weight: NDArray[Any],
     floats: Callable[[NDArray[Any]], FloatArray] | None = None,
@@ -186,8 +191,9 @@ def int8_matrix(
         stored = weight[begin : begin + rows_at_a_time]
         rows = np.asarray(stored if floats is None else floats(stored), np.float32)
         largest = np.abs(rows).max(axis=1)
-        scales[begin : begin + len(rows)] = largest / 127
-        factors = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 0)
+        is_some = largest >= SMALLEST_ROW
+        scales[begin : begin + len(rows)] = np.where(is_some, largest / 127, 0)
+        factors = np.divide(127, largest, out=np.zeros_like(largest), where=is_some)
         padded = np.zeros((_up(len(rows), OUT_BLOCK), padded_in), np.int8)
         padded[: len(rows), :num_in] = np.rint(rows * factors[:, None])
         parts = padded.reshape(-1, OUT_BLOCK, padded_in // 2, 2).transpose(0, 2, 1, 3)

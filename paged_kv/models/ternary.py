@@ -33,6 +33,7 @@ ACTIVATION_MAX = 127
 SMALLEST_MAGNITUDE = 1e-5
 
 
+@np.errstate(all="ignore")
 def quantise_activations(x: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Round each row to integers of 8 bits: ``q = round(x * s)``, ``s = 127 / max|x|``.
 
@@ -54,6 +55,7 @@ def quantise_activations(x: FloatArray) -> tuple[FloatArray, FloatArray]:
     return q, s
 
 
+@np.errstate(all="ignore")
 def ternarise(weight: NDArray[np.floating[Any]]) -> tuple[Int8Array, FloatArray]:
     """Turn a float matrix into ternary values and one scale: ``W ~ ternary * scale``.
 

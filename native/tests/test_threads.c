@@ -1,0 +1,158 @@
+/* One team of threads for all handles: who may use how many of it, and what is left when handles go. */
+#undef NDEBUG
+#define _GNU_SOURCE
+#include <assert.h>
+#include <dirent.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "../src/threads.h"
+
+enum { ITEMS = 1000 };
+
+static int num_tasks(void) {
+  DIR *folder = opendir("/proc/self/task");
+  int count = 0;
+  while (readdir(folder)) count++;
+  closedir(folder);
+  return count - 2; /* . and .. */
+}
+
+typedef struct {
+  atomic_int next;
+  atomic_int done;
+  atomic_int most_worker;
+} count;
+
+static void count_items(void *context, int32_t worker) {
+  count *count = context;
+  if (worker > count->most_worker) count->most_worker = worker;
+  while (atomic_fetch_add(&count->next, 1) < ITEMS) atomic_fetch_add(&count->done, 1);
+}
+
+static void run_a_job(pkv_threads *threads, int32_t expected) {
+  int32_t num_workers = pkv_threads_claim(threads);
+  assert(num_workers == expected);
+  count count = {0, 0, 0};
+  if (num_workers > 1)
+    pkv_threads_run(threads, num_workers, count_items, &count);
+  else
+    count_items(&count, 0);
+  assert(count.done == ITEMS && count.most_worker < num_workers);
+  pkv_threads_release(threads);
+}
+
+static pkv_threads *handle_of(int32_t num_threads) {
+  pkv_threads *threads = NULL;
+  assert(pkv_threads_create(num_threads, &threads) == PKV_OK);
+  return threads;
+}
+
+static void what_is_no_number_of_threads_is_refused(void) {
+  pkv_threads *threads = NULL;
+  assert(pkv_threads_create(0, &threads) == PKV_BAD_ARGUMENT);
+  assert(pkv_threads_create(-1, &threads) == PKV_BAD_ARGUMENT);
+  assert(pkv_threads_create(PKV_MOST_THREADS + 1, &threads) == PKV_BAD_ARGUMENT);
+  pkv_threads_destroy(NULL);
+  assert(pkv_threads_claim(NULL) == 0);
+}
+
+static void the_team_is_as_large_as_the_largest_job(void) {
+  int before = num_tasks();
+  pkv_threads *handles[10];
+  for (int i = 0; i < 10; i++) {
+    handles[i] = handle_of(i + 1);
+    run_a_job(handles[i], i + 1);
+    assert(num_tasks() == before + i);
+  }
+  for (int i = 0; i < 10; i++) run_a_job(handles[i], i + 1);
+  assert(num_tasks() == before + 9);
+  for (int i = 0; i < 10; i++) pkv_threads_destroy(handles[i]);
+  assert(num_tasks() == before); /* the last one ends the team */
+  pkv_threads *again = handle_of(3);
+  run_a_job(again, 3);
+  assert(num_tasks() == before + 2);
+  pkv_threads_destroy(again);
+}
+
+static void whoever_finds_the_team_claimed_computes_alone(void) {
+  pkv_threads *a = handle_of(3), *b = handle_of(2), *alone = handle_of(1);
+  assert(pkv_threads_claim(a) == 3);
+  assert(pkv_threads_claim(a) == 0);     /* the handle itself is claimed */
+  assert(pkv_threads_claim(b) == 1);     /* another one gets no more than its caller */
+  assert(pkv_threads_claim(alone) == 1); /* and who wants no more is not in anybody's way */
+  void *of_a = pkv_threads_scratch(a, 100), *of_b = pkv_threads_scratch(b, 100);
+  assert(of_a && of_b && of_a != of_b && pkv_threads_scratch(a, 50) == of_a);
+  pkv_threads_release(b);
+  pkv_threads_release(alone);
+  assert(pkv_threads_claim(b) == 1);
+  pkv_threads_release(a);
+  assert(pkv_threads_claim(a) == 3); /* b holds its handle only */
+  pkv_threads_release(a);
+  pkv_threads_release(b);
+  run_a_job(b, 2);
+  pkv_threads_destroy(a);
+  pkv_threads_destroy(b);
+  pkv_threads_destroy(alone);
+}
+
+static void *run_many_jobs(void *argument) {
+  pkv_threads *threads = argument;
+  for (int i = 0; i < 300; i++) {
+    int32_t num_workers = pkv_threads_claim(threads);
+    count count = {0, 0, 0};
+    if (num_workers > 1)
+      pkv_threads_run(threads, num_workers, count_items, &count);
+    else
+      count_items(&count, 0);
+    assert(count.done == ITEMS);
+    if (num_workers) pkv_threads_release(threads);
+  }
+  return NULL;
+}
+
+static void callers_of_several_handles_do_not_mix(void) {
+  pkv_threads *handles[] = {handle_of(2), handle_of(3), handle_of(4)};
+  pthread_t callers[6];
+  for (int i = 0; i < 6; i++) assert(pthread_create(&callers[i], NULL, run_many_jobs, handles[i / 2]) == 0);
+  for (int i = 0; i < 6; i++) assert(pthread_join(callers[i], NULL) == 0);
+  for (int i = 0; i < 3; i++) pkv_threads_destroy(handles[i]);
+}
+
+/* The child has no workers and nobody's claims; it starts its own. */
+static void a_forked_child_has_a_team_of_its_own(void) {
+  pkv_threads *used = handle_of(3), *claimed = handle_of(2);
+  run_a_job(used, 3);
+  assert(pkv_threads_claim(claimed) == 2);
+  pid_t child = fork();
+  if (child == 0) {
+    run_a_job(used, 3);
+    run_a_job(claimed, 2);
+    int is_right = num_tasks() == 3;
+    pkv_threads_destroy(used);
+    pkv_threads_destroy(claimed);
+    _exit(is_right && num_tasks() == 1 ? 0 : 1);
+  }
+  pkv_threads_release(claimed);
+  int status = 1;
+  assert(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  run_a_job(used, 3);
+  pkv_threads_destroy(used);
+  pkv_threads_destroy(claimed);
+}
+
+int main(void) {
+  what_is_no_number_of_threads_is_refused();
+  the_team_is_as_large_as_the_largest_job();
+  whoever_finds_the_team_claimed_computes_alone();
+  callers_of_several_handles_do_not_mix();
+#ifndef __SANITIZE_THREAD__ /* which knows no threads after a fork */
+  a_forked_child_has_a_team_of_its_own();
+#else
+  (void)a_forked_child_has_a_team_of_its_own;
+#endif
+  return 0;
+}

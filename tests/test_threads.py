@@ -1,0 +1,117 @@
+"""One set of threads, of which a call uses as many as it was told to; the same bits whoever has them."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import make_cache, rows
+
+import paged_kv
+from paged_kv import _binding
+
+SWEEP = """
+import os, numpy as np, paged_kv
+def num_tasks():
+    return len(os.listdir("/proc/self/task"))
+before = num_tasks()
+x = np.ones((200, 8, 64), np.float32)
+lists = {"qo_indptr": [0, 200], "kv_indptr": [0, 200], "kv_indices": range(200), "kv_last_page_len": [1]}
+lists = {name: list(values) for name, values in lists.items()}
+for n in [*range(2, 65), *range(64, 1, -1)]:
+    with paged_kv.PagedKVCache(1, 8, 64, num_pages=8, num_threads=n) as c, c.sequence() as s:
+        with c.step([s], [200]) as step:
+            step.attend(0, x, x, x)
+    paged_kv.paged_attention(x, x[:, None], x[:, None], **lists, num_threads=n)
+print(num_tasks() - before)
+"""
+
+
+def test_a_sweep_over_numbers_of_threads_leaves_no_more_than_the_largest():
+    """onnxruntime #4093: pools of threads outlived their sessions; 64 numbers left 2,018 threads here."""
+    done = subprocess.run([sys.executable, "-c", SWEEP], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 0 <= int(done.stdout) <= 63
+
+
+def attended(cache, seed):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rows(rng, 300, heads, 32) for heads in (4, 2, 2))
+    with cache.sequence() as seq, cache.step([seq], [300]) as step:
+        return step.attend(0, q, k, v)
+
+
+def test_callers_with_different_numbers_have_the_same_bits_at_once(kernel):
+    expected = [attended(make_cache(num_layers=1, num_pages=20, num_threads=1), i) for i in range(8)]
+    caches = [make_cache(num_layers=1, num_pages=200, num_threads=2 + i % 3) for i in range(8)]
+    failures = []
+
+    def run(i):
+        try:
+            for _ in range(20):
+                np.testing.assert_array_equal(attended(caches[i], i), expected[i])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not failures
+
+
+def test_a_handle_lives_as_long_as_somebody_uses_it():
+    number = 37
+    handle = _binding.shared_threads(number)
+    assert handle is _binding.shared_threads(number)
+    del handle
+    gc.collect()
+    assert number not in _binding._threads_of
+    with make_cache(num_threads=number) as cache:
+        assert _binding.shared_threads(number) is cache._store.threads
+
+
+def test_first_calls_from_many_threads_share_one_handle():
+    barrier, handles = threading.Barrier(8), []
+
+    def ask():
+        barrier.wait()
+        handles.append(_binding.shared_threads(41))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert len(handles) == 8 and len(set(map(id, handles))) == 1
+
+
+@pytest.mark.parametrize("number", [0, -1, 1025, 2**31 - 1])
+def test_what_is_no_number_of_threads_is_refused(number):
+    with pytest.raises(paged_kv.PagedKVError):
+        _binding.new_threads(number)
+
+
+def test_a_system_without_more_threads_is_no_error(rng):
+    """A container's limit on processes hits whoever starts the next thread."""
+    script = (
+        "import resource, numpy as np, paged_kv\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, resource.RLIM_INFINITY))\n"
+        "x = np.ones((600, 8, 64), np.float32)\n"
+        "with paged_kv.PagedKVCache(1, 8, 64, num_pages=16, num_threads=1024) as c, c.sequence() as s:\n"
+        "    with c.step([s], [600]) as step:\n"
+        "        print(float(step.attend(0, x, x, x).sum()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 600 * 8 * 64
