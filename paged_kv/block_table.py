@@ -33,12 +33,14 @@ from .errors import (
 from .lifetime import Uncopyable
 from .pool import PagePool
 
+SEQUENCE_BUSY = lib.PKV_SEQUENCE_BUSY
 #: Positions are int32.
 MOST_TOKENS = 2**31 - 1
 
 #: A key's low bits are the row, the others the serial number, which repeats after 2**39 - 1 sequences: six
 #: days at a million a second.
-ROW_BITS, SERIAL_BITS = int(lib.PKV_ROW_BITS), 63 - int(lib.PKV_ROW_BITS)
+ROW_BITS = int(lib.PKV_ROW_BITS)
+MOST_SERIAL = 2 ** (63 - ROW_BITS) - 1
 
 _serials = itertools.count()
 
@@ -99,6 +101,7 @@ class BlockTables(Uncopyable):
         self._pointers["keys"] = ffi.from_buffer("int64_t[]", self.keys)
         # Filled and read under the cache's lock, so one of each is enough.
         self._size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
+        self._one_row = ffi.new("int32_t[1]")
         self._tables = ffi.new(
             "pkv_tables *",
             {
@@ -134,21 +137,24 @@ class BlockTables(Uncopyable):
             if count == 1:
                 what = f"all {self.max_sequences} sequences are in use"
             raise OutOfSequences(f"{what}; free one, or build a cache with a larger max_sequences")
-        rows = ffi.new("int32_t[]", count)
+        rows = self._one_row if count == 1 else ffi.new("int32_t[]", count)
         lib.pkv_tables_next_rows(self._tables, count, rows)
-        return [(next(_serials) % (2**SERIAL_BITS - 1) + 1) << ROW_BITS | rows[i] for i in range(count)]
+        return [(next(_serials) % MOST_SERIAL + 1) << ROW_BITS | rows[i] for i in range(count)]
 
     def add(self, keys: list[int], parent: int | None = None) -> None:
         """Rows for sequences of these keys: empty, or holding what `parent` holds."""
         row = -1 if parent is None else self.idle_row(parent)
-        check(lib.pkv_tables_add(self.pool.handle, self._tables, len(keys), keys, row), "add")
+        if status := lib.pkv_tables_add(self.pool.handle, self._tables, len(keys), keys, row):
+            check(status, "add")
 
     def remove(self, key: int) -> bool:
         """Give a row back with its pages, if the key names one; False when it stands in an open step."""
         status = lib.pkv_tables_remove(self.pool.handle, self._tables, key)
-        if status not in (lib.PKV_SEQUENCE_BUSY, lib.PKV_STALE_SEQUENCE):
+        if status == SEQUENCE_BUSY:
+            return False
+        if status and status != lib.PKV_STALE_SEQUENCE:
             check(status, "free")
-        return bool(status != lib.PKV_SEQUENCE_BUSY)
+        return True
 
     def row(self, key: int) -> int:
         """The row that a key names; StaleSequence when it names none of these."""
@@ -205,6 +211,12 @@ class BlockTables(Uncopyable):
 
     # ---- steps
 
+    def new_plan(self) -> "Plan":
+        """A plan that is not open, as large as the last one and some pages more, enough for a batch
+        that goes on.
+        """
+        return Plan(self._size.plan_bytes + 512)
+
     def open(self, plan: "Plan", keys: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
 
@@ -213,8 +225,6 @@ class BlockTables(Uncopyable):
         """
         keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int64_t[]", counts)
         batch, size = (self.pool.handle, self._tables, len(keys), keys_at, counts_at), self._size
-        # As large as the last one and some pages more: enough for a batch that goes on, and no more calls.
-        plan.take_memory(size.plan_bytes + 512)
         status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
         if status == lib.PKV_PLAN_TOO_SMALL:
             plan.take_memory(size.plan_bytes)
@@ -233,11 +243,13 @@ class BlockTables(Uncopyable):
         return int(self._size.num_new_pages)
 
     def commit(self, plan: "Plan") -> None:
-        check(lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle), "commit")
+        if status := lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle):
+            check(status, "commit")
 
     def rollback(self, plan: "Plan") -> None:
         """Nothing where the plan was never opened, or has ended."""
-        check(lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle), "rollback")
+        if status := lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle):
+            check(status, "rollback")
 
     def check(self) -> None:
         """Raise InvariantViolation unless every page's references are explained by the rows."""
@@ -284,9 +296,9 @@ class Plan(Uncopyable):
 
     __slots__ = ("_buffer", "handle", "num_bytes", "num_pages", "num_tokens")
 
-    def __init__(self) -> None:
-        self.handle = _NEVER_OPENED
+    def __init__(self, num_bytes: int) -> None:
         self.num_tokens = self.num_pages = 0
+        self.take_memory(num_bytes)
 
     def take_memory(self, num_bytes: int) -> None:
         """A buffer of at least num_bytes; the plan in it is not open."""
@@ -316,9 +328,6 @@ class Plan(Uncopyable):
         """
         begin = ffi.cast("char *", pointer) - ffi.cast("char *", self.handle)
         return read_only(self._buffer.view(np.int32)[begin // 4 : begin // 4 + count])
-
-
-_NEVER_OPENED = ffi.new("pkv_plan *")
 
 
 def counts_of(new: object, num_seqs: int) -> NDArray[np.int64]:

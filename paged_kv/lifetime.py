@@ -10,11 +10,13 @@ the queue.
 Imports errors.
 """
 
+import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from contextlib import suppress
 from typing import Any, NoReturn
-from weakref import WeakSet, ref
+from weakref import ref
 
 from .errors import NotCopyable, ReentrantCall
 
@@ -34,19 +36,12 @@ class Uncopyable:
 class Ref(ref[Any]):
     """A weak reference to an owner, and `held`: what goes back when the owner is gone.
 
-    on_death : called with the Ref; a builtin such as `deque.append`, which no interrupt can enter
+    Ref(owner, on_death) calls on_death with itself when the owner is collected.  on_death must be a builtin
+    such as `deque.append`, which no interrupt can enter.
     """
 
     __slots__ = ("held",)
     held: Any
-
-    def __new__(cls, owner: object, on_death: Callable[[Any], object], held: Any) -> "Ref":
-        self = super().__new__(cls, owner, on_death)
-        self.held = held
-        return self
-
-    def __init__(self, owner: object, on_death: Callable[[Any], object], held: Any) -> None:
-        super().__init__(owner, on_death)  # type: ignore[call-arg]
 
 
 class OwnedLock:
@@ -58,27 +53,27 @@ class OwnedLock:
     that holds this lock, waiting would never end, and continuing would show half-done state.
     """
 
-    __slots__ = ("__weakref__", "_lock")
+    __slots__ = ("__weakref__", "lock")
 
     def __init__(self) -> None:
         self.renew()
-        _renewed_in_children.add(self)
+        _renew_in_children(self)
 
     def renew(self) -> None:
         # An RLock knows its owner; `taken` makes sure that it is entered once.  `taken` does not acquire it:
         # an interrupt before the `with` block begins would leave it locked.  `with` acquires it in C.
-        self._lock: Any = threading.RLock()
+        self.lock: Any = threading.RLock()
 
     @property
     def is_mine(self) -> bool:
         """Does this thread hold it?"""
-        return bool(self._lock._is_owned())
+        return bool(self.lock._is_owned())
 
     def taken(self) -> Any:
         """For `with`.  Raises: ReentrantCall."""
-        if self._lock._is_owned():
+        if self.lock._is_owned():
             raise reentrant_call()
-        return self._lock
+        return self.lock
 
 
 class RunningCalls:
@@ -95,7 +90,7 @@ class RunningCalls:
 
     def __init__(self) -> None:
         self.renew()
-        _renewed_in_children.add(self)
+        _renew_in_children(self)
 
     def renew(self) -> None:
         #: By thread; threads that have ended leave theirs to the next one of the same number.
@@ -130,13 +125,27 @@ def reentrant_call() -> ReentrantCall:
     )
 
 
-#: In a forked child, the threads that held a lock are not there to release it.
-_renewed_in_children: WeakSet[OwnedLock | RunningCalls] = WeakSet()
+# ---- in a forked child, the threads that held a lock are not there to release it
+
+#: A Ref for each lock, by a number of its own; and those whose locks are gone.
+_locks: dict[int, Ref] = {}
+_lost_locks: deque[Ref] = deque()
+_numbers = itertools.count()
+
+
+def _renew_in_children(lock: "OwnedLock | RunningCalls") -> None:
+    with suppress(IndexError):  # another thread may take the last one
+        while _lost_locks:
+            _locks.pop(_lost_locks.popleft().held, None)
+    noted = Ref(lock, _lost_locks.append)
+    noted.held = next(_numbers)
+    _locks[noted.held] = noted
 
 
 def _renew_all() -> None:
-    for lock in _renewed_in_children:
-        lock.renew()
+    for noted in list(_locks.values()):
+        if (lock := noted()) is not None:
+            lock.renew()
 
 
 if hasattr(os, "register_at_fork"):

@@ -270,8 +270,11 @@ class _Rings(Uncopyable):
             raise ArgumentError(f"seq_pos is {seq_pos}; batch entry {entry} has {seq_len} tokens so far")
         k_at, v_at = float32_pointer("K", K, *self._shapes), float32_pointer("V", V, *self._shapes)
         self._k_rows.data, self._v_rows.data = k_at, v_at
-        page_id, count = self.page_ids[entry], self.seq_lens + entry
-        check(lib.pkv_append_to_ring(self.pages, page_id, count, self._k_rows, self._v_rows), "append")
+        status = lib.pkv_append_to_ring(
+            self.pages, self.page_ids, self.seq_lens, entry, self._k_rows, self._v_rows
+        )
+        if status:
+            check(status, "append")
         self.metrics.num_appends += 1
         self.metrics.appended_bytes += self._token_bytes
 

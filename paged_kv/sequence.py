@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._binding import check, ffi, integer, lib
-from .errors import StaleSequence
+from .errors import ReentrantCall, StaleSequence
 from .lifetime import Uncopyable
 from .store import Store
 
@@ -121,9 +121,14 @@ class Sequence(Uncopyable):
         if self._key == FREED:
             store.require_open()
             raise StaleSequence("the sequence was freed already")
-        # In a finaliser or a signal handler that runs inside a call on this cache: when that call is over.
-        if not store.free_later(self._key):
-            with store.lock:
+        try:
+            lock = store.lock
+        except (
+            ReentrantCall
+        ):  # in a finaliser or a signal handler, inside a call on this cache: when that is over
+            store.free_later(self._key)
+        else:
+            with lock:
                 store.settle()
                 # A finaliser of a cycle runs after settle() has freed the cycle's sequences: then this frees
                 # nothing.

@@ -23,7 +23,7 @@ from ._binding import lib
 from .arrays import Array, array_of, read_only, rows_of
 from .attention import Append, Attention, RepeatedAttention
 from .block_table import counts_of
-from .errors import ArgumentError, LayerNotWritten, StepClosed
+from .errors import ArgumentError, LayerNotWritten, ReentrantCall, StepClosed
 from .lifetime import Uncopyable
 from .sequence import Sequence
 from .store import Store, taken
@@ -236,13 +236,18 @@ class Step(Uncopyable):
 
     def rollback(self) -> None:
         """As if the step had never been.  Raises: StepClosed, CacheClosed.  Cost: O(its new pages)."""
-        # In a finaliser or a signal handler that runs inside a call on this cache: when that call is over.
-        if self._store.roll_back_later(self._plan):
+        store = self._store
+        try:
+            lock = store.lock
+        except (
+            ReentrantCall
+        ):  # in a finaliser or a signal handler, inside a call on this cache: when that is over
+            store.roll_back_later(self._plan)
             return
-        with self._store.lock:
-            self._store.settle()
+        with lock:
+            store.settle()
             self._require_open()
-            self._store.roll_back(self._plan)
+            store.roll_back(self._plan)
 
     def __enter__(self) -> "Step":
         return self

@@ -69,11 +69,15 @@ class Store(Uncopyable):
         #: lock gives back what they hold.
         self._abandoned_plans: deque[Ref] = deque()
         self._abandoned_keys: deque[Ref] = deque()
+        self._abandon_plan, self._abandon_key = self._abandoned_plans.append, self._abandoned_keys.append
 
     @property
     def lock(self) -> Any:
         """For `with`.  Raises: ReentrantCall where this thread holds it, in a frame below."""
-        return self._lock.taken()
+        lock = self._lock.lock  # as OwnedLock.taken, which would be a call more in each step
+        if lock._is_owned():
+            raise reentrant_call()
+        return lock
 
     def reading(self) -> Any:
         """For `with`, round what only reads; also inside another call of this thread, where it yields False.
@@ -116,7 +120,8 @@ class Store(Uncopyable):
 
         is_alone : what `reading` yields
         """
-        self.require_open()
+        if self.closed:
+            self.require_open()
         if is_alone and (self._abandoned_plans or self._abandoned_keys):
             self._give_back_abandoned()
 
@@ -136,7 +141,9 @@ class Store(Uncopyable):
 
     def note_handle(self, handle: object, key: int) -> None:
         """Free the key when the handle is collected."""
-        self.handles[key] = Ref(handle, self._abandoned_keys.append, key)
+        noted = Ref(handle, self._abandon_key)
+        noted.held = key
+        self.handles[key] = noted
 
     def free(self, key: int) -> bool:
         """Give back what a key holds, which may be nothing any more; False when it stands in an open step."""
@@ -145,20 +152,19 @@ class Store(Uncopyable):
             self.handles.pop(key, None)
         return is_free
 
-    def free_later(self, key: int) -> bool:
-        """Queue a key if this thread holds the lock already, in a frame below; False if it does not."""
-        if not self._lock.is_mine:
-            return False
+    def free_later(self, key: int) -> None:
+        """Queue a key, where this thread holds the lock in a frame below."""
         if (handle := self.handles.get(key)) is not None:
             self._abandoned_keys.append(handle)
-        return True
 
     # ---- steps
 
     def open_plan(self, step: object, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> Plan:
         """Reserve what a step takes, until it ends or is collected."""
-        plan = Plan()
-        self.open_plans[id(plan)] = Ref(step, self._abandoned_plans.append, plan)
+        plan = self.tables.new_plan()
+        noted = Ref(step, self._abandon_plan)
+        noted.held = plan
+        self.open_plans[id(plan)] = noted
         try:
             self.tables.open(plan, keys, counts)
         except BaseException:
@@ -175,13 +181,10 @@ class Store(Uncopyable):
         self.tables.rollback(plan)
         self.open_plans.pop(id(plan), None)
 
-    def roll_back_later(self, plan: Plan) -> bool:
-        """Queue a plan if this thread holds the lock already, in a frame below; False if it does not."""
-        if not self._lock.is_mine:
-            return False
+    def roll_back_later(self, plan: Plan) -> None:
+        """Queue a plan, where this thread holds the lock in a frame below."""
         if (noted := self.open_plans.get(id(plan))) is not None:
             self._abandoned_plans.append(noted)
-        return True
 
     def layer(self, layer: object) -> int:
         """`layer` as an index; ArgumentError when there is no such layer."""

@@ -13,6 +13,7 @@ import faulthandler
 import gc
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -186,6 +187,29 @@ def serve(rng, signals, model):
         assert [ids.tolist() for ids in generate(model, prompts, cache=cache, **options).ids] == expected
 
 
+def build(rng, signals):
+    """Caches and managers that are interrupted while they are built or closed leave no memory behind."""
+
+    def cache():
+        paged_kv.PagedKVCache(1, 1, HEAD_DIM, memory="4MiB", num_threads=1).close()
+
+    def manager():
+        paged_kv.KVCacheManager().allocate(2**14, 1, 64, 2)
+
+    for make in (cache, manager):
+        for i in range(150):
+            signals.during(make, rng, longest=2500)
+            gc.collect() if i % 50 == 0 else None
+            if i == 50:
+                before = resident_bytes()
+    grown = resident_bytes() - before
+    assert grown < 32 << 20, grown
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 def append(rng, signals):
     """A manager's ring: every token is there whole, or not at all."""
     manager = paged_kv.KVCacheManager()
@@ -222,6 +246,7 @@ def main():
         for window in ({}, {"window": 20, "num_sink_tokens": 3}):
             Walk(rng, signals, num_threads=2, **window).run(100)
         append(rng, signals)
+        build(rng, signals)
         serve(rng, signals, model)
         num_walks += 1
     print(f"{num_walks} walks, {signals.num_raised} interrupts, {signals.num_acted} calls from a handler")

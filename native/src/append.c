@@ -130,11 +130,11 @@ pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t 
   return PKV_OK;
 }
 
-pkv_status pkv_append_to_ring(const pkv_pages *pages, int32_t page_id, int64_t *seq_len, const pkv_rows *k,
-                              const pkv_rows *v) {
-  int64_t slot = (int64_t)page_id * pages->page_size + *seq_len % pages->page_size;
+pkv_status pkv_append_to_ring(const pkv_pages *pages, const int32_t *page_ids, int64_t *seq_lens,
+                              int64_t entry, const pkv_rows *k, const pkv_rows *v) {
+  int64_t slot = (int64_t)page_ids[entry] * pages->page_size + seq_lens[entry] % pages->page_size;
   pkv_status status = pkv_append(pages, 1, &slot, k, v);
-  *seq_len += status == PKV_OK;
+  seq_lens[entry] += status == PKV_OK;
   return status;
 }
 

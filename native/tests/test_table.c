@@ -189,6 +189,6 @@ int main(void) {
   a_stray_write_into_the_tables_is_found(pool);
   assert(pkv_tables_reset(pool, &tables, 2) == PKV_OK && pkv_tables_reset(pool, &tables, 0) == PKV_OK);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
-  pkv_pool_destroy(pool);
+  pkv_pool_destroy(&pool);
   return 0;
 }

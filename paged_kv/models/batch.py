@@ -203,7 +203,7 @@ class Batch(Uncopyable):
         self, prompt: ArrayLike, max_new_tokens: int, samplers: Sequence[Sampler]
     ) -> list[Request]:
         """Queue several samples of one prompt, which run together.  Raises: as `add`."""
-        ids = prompt_ids("a prompt", prompt, self.model.config.vocab_size)
+        ids = prompt_ids("prompt", prompt, self.model.config.vocab_size)
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         limits = self.admission
         require_positions(len(ids), max_new_tokens, self.model.config.max_position_embeddings, "the model")

@@ -333,7 +333,7 @@ class BitNetModel(Uncopyable):
         Cost: the sequence's cache starts with room for 256 tokens and doubles when it is full.
         """
         num_tokens = integer("num_tokens", num_tokens, 0)
-        session, sampler = self._session(batch_idx), sampler or Sampler()
+        session, sampler = self._entry(batch_idx), sampler or Sampler()
         new = [] if prompt is None else token_ids("prompt", prompt, self.config.vocab_size).tolist()
         new_ids: list[int] = []
         with session.lock.taken():
@@ -363,11 +363,11 @@ class BitNetModel(Uncopyable):
 
     def reset_sequence(self, batch_idx: int) -> None:
         """Forget the tokens of one of the model's own sequences."""
-        session = self._session(batch_idx)
+        session = self._entry(batch_idx)
         with session.lock.taken():
             session.reset()
 
-    def _session(self, batch_idx: int) -> Session:
+    def _entry(self, batch_idx: int) -> Session:
         batch_idx = integer("batch_idx", batch_idx, 0, self.batch_size - 1)
         with self._lock.taken():
             session = self._sessions.get(batch_idx)

@@ -46,17 +46,17 @@ def test_a_sampler_that_fails_feeds_no_token_twice(model, undisturbed, at, how):
     sampler = Failing(at, how)
     with pytest.raises(how if isinstance(how, type) else ArgumentError):
         model.generate_sequence(12, 0, PROMPT, sampler=sampler)
-    assert len(model._session(0).seq) == len(PROMPT) + at - 2
+    assert len(model._entry(0).seq) == len(PROMPT) + at - 2
     rest = model.generate_sequence(13 - at, 0, sampler=sampler).tolist()
     assert rest == undisturbed[at - 1 :]
-    assert len(model._session(0).seq) == len(PROMPT) + 11
+    assert len(model._entry(0).seq) == len(PROMPT) + 11
 
 
 def test_a_sampler_that_fails_at_the_first_token_takes_the_prompt_back(model, undisturbed):
     sampler = Failing(1, RuntimeError)
     with pytest.raises(RuntimeError):
         model.generate_sequence(12, 0, PROMPT, sampler=sampler)
-    assert len(model._session(0).seq) == 0
+    assert len(model._entry(0).seq) == 0
     assert model.generate_sequence(12, 0, PROMPT, sampler=sampler).tolist() == undisturbed
 
 
@@ -121,7 +121,7 @@ def test_threads_that_want_one_sequence_take_turns(model):
     assert sorted(id for ids in results for id in ids) == sorted(
         BitNetModel.tiny().generate_sequence(40, 0).tolist()
     )
-    assert len(model._session(0).seq) == 40
+    assert len(model._entry(0).seq) == 40
 
 
 def test_a_callback_that_goes_on_with_its_own_sequence_is_refused(model):
@@ -163,6 +163,6 @@ def test_a_sequence_ends_with_the_models_positions(model):
     for _ in range(2):
         with pytest.raises(SequenceTooLong, match=str(positions)):
             model.generate_sequence(1, 0)
-    assert len(model._session(0).seq) == positions
+    assert len(model._entry(0).seq) == positions
     model.reset_sequence(0)
     assert len(model.generate_sequence(2, 0)) == 2
