@@ -199,9 +199,10 @@ def build(rng, signals):
     for make in (cache, manager):
         for i in range(150):
             signals.during(make, rng, longest=2500)
-            gc.collect() if i % 50 == 0 else None
             if i == 50:
+                gc.collect()
                 before = resident_bytes()
+    gc.collect()
     grown = resident_bytes() - before
     assert grown < 32 << 20, grown
 

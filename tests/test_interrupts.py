@@ -22,4 +22,4 @@ def test_signals_at_random_moments_lose_nothing():
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 120)
     assert done.returncode == 0, done.stderr[-3000:]
     walks, interrupts, calls = map(int, re.findall(r"\d+", done.stdout))
-    assert walks >= 1 and interrupts >= 50 and calls >= 10
+    assert walks >= 1 and interrupts >= 50 and calls >= 1

@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -19,6 +20,12 @@ static int num_tasks(void) {
   while (readdir(folder)) count++;
   closedir(folder);
   return count - 2; /* . and .. */
+}
+
+/* Does the process come to have so many threads?  One that was joined is listed for a moment longer. */
+static bool comes_to_have(int expected) {
+  for (int i = 0; i < 2000 && num_tasks() != expected; i++) usleep(1000);
+  return num_tasks() == expected;
 }
 
 typedef struct {
@@ -66,15 +73,15 @@ static void the_team_is_as_large_as_the_largest_job(void) {
   for (int i = 0; i < 10; i++) {
     handles[i] = handle_of(i + 1);
     run_a_job(handles[i], i + 1);
-    assert(num_tasks() == before + i);
+    assert(comes_to_have(before + i));
   }
   for (int i = 0; i < 10; i++) run_a_job(handles[i], i + 1);
-  assert(num_tasks() == before + 9);
+  assert(comes_to_have(before + 9));
   for (int i = 0; i < 10; i++) pkv_threads_destroy(handles[i]);
-  assert(num_tasks() == before); /* the last one ends the team */
+  assert(comes_to_have(before)); /* the last one ends the team */
   pkv_threads *again = handle_of(3);
   run_a_job(again, 3);
-  assert(num_tasks() == before + 2);
+  assert(comes_to_have(before + 2));
   pkv_threads_destroy(again);
 }
 
@@ -131,10 +138,10 @@ static void a_forked_child_has_a_team_of_its_own(void) {
   if (child == 0) {
     run_a_job(used, 3);
     run_a_job(claimed, 2);
-    int is_right = num_tasks() == 3;
+    bool is_right = comes_to_have(3);
     pkv_threads_destroy(used);
     pkv_threads_destroy(claimed);
-    _exit(is_right && num_tasks() == 1 ? 0 : 1);
+    _exit(is_right && comes_to_have(1) ? 0 : 1);
   }
   pkv_threads_release(claimed);
   int status = 1;
@@ -146,9 +153,11 @@ static void a_forked_child_has_a_team_of_its_own(void) {
 
 int main(void) {
   what_is_no_number_of_threads_is_refused();
-  the_team_is_as_large_as_the_largest_job();
-  whoever_finds_the_team_claimed_computes_alone();
+  /* ThreadSanitizer has a thread of its own, once there is a second one: it must not come while threads are
+   * counted. */
   callers_of_several_handles_do_not_mix();
+  whoever_finds_the_team_claimed_computes_alone();
+  the_team_is_as_large_as_the_largest_job();
 #ifndef __SANITIZE_THREAD__ /* which knows no threads after a fork */
   a_forked_child_has_a_team_of_its_own();
 #else
