@@ -44,13 +44,17 @@ class Step(Uncopyable):
         self._store = store
         self._seqs, keys = keys_of(seqs)
         counts = counts_of(new, len(keys))
+        self._written = bytearray(store.layout.num_layers)
         with store.lock:
             store.settle()
-            self._plan = store.open_plan(self, keys, counts)
-        self._batch = self._plan.batch
-        self._slots = self._plan.handle.slot_mapping
-        self._num_copies = self._plan.handle.num_copies
-        self._written = bytearray(store.layout.num_layers)
+            self._plan = plan = store.open_plan(self, keys, counts)
+            try:
+                handle = plan.handle
+                self._batch, self._slots = plan.batch, handle.slot_mapping
+                self._num_copies = handle.num_copies
+            except BaseException:  # an interrupt, after which nobody has this step
+                store.roll_back(plan)
+                raise
 
     # ---- what was reserved
 

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 import zlib
 
 import numpy as np
@@ -13,6 +14,40 @@ from paged_kv import _binding
 #: Inputs are fresh in every run; to see one again, set PAGED_KV_SEED to what it printed when it failed.
 SEED = int(os.environ.get("PAGED_KV_SEED") or secrets.randbits(32))
 KERNELS = paged_kv.kernels().available
+
+
+#: Of calls that are made to raise, one after the other: in `make test-long`, every one.
+STRIDE = 1 if "PAGED_KV_INTERRUPT_SECONDS" in os.environ else 17
+
+
+class Tripwire:
+    """`with tripwire:` raises at the `at`-th call of a Python function of the library, counted over all such
+    blocks.
+
+    It keeps what was raised, and so every frame that was on the way; the block ends silently then.
+    """
+
+    def __init__(self, at, error=KeyboardInterrupt):
+        self.count, self.at, self.error, self.raised = 0, at, error, []
+
+    def __call__(self, frame, event, argument):
+        path = frame.f_code.co_filename
+        if event == "call" and "paged_kv" in path and "/tests/" not in path:
+            self.count += 1
+            if self.count == self.at:
+                raise self.error("on purpose")
+
+    def __enter__(self):
+        self.before = sys.getprofile()
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        sys.setprofile(self.before)
+        if kind is self.error:
+            self.raised.append(error)
+            return True
+        return False
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import fill, make_cache, rows
+from conftest import SEED, STRIDE, Tripwire, fill, make_cache, rows
 
 import paged_kv
 from paged_kv import NotCopyable, PagedKVError, StaleSequence, lifetime
@@ -347,3 +347,87 @@ def test_finalisers_in_the_middle_of_calls_free_their_sequences(watchdog):
     gc.collect()
     assert cache.stats().num_sequences == 1 and cache.stats().num_used_pages == 0
     cache.check()
+
+
+# ---- an interrupt at every call
+
+
+def every_call(cache, rng, tripwire, live):
+    """A life of two sequences, each call by itself; `live` maps handles to the lengths that they may have."""
+
+    def values(count):
+        return rows(rng, count, 2, 32)
+
+    def grow(seqs, counts, ending):
+        for seq, count in zip(seqs, counts, strict=True):
+            live[seq] = {len(seq), len(seq) + count}
+        with tripwire, cache.step(seqs, counts) as step:
+            k = values(sum(counts))
+            step.attend(0, k, k, k)
+            step.write(0, k, k)
+            step.attend(0, k)
+            if ending == "rollback":
+                step.rollback()
+            elif ending == "commit":
+                step.commit()
+            elif ending == "raise":
+                raise ZeroDivisionError
+
+    with tripwire:
+        a = None
+        a = cache.sequence()
+    if a is None:
+        return
+    live[a] = {0}
+    grow([a], [20], "leave")
+    with tripwire:
+        forks = a.fork(2)
+        live.update((fork, {len(a)}) for fork in forks)
+    seqs = list(live)
+    for ending in ("commit", "rollback", "leave"):
+        grow(seqs, [3] * len(seqs), ending)
+    with contextlib.suppress(ZeroDivisionError):
+        grow(seqs[:1], [5], "raise")
+    with tripwire:
+        a.gather(0), a.held_positions, cache.stats(), cache.pages_needed([a], [7])
+    live[a] = {len(a), min(len(a), 4)}
+    with tripwire:
+        a.truncate(min(len(a), 4))
+    for seq in seqs[1:]:
+        with tripwire:
+            del live[seq]
+            seq.free()
+
+
+@pytest.mark.parametrize("window", [None, 10])
+def test_an_interrupt_at_any_call_loses_nothing(window, rng):
+    """The library's own calls, one after the other; with whatever was raised kept alive, and then gone."""
+
+    def run(at):
+        cache = make_cache(num_layers=1, num_pages=20, max_sequences=4, window=window)
+        tripwire, live = Tripwire(at), {}
+        with contextlib.suppress(PagedKVError):  # a step that was left open keeps its sequences busy
+            every_call(cache, rng, tripwire, live)
+        assert len(tripwire.raised) == (0 < at <= tripwire.count)
+        cache.check()
+        for seq, lengths in live.items():
+            assert len(seq) in lengths, at
+            assert not np.isnan(seq.gather(0)[0]).any(), at
+        tripwire.raised.clear()  # and with it the frames
+        assert not any(cache.stats().num_used_pages == 0 for seq in live if len(seq))
+        for seq in live:
+            cache.step([seq], [1]).rollback()  # nothing is busy any more
+        seq = None
+        live.clear()
+        gc.collect()
+        stats = cache.stats()
+        assert seq is None and stats.num_used_pages == stats.num_sequences == 0, at
+        assert not cache._store.open_plans and not cache._store.handles, at
+        cache.check()
+        cache.close()
+        return tripwire.count
+
+    num_calls = run(0)
+    assert num_calls > 200
+    for at in range(1 + SEED % STRIDE, num_calls + 1, STRIDE):
+        run(at)

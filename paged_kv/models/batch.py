@@ -32,11 +32,13 @@ from ..block_table import MOST_TOKENS
 from ..cache import PagedKVCache
 from ..errors import (
     ArgumentError,
+    CacheClosed,
     OutOfPages,
     OutOfSequences,
     SequenceBusy,
     SequenceTooLong,
     StaleSequence,
+    StepClosed,
 )
 from ..lifetime import Uncopyable
 from .bitnet import BitNetModel, GenerationReport
@@ -190,6 +192,8 @@ class Batch(Uncopyable):
         self.report = report or GenerationReport()
         #: Requests that are done and that no step has returned yet, in order.
         self._done: dict[Request, None] = {}
+        #: The cache's step that is open, until its `with` has ended it.
+        self._step: Any = None
 
     def add(self, prompt: ArrayLike, max_new_tokens: int, sampler: Sampler | None = None) -> Request:
         """Queue a request.
@@ -238,6 +242,7 @@ class Batch(Uncopyable):
         a token, and the step can be repeated.
         """
         begin = time.perf_counter_ns()
+        self._abandon_step()
         self._settle()
         self._admit()
         chosen, step = self._open(self._choose())
@@ -253,6 +258,7 @@ class Batch(Uncopyable):
                     for request in (chosen[i][0], *chosen[i][0].siblings):
                         request.draw(row)
                         num_sampled += request.error is None
+            self._step = None
             self._settle()
             self.report.count_step(num_prompt_tokens, num_sampled, time.perf_counter_ns() - begin)
         done, self._done = list(self._done), {}
@@ -260,11 +266,19 @@ class Batch(Uncopyable):
 
     def close(self) -> None:
         """Give back what the running requests hold."""
+        self._abandon_step()
         for request in list(self.running):
             self._retire(request)
         self._done.clear()
 
     # ---- the parts of a step; each may be done again after an interrupt
+
+    def _abandon_step(self) -> None:
+        """Roll back a step that an interrupt on the way into its `with`, or out of it, has left open."""
+        if self._step is not None:
+            with suppress(StepClosed, CacheClosed):
+                self._step.rollback()
+            self._step = None
 
     def _settle(self) -> None:
         """Take the ids that were drawn in steps that are committed, fork siblings, end what is done."""
@@ -330,7 +344,8 @@ class Batch(Uncopyable):
         newest = chosen[-1][0] if chosen else None
         while chosen:
             try:
-                return chosen, self.cache.step([one.seq for one, _ in chosen], [new for _, new in chosen])
+                self._step = self.cache.step([one.seq for one, _ in chosen], [new for _, new in chosen])
+                return chosen, self._step
             except OutOfPages as error:
                 # Others hold pages that admission counted on.  The newest wait; if not even the oldest can
                 # step, the newest ends, so that its pages are there for the others.
@@ -370,8 +385,7 @@ class Batch(Uncopyable):
 
     def _retire(self, request: Request) -> None:
         if request.seq is not None:  # a sibling may still wait for its prompt
-            # An interrupt on the way into a `with` may have left a step open, or somebody else has freed it:
-            # what is left goes with the handle, when the interrupt's traceback does.
+            # Somebody else may have it in a step, or have freed it: what is left goes with the handle.
             with suppress(SequenceBusy, StaleSequence):
                 request.seq.free()
             request.seq = None

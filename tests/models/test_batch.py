@@ -6,6 +6,7 @@ import contextlib
 
 import numpy as np
 import pytest
+from conftest import SEED, STRIDE, Tripwire
 
 from paged_kv import ArgumentError, OutOfPages, OutOfSequences, PagedKVCache, SequenceTooLong, StaleSequence
 from paged_kv.models import batch as batch_module
@@ -434,3 +435,38 @@ def test_generate_refuses_what_can_be_known_before_any_work(model, options, word
     with pytest.raises((ArgumentError, SequenceTooLong), match=words):
         generate(model, **({"prompts": [[5]]} | options))
     assert model.calls == before
+
+
+def run_with_a_tripwire(model, at):
+    """Serve as `run_with` does; exceptions, and with them every frame, stay alive until the end."""
+    with model.new_cache(num_pages=12, max_sequences=4) as cache:
+        batch, tripwire = new_batch(model, cache, step_tokens=40), Tripwire(at, Disturbance)
+        requests = [batch.add(GOOD[0], 2, Sampler(0.8, 0.95, 1))]
+        requests += batch.add_samples(GOOD[2], 2, [Sampler(0.8, 0.95, 10 + i) for i in range(2)])
+        done = []
+        for _ in range(30):
+            with tripwire:
+                now = None
+                done += (now := batch.step())
+            if now is None:
+                continue
+            if not (now or batch.running or batch.waiting):
+                break
+        else:
+            raise AssertionError("it never ends")
+        cache.check()
+        assert cache.stats().num_used_pages == cache.stats().num_sequences == 0
+        assert sorted(map(id, done)) == sorted(map(id, requests))
+        assert [request.error for request in requests] == [None] * 3
+        return [request.new_ids for request in requests], tripwire.count
+
+
+def test_a_step_that_raises_at_any_call_of_the_library_can_be_repeated(small_model):
+    """Not only where the batch calls: at every call below it, too, while the exceptions are kept."""
+    expected, num_calls = run_with_a_tripwire(small_model, 0)
+    assert num_calls > 300
+    for at in range(1 + SEED % STRIDE, num_calls + 1, STRIDE):
+        got, _ = run_with_a_tripwire(small_model, at)
+        # What a sampler was drawing when it was interrupted, it may draw otherwise.
+        differ = sum(mine != other for mine, other in zip(got, expected, strict=True))
+        assert differ <= 1, (at, got, expected)

@@ -1,5 +1,3 @@
-import gc
-
 import numpy as np
 import pytest
 
@@ -104,9 +102,8 @@ def test_an_interruption_that_leaves_a_step_open_does_too(model, monkeypatch, me
         monkeypatch.setattr(Step, method, interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             generate(model, prompts_of(3, LENGTHS), cache=cache)
-        assert len(calls) == 3 and cache.stats().num_used_pages > 0
-        del caught
-        gc.collect()
+        # At once, though the exception that is kept holds the step.
+        assert len(calls) == 3 and caught.value is not None
         assert cache.stats().num_used_pages == cache.stats().num_sequences == 0
         cache.check()
 
