@@ -100,3 +100,21 @@ def test_what_makes_no_sense_is_refused(capsys, folder, tmp_path):
     (folder / "config.json").unlink()
     code, shown = run(capsys, "--prompt", "x", "--model", folder)
     assert code == 2 and "config.json" in shown.err
+
+
+def test_a_prompt_that_fails_is_said_and_the_others_are_shown(capsys, monkeypatch):
+    usual = generation.generate_stream
+
+    def with_a_failure(*given, **named):
+        for index, id in usual(*given, **named):
+            if index == 0:
+                yield index, id
+        yield 1, ValueError("no pages")
+
+    monkeypatch.setattr(generation, "generate_stream", with_a_failure)
+    code, shown = run(
+        capsys, "--prompt", "import", "--prompt", "def", "--max-tokens", 3, "--json", "--no-compare"
+    )
+    assert code == 1 and "prompt 2 ended early: no pages" in shown.err
+    first, second = json.loads(shown.out)["texts"]
+    assert first and second == ""
