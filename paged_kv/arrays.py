@@ -3,7 +3,7 @@
 An array becomes an address, strides and a dtype; nothing is copied.  torch is never imported: whoever passes
 a tensor has done that.
 
-Imports _binding.  Imported by attention, step and manager.
+Imports _binding.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Attention over pages, whoever owns them: one call, its arguments held against each other; and the merging
 of parts.
 
-Imports form.  Imported by foreign and step.
+Imports form.
 """
 
 from typing import Any

@@ -15,7 +15,7 @@ Imports pool.  Imported by store.  The caller holds the cache's lock.
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,11 @@ from .lifetime import Uncopyable
 from .pool import PagePool
 
 SEQUENCE_BUSY = lib.PKV_SEQUENCE_BUSY
+#: How many new tokens each sequence of a step gets.
+Counts: TypeAlias = list[int] | NDArray[np.int64]
+#: Up to so many numbers, cffi makes an array faster than numpy.
+FEW = 32
+INT64_ARRAY = ffi.typeof("int64_t[]")
 #: Positions are int32.
 MOST_TOKENS = 2**31 - 1
 
@@ -100,7 +105,7 @@ class BlockTables(Uncopyable):
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
         self._pointers["keys"] = ffi.from_buffer("int64_t[]", self.keys)
         # Filled and read under the cache's lock, so one of each is enough.
-        self._size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
+        self.size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
         self._one_row = ffi.new("int32_t[1]")
         self._tables = ffi.new(
             "pkv_tables *",
@@ -211,20 +216,13 @@ class BlockTables(Uncopyable):
 
     # ---- steps
 
-    def new_plan(self) -> "Plan":
-        """A plan that is not open, as large as the last one and some pages more, enough for a batch
-        that goes on.
-        """
-        return Plan(self._size.plan_bytes + 512)
-
-    def open(self, plan: "Plan", keys: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    def open(self, plan: "Plan", keys: list[int], counts: Counts) -> None:
         """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
 
         Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
         Cost: one C call; O(tokens + pages of the batch).
         """
-        keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int64_t[]", counts)
-        batch, size = (self.pool.handle, self._tables, len(keys), keys_at, counts_at), self._size
+        batch, size = (self.pool.handle, self._tables, len(keys), int64s(keys), int64s(counts)), self.size
         status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
         if status == lib.PKV_PLAN_TOO_SMALL:
             plan.take_memory(size.plan_bytes)
@@ -233,14 +231,13 @@ class BlockTables(Uncopyable):
             self._refuse(status, self._refusal)
         plan.num_tokens, plan.num_pages = size.num_tokens, size.num_pages
 
-    def pages_needed(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> int:
+    def pages_needed(self, keys: list[int], counts: Counts) -> int:
         """What `plan` would take of the pool, be it there or not."""
-        keys_at, counts_at = ffi.from_buffer("int64_t[]", keys), ffi.from_buffer("int64_t[]", counts)
-        batch = (self.pool.handle, self._tables, len(keys), keys_at, counts_at)
-        status = lib.pkv_step_measure(*batch, self._size, self._refusal)
+        batch = (self.pool.handle, self._tables, len(keys), int64s(keys), int64s(counts))
+        status = lib.pkv_step_measure(*batch, self.size, self._refusal)
         if status not in (lib.PKV_OK, lib.PKV_OUT_OF_PAGES):
             self._refuse(status, self._refusal)
-        return int(self._size.num_new_pages)
+        return int(self.size.num_new_pages)
 
     def commit(self, plan: "Plan") -> None:
         if status := lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle):
@@ -330,7 +327,19 @@ class Plan(Uncopyable):
         return read_only(self._buffer.view(np.int32)[begin // 4 : begin // 4 + count])
 
 
-def counts_of(new: object, num_seqs: int) -> NDArray[np.int64]:
+def int64s(values: "Counts") -> Any:
+    """An `int64_t[]` of these; what does not fit becomes a count that the plan refuses."""
+    if not isinstance(values, list):
+        return ffi.from_buffer("int64_t[]", values)
+    try:
+        if len(values) <= FEW:
+            return ffi.new(INT64_ARRAY, values)
+        return ffi.from_buffer("int64_t[]", np.fromiter(values, np.int64, len(values)))
+    except OverflowError:
+        return ffi.new(INT64_ARRAY, [min(max(value, -1), MOST_TOKENS + 1) for value in values])
+
+
+def counts_of(new: object, num_seqs: int) -> "Counts":
     """How many new tokens each sequence gets: from ids, counts, or an integer array of counts.
 
     Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).  Counts below 1 are left for
@@ -341,10 +350,7 @@ def counts_of(new: object, num_seqs: int) -> NDArray[np.int64]:
             raise ArgumentError(f"new has {len(new)} entries for {num_seqs} sequences; give one for each")
         if list(map(type, new)).count(int) != num_seqs:
             new = [_count_of(f"new[{i}]", entry) for i, entry in enumerate(new)]
-        try:
-            return np.fromiter(new, np.int64, num_seqs)
-        except OverflowError:
-            raise ArgumentError(f"a count of new tokens is outside 1 to {MOST_TOKENS}") from None
+        return new if isinstance(new, list) else list(new)
     new = numpy_of("new", new)
     if not isinstance(new, np.ndarray):
         raise ArgumentError(f"new is {type(new).__name__}; give a list with ids or a count for each sequence")

@@ -1,6 +1,6 @@
 """The paged KV cache: pages, the sequences that own them, and the steps by which they grow.
 
-Imports step and sequence.  Imported by whoever serves a model.
+Imports step and sequence.
 """
 
 from collections.abc import Iterable

@@ -7,7 +7,7 @@ same tokens:
     concatenated   arrays that grow by a copy for each token, given the same bytes
     no cache       everything computed again for every token; measured on a few tokens
 
-Imports generate, baselines and timing.  Imported by cli.
+Imports generate, baselines and timing.
 """
 
 import argparse

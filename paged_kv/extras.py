@@ -1,7 +1,4 @@
-"""Packages that are not needed to keep a cache, imported where they are used.
-
-Imported by demo.
-"""
+"""Packages that are not needed to keep a cache, imported where they are used."""
 
 import importlib
 from types import ModuleType

@@ -1,6 +1,6 @@
 """Attention over pages that somebody else owns: in numpy arrays or torch tensors, of any page size and order.
 
-Imports attention.  Imported by the baselines, and by whoever brings pages.
+Imports attention.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 Layers pass arrays that look alike, over and over.  The first of them is asked everything (arrays.py); of the
 next ones it is enough to see that they have its form, and to take their address: a twentieth of the time.
 
-Imports arrays.  Imported by attention.
+Imports arrays.
 """
 
 import functools

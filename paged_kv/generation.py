@@ -6,7 +6,7 @@
                                     ceiling, memory; and the same without a cache, and with one that grows,
                                     measured on a few steps at the lengths that the texts have reached
 
-Imports model_bench and generate.  Imported by cli.
+Imports model_bench and generate.
 """
 
 import argparse

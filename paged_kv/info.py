@@ -1,6 +1,6 @@
 """What paged_kv finds on this machine: `paged-kv info`.
 
-Imports machine and _binding.  Imported by cli.
+Imports machine and _binding.
 """
 
 import platform

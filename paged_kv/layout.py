@@ -7,7 +7,7 @@ The pool's mapping holds, layer after layer, one block of every page; a block is
 so one thread that walks the heads of a page reads it in memory order, keys before values.  The kernels are
 given strides and know none of this.
 
-Imports errors.  Imported by store and above.
+Imports errors.
 """
 
 from dataclasses import dataclass

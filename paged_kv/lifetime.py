@@ -15,7 +15,7 @@ import os
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 from weakref import ref
 
 from .errors import NotCopyable, ReentrantCall
@@ -57,7 +57,7 @@ class OwnedLock:
 
     def __init__(self) -> None:
         self.renew()
-        _renew_in_children(self)
+        renew_in_children(self)
 
     def renew(self) -> None:
         # An RLock knows its owner; `taken` makes sure that it is entered once.  `taken` does not acquire it:
@@ -76,48 +76,6 @@ class OwnedLock:
         return self.lock
 
 
-class RunningCalls:
-    """Which threads are inside a call that must end before memory is given back.
-
-        with running.mine(): ...                a call; it waits for nobody
-        running.wait()                          until those that run have ended
-
-    Each thread has its own lock, which others hold for a moment in `wait` only.  The caller of `wait` first
-    sets a flag that makes new calls fail; calls check that flag inside `with running.mine()`.
-    """
-
-    __slots__ = ("__weakref__", "_locks")
-
-    def __init__(self) -> None:
-        self.renew()
-        _renew_in_children(self)
-
-    def renew(self) -> None:
-        #: By thread; threads that have ended leave theirs to the next one of the same number.
-        self._locks: dict[int, Any] = {}
-
-    def mine(self) -> Any:
-        """This thread's lock, for `with`."""
-        try:
-            return self._locks[threading.get_ident()]
-        except KeyError:
-            return self._locks.setdefault(threading.get_ident(), threading.RLock())
-
-    @property
-    def is_mine(self) -> bool:
-        """Is this thread inside such a call?"""
-        lock = self._locks.get(threading.get_ident())
-        return lock is not None and bool(lock._is_owned())
-
-    def wait(self) -> None:
-        """Until the calls that run have ended.  Raises: ReentrantCall when one of them is this thread's."""
-        if self.is_mine:
-            raise reentrant_call()
-        for lock in list(self._locks.values()):
-            with lock:
-                pass
-
-
 def reentrant_call() -> ReentrantCall:
     return ReentrantCall(
         "this thread is inside another call on the same object: a signal handler or a finaliser ran in the "
@@ -125,7 +83,7 @@ def reentrant_call() -> ReentrantCall:
     )
 
 
-# ---- in a forked child, the threads that held a lock are not there to release it
+# ---- forked children
 
 #: A Ref for each lock, by a number of its own; and those whose locks are gone.
 _locks: dict[int, Ref] = {}
@@ -133,7 +91,14 @@ _lost_locks: deque[Ref] = deque()
 _numbers = itertools.count()
 
 
-def _renew_in_children(lock: "OwnedLock | RunningCalls") -> None:
+class Renewed(Protocol):
+    """What has to begin anew in a forked child, where other threads are not there to end what they began."""
+
+    def renew(self) -> None: ...
+
+
+def renew_in_children(lock: Renewed) -> None:
+    """Call its `renew` in forked children, for as long as it lives."""
     with suppress(IndexError):  # another thread may take the last one
         while _lost_locks:
             _locks.pop(_lost_locks.popleft().held, None)

@@ -1,6 +1,6 @@
 """A line of a terminal that is written over again while something takes its time.
 
-Imports nothing.  Imported by the commands.
+Imports nothing.
 """
 
 import time

@@ -3,8 +3,6 @@
 A container is killed, not refused, when it crosses its memory limit, so limits are read before memory is
 taken.  Where a file is missing (another system, no container) or is not what it should be, the limit it would
 state does not apply.
-
-Imported by pool (memory), store (caches), cache and info (CPUs).
 """
 
 import os

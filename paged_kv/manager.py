@@ -14,7 +14,7 @@ each head's K and V contiguous and beginning on a cache line: 2 * num_heads * ba
 align_up(max_seq_len * head_dim * 4) bytes. It stands on pool and append alone: for many sequences of
 different lengths, and for attention, use PagedKVCache.
 
-Imports pool and _binding.  Imported by users.
+Imports pool and _binding.
 """
 
 import time

@@ -6,7 +6,7 @@ Weights are random, of the real shape: the same bytes and the same work.  Caches
 and values up to the context, so that only steps are computed that are timed: prompts of up to 512 tokens,
 then decoding.  The read ceiling is measured in the same run, and so is what the machine does without a cache.
 
-Imports timing and info.  Imported by cli and generation.
+Imports timing and info.
 """
 
 import argparse
@@ -142,7 +142,7 @@ class ModelBench:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
 
     def measure(self, batch: int, context: int) -> Row:
-        """Raises: PoolLimitError when so much memory is not there."""
+        """Raises: MemoryError when there is too little of it."""
         self.live.update(f"{self.shape}: batch {batch}, context {context}: filling the cache")
         num_pages = batch * pages_of(context + self.num_steps + 1)
         with self.model.new_cache(

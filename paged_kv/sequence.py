@@ -2,7 +2,7 @@
 
 The tokens are in pages; the handle knows its row of the block tables and nothing else.
 
-Imports store.  Imported by step and cache.
+Imports store.
 """
 
 from types import TracebackType
@@ -58,22 +58,21 @@ class Sequence(Uncopyable):
         Raises: ArgumentError, StaleSequence, CacheClosed.  Cost: copies every token.
         """
         store = self._store
-        with store.running():
-            store.require_open()
-            layer = store.layer(layer)
-            with store.reading():
-                slots = store.tables.slots(store.tables.row(self._key))
-            layout, num_heads = store.layout, store.layout.num_kv_heads
-            k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)
-            v = np.empty((len(slots), num_heads, layout.head_dim_v), np.float32)
-            status = lib.pkv_gather(
-                store.pages_of[layer],
-                len(slots),
-                ffi.from_buffer("int64_t[]", slots),
-                ffi.from_buffer("float[]", k),
-                ffi.from_buffer("float[]", v),
-            )
-            check(status, "gather")
+        store.require_open()
+        layer = store.layer(layer)
+        with store.reading():
+            slots = store.tables.slots(store.tables.row(self._key))
+        layout, num_heads = store.layout, store.layout.num_kv_heads
+        k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)
+        v = np.empty((len(slots), num_heads, layout.head_dim_v), np.float32)
+        status = lib.pkv_gather(
+            store.pages_of[layer],
+            len(slots),
+            ffi.from_buffer("int64_t[]", slots),
+            ffi.from_buffer("float[]", k),
+            ffi.from_buffer("float[]", v),
+        )
+        check(status, "gather")
         return k, v
 
     @overload

@@ -9,7 +9,7 @@ sequences are longer.  Until then nothing of it is visible, and rollback leaves 
             out = step.attend(layer, q, k, v)       one C call: writes, then attends
                                                     leaving `with` commits, an exception rolls back
 
-Imports sequence.  Imported by cache.
+Imports sequence.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import lib
+from ._binding import check, lib
 from .arrays import Array, array_of, read_only, rows_of
 from .attention import Append, Attention, RepeatedAttention
 from .block_table import counts_of
@@ -37,7 +37,17 @@ class Step(Uncopyable):
     thread; one that is collected while it is open is rolled back.
     """
 
-    __slots__ = ("__weakref__", "_batch", "_num_copies", "_plan", "_seqs", "_slots", "_store", "_written")
+    __slots__ = (
+        "__weakref__",
+        "_batch",
+        "_handle",
+        "_num_copies",
+        "_plan",
+        "_seqs",
+        "_slots",
+        "_store",
+        "_written",
+    )
     _instead = "it is one forward pass; open another one"
 
     def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
@@ -49,7 +59,7 @@ class Step(Uncopyable):
             store.settle()
             self._plan = plan = store.open_plan(self, keys, counts)
             try:
-                handle = plan.handle
+                handle = self._handle = plan.handle
                 self._batch, self._slots = plan.batch, handle.slot_mapping
                 self._num_copies = handle.num_copies
             except BaseException:  # an interrupt, after which nobody has this step
@@ -121,19 +131,20 @@ class Step(Uncopyable):
         Raises: ArgumentError, StepClosed, CacheClosed.
         """
         store = self._store
-        with store.running():
+        if store.closed:
             store.require_open()
+        if not self._handle.is_open:
             self._require_open()
-            layer = store.layer(layer)
-            pages, num_tokens = store.pages_of[layer], self._plan.num_tokens
-            append = taken(store.repeatable_appends)
-            self._copy_shared_tails(layer)
-            if not append or append.num_tokens != num_tokens or not append.repeat(pages, self._slots, k, v):
-                rows = self._new_rows(k, v)
-                append = Append((k, rows["k"]), (v, rows["v"]))
-                append.run(pages, self._slots)
-            store.repeatable_appends.append(append)
-            self._written[layer] = 1
+        layer = store.layer(layer)
+        pages, num_tokens = store.pages_of[layer], self._plan.num_tokens
+        append = taken(store.repeatable_appends)
+        self._copy_shared_tails(layer)
+        if not append or append.num_tokens != num_tokens or not append.repeat(pages, self._slots, k, v):
+            rows = self._new_rows(k, v)
+            append = Append((k, rows["k"]), (v, rows["v"]))
+            append.run(pages, self._slots)
+        store.repeatable_appends.append(append)
+        self._written[layer] = 1
 
     def attend(
         self,
@@ -172,53 +183,54 @@ class Step(Uncopyable):
         Cost: reads the keys and values of each sequence once for every block of its rows.
         """
         store = self._store
-        with store.running():
+        if store.closed:
             store.require_open()
+        if not self._handle.is_open:
             self._require_open()
-            layer = store.layer(layer)
-            if k is None or v is None:
-                if k is not v:
-                    raise ArgumentError("give k and v, or neither, to attend to what was written")
-                if not self._written[layer]:
-                    raise LayerNotWritten(f"layer {layer} has no keys and values; write them, or give them")
-            is_plain = (
-                sinks is None
-                and alibi_slopes is None
-                and return_lse is False
-                and (sm_scale is None or type(sm_scale) is float)
-                and type(logits_soft_cap) is float
-            )
-            scale = (sm_scale, logits_soft_cap)
-            if is_plain and not self._num_copies:
-                # A call that was made, whose arrays may look like these.
-                repeated = taken(store.repeatable)
-                if repeated and repeated.num_tokens == self._plan.num_tokens and repeated.scale == scale:
-                    pages = store.pages_of[layer]
-                    result = repeated.run(store.threads, pages, self._batch, self._slots, q, k, v, out)
-                    if result is not None:
-                        self._written[layer] = 1
-                        store.repeatable.append(repeated)
-                        return result
-            inputs = {} if k is None else self._new_rows(k, v)
-            call = Attention(
-                store.pages_of[layer],
-                self._plan.num_tokens,
-                (q, array_of("q", q)),
-                inputs,
-                self._slots if inputs else None,
-                sm_scale=sm_scale,
-                logits_soft_cap=logits_soft_cap,
-                sinks=sinks,
-                alibi_slopes=alibi_slopes,
-                out=out,
-                return_lse=return_lse,
-            )
-            self._copy_shared_tails(layer)
-            result = call.run(store.threads, self._batch)
-            self._written[layer] = 1
-            if is_plain and (repeated := RepeatedAttention.of(call, (q, k, v), scale)):
-                store.repeatable.append(repeated)
-            return result
+        layer = store.layer(layer)
+        if k is None or v is None:
+            if k is not v:
+                raise ArgumentError("give k and v, or neither, to attend to what was written")
+            if not self._written[layer]:
+                raise LayerNotWritten(f"layer {layer} has no keys and values; write them, or give them")
+        is_plain = (
+            sinks is None
+            and alibi_slopes is None
+            and return_lse is False
+            and (sm_scale is None or type(sm_scale) is float)
+            and type(logits_soft_cap) is float
+        )
+        scale = (sm_scale, logits_soft_cap)
+        if is_plain and not self._num_copies:
+            # A call that was made, whose arrays may look like these.
+            repeated = taken(store.repeatable)
+            if repeated and repeated.num_tokens == self._plan.num_tokens and repeated.scale == scale:
+                pages = store.pages_of[layer]
+                result = repeated.run(store.threads, pages, self._batch, self._slots, q, k, v, out)
+                if result is not None:
+                    self._written[layer] = 1
+                    store.repeatable.append(repeated)
+                    return result
+        inputs = {} if k is None else self._new_rows(k, v)
+        call = Attention(
+            store.pages_of[layer],
+            self._plan.num_tokens,
+            (q, array_of("q", q)),
+            inputs,
+            self._slots if inputs else None,
+            sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            out=out,
+            return_lse=return_lse,
+        )
+        self._copy_shared_tails(layer)
+        result = call.run(store.threads, self._batch)
+        self._written[layer] = 1
+        if is_plain and (repeated := RepeatedAttention.of(call, (q, k, v), scale)):
+            store.repeatable.append(repeated)
+        return result
 
     # ---- the end
 
@@ -278,17 +290,17 @@ class Step(Uncopyable):
         plan = self._plan.handle
         if plan.num_copies and not self._written[layer]:
             pages = self._store.pages_of[layer]
-            lib.pkv_copy_blocks(pages, plan.num_copies, plan.copied_from, plan.copied_to)
+            check(lib.pkv_copy_blocks(pages, plan.num_copies, plan.copied_from, plan.copied_to), "copy")
 
     def _require_open(self) -> None:
-        if not self._plan.handle.is_open:
+        if not self._handle.is_open:
             raise StepClosed("the step was committed or rolled back already; open another one")
 
 
-def keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], NDArray[np.int64]]:
-    """The handles, and their keys in one array; ArgumentError for anything that is no handle."""
+def keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], list[int]]:
+    """The handles, and their keys; ArgumentError for anything that is no handle."""
     try:
         handles = tuple(seqs)
-        return handles, np.fromiter([seq._key for seq in handles], np.int64, len(handles))
+        return handles, [seq._key for seq in handles]
     except (AttributeError, TypeError):
         raise ArgumentError(f"seqs is {seqs!r:.80}; give a list of what cache.sequence() returned") from None

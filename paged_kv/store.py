@@ -1,8 +1,8 @@
 """The store: what a cache, its sequences and its steps share.
 
 Pool, block tables, layout and threads, and one lock.  The lock covers bookkeeping; it is not held while
-attention runs.  Calls that read or write pages are `running` until they return, so that close() can wait for
-them.
+attention runs.  Calls that read or write pages pass a gate in C, which counts them: close() closes it, and
+waits for those that run.
 
     handles      a Ref for each sequence, by its key      recorded before its row is taken
     open_plans   a Ref for each step's plan               recorded before its pages are reserved
@@ -10,22 +10,19 @@ them.
 so nothing is lost when a handle is collected or an interrupt comes, at whatever moment.  C records which keys
 are in use and which plans are open, in the call that changes it; the dictionaries only name the owners.
 
-Imports block_table and attention.  Imported by sequence, step and cache, which hold it and not each other.
+Imports block_table and attention.
 """
 
 from collections import deque
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ._binding import DTYPE_CODES, ffi, integer, shared_threads
+from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
 from .attention import Append, RepeatedAttention
-from .block_table import BlockTables, Plan, Window
+from .block_table import BlockTables, Counts, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
-from .lifetime import OwnedLock, Ref, RunningCalls, Uncopyable, reentrant_call
+from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
 from .pool import PagePool
 
@@ -35,8 +32,7 @@ Call = TypeVar("Call")
 class Store(Uncopyable):
     """Pages for `num_pages * layout.page_size` tokens and the rows of `max_sequences` sequences.
 
-    with store.lock: store.settle() ...             bookkeeping
-    with store.running(): store.require_open() ...  a call that touches pages
+    with store.lock: store.settle() ...     bookkeeping
     """
 
     def __init__(
@@ -57,12 +53,14 @@ class Store(Uncopyable):
         #: Calls that can be repeated; whoever repeats one takes it for as long as it runs.
         self.repeatable: deque[RepeatedAttention] = deque(maxlen=4)
         self.repeatable_appends: deque[Append] = deque(maxlen=4)
+        self.gate = ffi.new("pkv_gate *")
+        renew_in_children(self)
         # All layers are read in turn, and whatever a model reads between them.
         cached_bytes = shared_cache_bytes() // 2 // layout.num_layers
         for layer in range(layout.num_layers):
             self._describe_layer(layer, num_pages, cached_bytes)
         self.closed = False
-        self._lock, self._running = OwnedLock(), RunningCalls()
+        self._lock = OwnedLock()
         self.handles: dict[int, Ref] = {}
         self.open_plans: dict[int, Ref] = {}
         #: Refs whose owners were collected, possibly while the lock was held.  The next call that takes the
@@ -86,9 +84,9 @@ class Store(Uncopyable):
         """
         return nullcontext(False) if self._lock.is_mine else self._lock.taken()
 
-    def running(self) -> Any:
-        """For `with`, round a call that touches pages; `require_open` comes first in it."""
-        return self._running.mine()
+    def renew(self) -> None:
+        """In a forked child."""
+        lib.pkv_gate_forget_others(self.gate)
 
     def _describe_layer(self, layer: int, num_pages: int, cached_bytes: int) -> None:
         layout = self.layout
@@ -109,6 +107,7 @@ class Store(Uncopyable):
             "head_dim": layout.head_dim,
             "head_dim_v": layout.head_dim_v,
             "cached_bytes": cached_bytes,
+            "gate": self.gate,
         }
 
     def require_open(self) -> None:
@@ -159,9 +158,10 @@ class Store(Uncopyable):
 
     # ---- steps
 
-    def open_plan(self, step: object, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> Plan:
+    def open_plan(self, step: object, keys: list[int], counts: Counts) -> Plan:
         """Reserve what a step takes, until it ends or is collected."""
-        plan = self.tables.new_plan()
+        # As large as the last one and some pages more: enough for a batch that goes on, and no more calls.
+        plan = Plan(self.tables.size.plan_bytes + 512)
         noted = Ref(step, self._abandon_plan)
         noted.held = plan
         self.open_plans[id(plan)] = noted
@@ -198,10 +198,8 @@ class Store(Uncopyable):
         Each part may be done again: a close that was interrupted is ended by the next one.
         """
         with self.lock:
-            if self._running.is_mine:
-                raise reentrant_call()
             self.closed = True
-        self._running.wait()
+        lib.pkv_gate_close(self.gate)
         with self.lock:
             for plan in list(self.open_plans.values()):
                 self.roll_back(plan.held)

@@ -1,6 +1,6 @@
 """Texts on their way in and out of the command line: arguments, files, tokenizers, terminals.
 
-Imports errors and extras.  Imported by the commands.
+Imports errors and extras.
 """
 
 import os

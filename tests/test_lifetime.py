@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import os
 import pickle
 import signal
 import threading
@@ -13,6 +14,8 @@ from conftest import SEED, STRIDE, Tripwire, fill, make_cache, rows
 
 import paged_kv
 from paged_kv import NotCopyable, PagedKVError, StaleSequence, lifetime
+from paged_kv import step as step_module
+from paged_kv._binding import ffi, lib
 from paged_kv.models import bitnet, generate, matrix
 
 DUPLICATIONS = {
@@ -275,42 +278,64 @@ def test_a_call_inside_another_one_works_or_raises(name, watchdog, rng):
     cache.check()
 
 
-def test_closing_from_inside_a_call_on_pages_is_refused(watchdog, rng):
+def test_closing_waits_for_calls_on_pages_and_lets_nobody_in(watchdog, rng):
+    cache = make_cache(num_layers=1)
+    seq, held = cache.sequence(), cache.sequence()
+    fill(cache, [seq], [5], rng)
+    step = cache.step([held], [3])
+    cache._store.gate.running += 1  # as a call of another thread, in C
+    is_closed = threading.Event()
+    closer = threading.Thread(target=lambda: (cache.close(), is_closed.set()))
+    closer.start()
+    assert not is_closed.wait(0.2)
+    k = np.zeros((3, 2, 32), np.float32)
+    calls = [
+        cache.sequence,
+        lambda: seq.gather(0),
+        lambda: step.write(0, k, k),
+        lambda: step.attend(0, k, k, k),
+    ]
+    for call in calls:
+        with pytest.raises(paged_kv.CacheClosed):
+            call()
+    # Behind the check of the handle, C checks again.
+    pages, slots = cache._store.pages_of[0], step._slots
+    assert lib.pkv_copy_blocks(pages, 0, ffi.NULL, ffi.NULL) == lib.PKV_CLOSED
+    assert lib.pkv_gather(pages, 3, slots, ffi.NULL, ffi.NULL) == lib.PKV_CLOSED
+    assert not is_closed.is_set() and cache._store.gate.running == 1
+    cache._store.gate.running -= 1
+    assert is_closed.wait(10)
+    closer.join(10)
+
+
+def test_a_cache_may_be_closed_in_the_middle_of_a_call(watchdog, rng, monkeypatch):
+    """By a handler, between Python's checks and C: C refuses, and reads nothing."""
     cache = make_cache(num_layers=1)
     seq = cache.sequence()
-    fill(cache, [seq], [5], rng)
-    with cache._store.running():
-        with pytest.raises(paged_kv.ReentrantCall):
-            cache.close()
-        assert len(seq) == 5 and seq.gather(0)[0].shape == (5, 2, 32)
-    cache.close()
+    step = cache.step([seq], [3])
+    k = np.zeros((3, 2, 32), np.float32)
+    usual = step_module.rows_of
 
-
-def test_closing_waits_for_the_calls_of_other_threads(watchdog):
-    cache = make_cache(num_layers=1)
-    is_inside, may_leave, is_closed = threading.Event(), threading.Event(), threading.Event()
-
-    def stay():
-        with cache._store.running():
-            is_inside.set()
-            may_leave.wait(10)
-            assert not is_closed.is_set()
-
-    def close():
+    def closing(*given):
         cache.close()
-        is_closed.set()
+        return usual(*given)
 
-    threads = [threading.Thread(target=stay), threading.Thread(target=close)]
-    threads[0].start()
-    is_inside.wait(10)
-    threads[1].start()
-    assert not is_closed.wait(0.2)
-    with pytest.raises(paged_kv.CacheClosed):  # nobody new comes in
-        cache.sequence()
-    may_leave.set()
-    assert is_closed.wait(10)
-    for thread in threads:
-        thread.join(10)
+    monkeypatch.setattr(step_module, "rows_of", closing)
+    for call in (lambda: step.attend(0, k, k, k), lambda: step.write(0, k, k)):
+        with pytest.raises(paged_kv.CacheClosed):
+            call()
+
+
+def test_a_child_of_a_fork_does_not_wait_for_calls_of_its_parent(watchdog):
+    cache = make_cache(num_layers=1)
+    cache._store.gate.running += 1  # as a call of another thread
+    child = os.fork()
+    if child == 0:
+        cache.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    cache._store.gate.running -= 1
+    cache.close()
 
 
 def test_a_close_that_was_interrupted_is_ended_by_the_next_one(monkeypatch):

@@ -305,6 +305,7 @@ def test_counts_and_ids_may_be_tensors():
             cache.step(seqs, [torch.tensor([5, -6]), 1])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at its import
 @pytest.mark.parametrize("is_repeated", [False, True])
 def test_a_tangent_is_refused_and_not_lost(is_repeated, rng):
     from torch.autograd import forward_ad

@@ -11,6 +11,8 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "gate.h"
+
 enum {
   ROWS_AHEAD = 8, /* a head's row of keys and one of values, each */
   BYTES_PAST_CACHES = 128 << 10,
@@ -29,10 +31,13 @@ static slot_address address_of(const pkv_pages *pages, int64_t slot) {
                         pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
 }
 
-void pkv_copy_blocks(const pkv_pages *pages, int64_t count, const int32_t *from, const int32_t *to) {
+pkv_status pkv_copy_blocks(const pkv_pages *pages, int64_t count, const int32_t *from, const int32_t *to) {
+  if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   for (int64_t i = 0; i < count; i++)
     memcpy(pages->k + to[i] * pages->k_page_stride, pages->k + from[i] * pages->k_page_stride,
            (size_t)pages->k_page_stride);
+  pkv_gate_leave(pages->gate);
+  return PKV_OK;
 }
 
 /* One head's values, from any dtype to any other, rounded and saturated. */
@@ -123,10 +128,12 @@ pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t 
                       const pkv_rows *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;
+  if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   int64_t token_bytes = pages->num_kv_heads * (row_bytes(pages->head_dim, pages->k_dtype) +
                                                row_bytes(pages->head_dim_v, pages->v_dtype));
   bool is_much = num_tokens * token_bytes >= BYTES_PAST_CACHES;
   pkv_write_rows(kernel, pages, num_tokens, slots, k, v, is_much && has_whole_lines(pages));
+  pkv_gate_leave(pages->gate);
   return PKV_OK;
 }
 
@@ -141,6 +148,7 @@ pkv_status pkv_append_to_ring(const pkv_pages *pages, const int32_t *page_ids, i
 pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, float *k, float *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;
+  if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   for (int64_t token = 0; token < num_tokens; token++) {
     slot_address from = address_of(pages, slots[token]);
     for (int32_t head = 0; head < pages->num_kv_heads; head++) {
@@ -150,5 +158,6 @@ pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t 
       v += pages->head_dim_v;
     }
   }
+  pkv_gate_leave(pages->gate);
   return PKV_OK;
 }

@@ -20,6 +20,7 @@
 
 #include "../include/paged_kv.h"
 #include "append.h"
+#include "gate.h"
 #include "kernels/kernel.h"
 #include "sight.h"
 #include "threads.h"
@@ -357,10 +358,10 @@ static void write_before_all(void *context, int32_t worker) {
 }
 
 /* By everybody, where there is much: a prompt's. */
-static void write_new_rows(pkv_threads *threads, int32_t num_workers, int64_t num_before, job *job) {
+static void write_new_rows(int32_t num_workers, int64_t num_before, job *job) {
   if (!job->attention->slots || !num_before) return;
   if (num_workers > 1 && num_before >= (int64_t)ROWS_WORTH_A_THREAD * num_workers)
-    pkv_threads_run(threads, num_workers, write_before_all, job);
+    pkv_threads_run(num_workers, write_before_all, job);
   else
     write_before_all(job, 0);
   atomic_store(&job->next_block, 0);
@@ -481,11 +482,8 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   pkv_cut_work(&job->work, job->blocks);
   memset(job->num_ended, 0, counts_bytes);
 
-  write_new_rows(threads, num_workers, size.num_before, job);
-  if (num_workers > 1)
-    pkv_threads_run(threads, num_workers, attend_blocks, job);
-  else
-    attend_blocks(job, 0);
+  write_new_rows(num_workers, size.num_before, job);
+  pkv_threads_run(num_workers, attend_blocks, job);
   if (!threads) free(memory);
   return PKV_OK;
 }
@@ -517,9 +515,10 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
 
+  if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   int32_t num_workers = pkv_threads_claim(threads);
-  if (num_workers == 0) return attend_with(NULL, 1, &job);
-  pkv_status status = attend_with(threads, num_workers, &job);
-  pkv_threads_release(threads);
+  pkv_status status = attend_with(num_workers ? threads : NULL, num_workers ? num_workers : 1, &job);
+  if (num_workers) pkv_threads_release(threads);
+  pkv_gate_leave(pages->gate);
   return status;
 }

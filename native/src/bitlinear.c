@@ -196,13 +196,6 @@ static void multiply_chunks(void *context, int32_t worker) {
       multiply_chunk(job, item, rows);
 }
 
-static void run(pkv_threads *threads, int32_t num_workers, void (*work)(void *, int32_t), job *job) {
-  if (num_workers > 1)
-    pkv_threads_run(threads, num_workers, work, job);
-  else
-    work(job, 0);
-}
-
 /* The bytes that a worker needs: its sums and indices, and at least what rounding needs. */
 static int64_t share_out_many(job *job, int32_t num_workers, int64_t least_bytes) {
   int64_t num_chunks = round_up(divide_up(job->num_blocks, MOST_BLOCKS_LOOKED_UP), num_workers);
@@ -237,10 +230,10 @@ static pkv_status multiply_with(pkv_threads *threads, int32_t num_workers, job *
   job->scratch = memory + shared_bytes;
   if (job->is_shared) {
     job->shared = rounded_in(job, memory);
-    run(threads, num_workers, round_shared, job);
+    pkv_threads_run(num_workers, round_shared, job);
     atomic_store(&job->next, 0);
   }
-  run(threads, num_workers, multiply_chunks, job);
+  pkv_threads_run(num_workers, multiply_chunks, job);
   if (!threads) free(memory);
   return PKV_OK;
 }

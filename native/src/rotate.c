@@ -58,10 +58,7 @@ pkv_status pkv_rotate(pkv_threads *threads, const pkv_rows *rows, int64_t num_to
   job job = {rows, num_tokens, num_heads, head_dim, positions, cosines, sines, 0};
   bool is_much = num_tokens * num_heads * head_dim * (int64_t)sizeof(float) >= BYTES_WORTH_A_THREAD;
   int32_t num_workers = is_much ? pkv_threads_claim(threads) : 0;
-  if (num_workers > 1)
-    pkv_threads_run(threads, num_workers, rotate_chunks, &job);
-  else
-    rotate_chunks(&job, 0);
+  pkv_threads_run(num_workers, rotate_chunks, &job);
   if (num_workers) pkv_threads_release(threads);
   return PKV_OK;
 }

@@ -49,9 +49,12 @@ static int64_t num_pages_seen(const pkv_tables *tables, int64_t old_len, int64_t
   return min64(tables->sink_pages, end) + (end > first ? end - first : 0);
 }
 
+/* The row that a key says, which is its own where the key was looked up already. */
+static int64_t row_in(int64_t key) { return key & ((1 << PKV_ROW_BITS) - 1); }
+
 /* The row that a key names, or -1. */
 static int64_t row_of(const pkv_tables *tables, int64_t key) {
-  int64_t row = key & ((1 << PKV_ROW_BITS) - 1);
+  int64_t row = row_in(key);
   return key > 0 && row < tables->num_rows && tables->keys[row] == key ? row : -1;
 }
 
@@ -114,12 +117,12 @@ static bool mark_shared_tails(const pkv_pool *pool, const pkv_tables *tables, in
                               const int64_t *keys) {
   bool is_any_shared = false;
   for (int64_t i = 0; i < num_seqs; i++) {
-    int64_t row = row_of(tables, keys[i]);
+    int64_t row = row_in(keys[i]);
     const int32_t *cell = shared_tail(pool, tables, row);
     if (!cell) continue;
     is_any_shared = true;
     int32_t *marks = marks_of(tables, *cell);
-    int64_t longest = marks[LONGEST] ? row_of(tables, keys[marks[LONGEST] - 1]) : -1;
+    int64_t longest = marks[LONGEST] ? row_in(keys[marks[LONGEST] - 1]) : -1;
     if (longest < 0 || tables->seq_lens[row] > tables->seq_lens[longest]) marks[LONGEST] = (int32_t)i + 1;
     marks[NUM_APPENDERS]++;
   }
@@ -136,7 +139,7 @@ static bool appends_to_copy(const pkv_pool *pool, const pkv_tables *tables, int6
 /* By cells, which are as they were when the pages were marked. */
 static void unmark_tails(const pkv_tables *tables, int64_t num_seqs, const int64_t *keys) {
   for (int64_t i = 0; i < num_seqs; i++) {
-    int64_t row = row_of(tables, keys[i]);
+    int64_t row = row_in(keys[i]);
     if (tables->seq_lens[row] % tables->page_size == 0) continue;
     int32_t *marks = marks_of(tables, *cell_of(tables, row, tables->seq_lens[row] / tables->page_size));
     marks[NUM_APPENDERS] = marks[LONGEST] = 0;
@@ -147,8 +150,7 @@ static int64_t count_copies(const pkv_pool *pool, const pkv_tables *tables, int6
                             const int64_t *keys) {
   if (!mark_shared_tails(pool, tables, num_seqs, keys)) return 0;
   int64_t num_copies = 0;
-  for (int64_t i = 0; i < num_seqs; i++)
-    num_copies += appends_to_copy(pool, tables, i, row_of(tables, keys[i]));
+  for (int64_t i = 0; i < num_seqs; i++) num_copies += appends_to_copy(pool, tables, i, row_in(keys[i]));
   unmark_tails(tables, num_seqs, keys);
   return num_copies;
 }
@@ -166,7 +168,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
     num_marked += status == PKV_OK;
   }
   for (int64_t i = 0; i < num_marked; i++) {
-    int64_t row = row_of(tables, keys[i]);
+    int64_t row = row_in(keys[i]);
     tables->reserved_lens[row] = tables->seq_lens[row];
   }
   if (status != PKV_OK) return status;
@@ -271,7 +273,7 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
   pkv_batch batch = plan->batch;
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
   for (int64_t i = 0; i < batch.num_seqs; i++) {
-    int64_t row = row_of(tables, keys[i]);
+    int64_t row = row_in(keys[i]);
     int32_t old_len = tables->seq_lens[row], new_len = old_len + (int32_t)counts[i];
     bool on_copy = any_copies && appends_to_copy(pool, tables, i, row);
     pkv_status status = reserve_row(pool, tables, row, on_copy, new_len);
@@ -397,8 +399,7 @@ static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t 
 static bool name_the_next_rows(const pkv_tables *tables, int64_t count, const int64_t *keys) {
   int32_t row = tables->free_row >= 0 ? tables->free_row : tables->num_rows;
   for (int64_t i = 0; i < count; i++, row = next_row(tables, row))
-    if (row >= tables->max_sequences || keys[i] < 0 || keys[i] >> PKV_ROW_BITS == 0 ||
-        (keys[i] & ((1 << PKV_ROW_BITS) - 1)) != row)
+    if (row >= tables->max_sequences || keys[i] < 0 || keys[i] >> PKV_ROW_BITS == 0 || row_in(keys[i]) != row)
       return false;
   return true;
 }
@@ -410,7 +411,7 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
   if (count > tables->max_sequences - tables->num_sequences) return PKV_OUT_OF_SEQUENCES;
   if (!name_the_next_rows(tables, count, keys)) return PKV_BAD_ARGUMENT;
   for (int64_t i = 0; i < count; i++) {
-    int32_t row = (int32_t)(keys[i] & ((1 << PKV_ROW_BITS) - 1));
+    int32_t row = (int32_t)row_in(keys[i]);
     if (row == tables->num_rows)
       tables->num_rows++;
     else
@@ -495,7 +496,7 @@ static pkv_status check_rows(const pkv_tables *tables) {
   int32_t num_used = 0, num_listed = 0;
   for (int32_t row = 0; row < tables->num_rows; row++) {
     int64_t key = tables->keys[row];
-    if (key < 0 || (key > 0 && (key & ((1 << PKV_ROW_BITS) - 1)) != row)) return PKV_INVARIANT;
+    if (key < 0 || (key > 0 && row_in(key) != row)) return PKV_INVARIANT;
     if (key == 0 && tables->reserved_lens[row]) return PKV_INVARIANT;
     num_used += key > 0;
   }

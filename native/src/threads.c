@@ -6,14 +6,15 @@
  *   job_number counts jobs; a worker waits until it is not the one it did last
  *   num_working is how many workers are at it; the caller, who works too, then waits until it is 0
  *   is_open says that the job may be joined: until the caller finds nothing left to do
- *   claimed, of the team and of a handle, is held from claim to release
+ *   claimed: a handle from claim to release, the team while a job of several workers runs
  *
  * A waiting thread spins for SPIN_NS, and then sleeps: a model has a hundred short jobs for a token, one
  * right after the other, and waking up takes 10 to 100 us.  No job waits for a worker to wake up: work is
  * taken in pieces, so what a late worker would have done is done when it comes, and the job is closed.
  *
- * A caller that finds the team claimed computes alone, so no job waits for another one.  Workers start at the
- * first job that has work for two.  A forked child has none of them: there, the team is empty again.
+ * A job that finds the team claimed is computed by its caller alone, so no job waits for another one. Workers
+ * start at the first job that has work for two.  A forked child has none of them: there, the team is empty
+ * again.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -30,8 +31,7 @@ struct pkv_threads {
   int32_t num_threads; /* the caller counted in */
   atomic_flag claimed;
   atomic_uint forks; /* the process's count of forks when `claimed` was last meaningful */
-  bool has_team;     /* while claimed: the team is, too */
-  void *scratch;     /* for jobs without the team */
+  void *scratch;     /* of the job that has claimed the handle, kept for the next one */
   size_t scratch_bytes;
 };
 
@@ -49,8 +49,6 @@ static struct {
   bool is_ending;
   pkv_work work;
   void *context;
-  void *scratch; /* of the job that has claimed the team */
-  size_t scratch_bytes;
 } team;
 
 static atomic_uint num_forks;
@@ -89,9 +87,6 @@ static void end_team(void) {
   for (int32_t i = 1; i <= team.num_started; i++) pthread_join(team.ids[i], NULL);
   team.num_started = 0;
   team.is_ending = false;
-  free(team.scratch);
-  team.scratch = NULL;
-  team.scratch_bytes = 0;
 }
 
 pkv_status pkv_threads_create(int32_t num_threads, pkv_threads **out) {
@@ -174,25 +169,18 @@ int32_t pkv_threads_claim(pkv_threads *threads) {
   /* In a forked child, whoever had claimed the handle is not there to release it. */
   if (threads->forks != num_forks && atomic_exchange(&threads->forks, num_forks) != num_forks)
     atomic_flag_clear(&threads->claimed);
-  if (atomic_flag_test_and_set(&threads->claimed)) return 0;
-  threads->has_team = threads->num_threads > 1 && !atomic_flag_test_and_set(&team.claimed);
-  return threads->has_team ? threads->num_threads : 1;
+  return atomic_flag_test_and_set(&threads->claimed) ? 0 : threads->num_threads;
 }
 
-void pkv_threads_release(pkv_threads *threads) {
-  if (threads->has_team) atomic_flag_clear(&team.claimed);
-  atomic_flag_clear(&threads->claimed);
-}
+void pkv_threads_release(pkv_threads *threads) { atomic_flag_clear(&threads->claimed); }
 
 void *pkv_threads_scratch(pkv_threads *threads, size_t num_bytes) {
-  void **scratch = threads->has_team ? &team.scratch : &threads->scratch;
-  size_t *scratch_bytes = threads->has_team ? &team.scratch_bytes : &threads->scratch_bytes;
-  if (num_bytes > *scratch_bytes) {
-    free(*scratch);
-    *scratch = aligned_alloc(64, (num_bytes + 63) / 64 * 64);
-    *scratch_bytes = *scratch ? num_bytes : 0;
+  if (num_bytes > threads->scratch_bytes) {
+    free(threads->scratch);
+    threads->scratch = aligned_alloc(64, (num_bytes + 63) / 64 * 64);
+    threads->scratch_bytes = threads->scratch ? num_bytes : 0;
   }
-  return *scratch;
+  return threads->scratch;
 }
 
 /* A system that gives no more threads is no error: fewer do the work. */
@@ -204,8 +192,7 @@ static void start_workers(int32_t num_workers) {
   }
 }
 
-void pkv_threads_run(pkv_threads *threads, int32_t num_workers, pkv_work work, void *context) {
-  (void)threads; /* which has claimed the team */
+static void run_with_the_team(int32_t num_workers, pkv_work work, void *context) {
   pthread_mutex_lock(&team.lock);
   team.work = work;
   team.context = context;
@@ -226,4 +213,13 @@ void pkv_threads_run(pkv_threads *threads, int32_t num_workers, pkv_work work, v
   pthread_mutex_lock(&team.lock);
   while (team.num_working > 0) pthread_cond_wait(&team.job_is_done, &team.lock);
   pthread_mutex_unlock(&team.lock);
+}
+
+void pkv_threads_run(int32_t num_workers, pkv_work work, void *context) {
+  if (num_workers < 2 || atomic_flag_test_and_set(&team.claimed)) {
+    work(context, 0); /* which takes all pieces */
+    return;
+  }
+  run_with_the_team(num_workers, work, context);
+  atomic_flag_clear(&team.claimed);
 }

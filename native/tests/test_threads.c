@@ -44,10 +44,7 @@ static void run_a_job(pkv_threads *threads, int32_t expected) {
   int32_t num_workers = pkv_threads_claim(threads);
   assert(num_workers == expected);
   count count = {0, 0, 0};
-  if (num_workers > 1)
-    pkv_threads_run(threads, num_workers, count_items, &count);
-  else
-    count_items(&count, 0);
+  pkv_threads_run(num_workers, count_items, &count);
   assert(count.done == ITEMS && count.most_worker < num_workers);
   pkv_threads_release(threads);
 }
@@ -85,25 +82,29 @@ static void the_team_is_as_large_as_the_largest_job(void) {
   pkv_threads_destroy(again);
 }
 
-static void whoever_finds_the_team_claimed_computes_alone(void) {
-  pkv_threads *a = handle_of(3), *b = handle_of(2), *alone = handle_of(1);
-  assert(pkv_threads_claim(a) == 3);
-  assert(pkv_threads_claim(a) == 0);     /* the handle itself is claimed */
-  assert(pkv_threads_claim(b) == 1);     /* another one gets no more than its caller */
-  assert(pkv_threads_claim(alone) == 1); /* and who wants no more is not in anybody's way */
+/* Within a job of the team. */
+static void run_another_job(void *context, int32_t worker) {
+  pkv_threads *other = context;
+  if (worker != 0) return;
+  int32_t num_workers = pkv_threads_claim(other);
+  assert(num_workers == 3);
+  count count = {0, 0, 0};
+  pkv_threads_run(num_workers, count_items, &count);
+  assert(count.done == ITEMS && count.most_worker == 0); /* by its caller alone */
+  pkv_threads_release(other);
+}
+
+static void a_job_that_finds_the_team_claimed_is_done_by_its_caller(void) {
+  pkv_threads *a = handle_of(2), *b = handle_of(3);
+  assert(pkv_threads_claim(a) == 2);
+  assert(pkv_threads_claim(a) == 0); /* the handle itself is claimed */
   void *of_a = pkv_threads_scratch(a, 100), *of_b = pkv_threads_scratch(b, 100);
   assert(of_a && of_b && of_a != of_b && pkv_threads_scratch(a, 50) == of_a);
-  pkv_threads_release(b);
-  pkv_threads_release(alone);
-  assert(pkv_threads_claim(b) == 1);
+  pkv_threads_run(2, run_another_job, b);
   pkv_threads_release(a);
-  assert(pkv_threads_claim(a) == 3); /* b holds its handle only */
-  pkv_threads_release(a);
-  pkv_threads_release(b);
-  run_a_job(b, 2);
+  run_a_job(b, 3);
   pkv_threads_destroy(a);
   pkv_threads_destroy(b);
-  pkv_threads_destroy(alone);
 }
 
 static void *run_many_jobs(void *argument) {
@@ -111,10 +112,7 @@ static void *run_many_jobs(void *argument) {
   for (int i = 0; i < 300; i++) {
     int32_t num_workers = pkv_threads_claim(threads);
     count count = {0, 0, 0};
-    if (num_workers > 1)
-      pkv_threads_run(threads, num_workers, count_items, &count);
-    else
-      count_items(&count, 0);
+    pkv_threads_run(num_workers, count_items, &count);
     assert(count.done == ITEMS);
     if (num_workers) pkv_threads_release(threads);
   }
@@ -157,7 +155,7 @@ int main(void) {
   /* ThreadSanitizer has a thread of its own, once there is a second one: it must not come while threads are
    * counted. */
   callers_of_several_handles_do_not_mix();
-  whoever_finds_the_team_claimed_computes_alone();
+  a_job_that_finds_the_team_claimed_is_done_by_its_caller();
   the_team_is_as_large_as_the_largest_job();
 #ifndef __SANITIZE_THREAD__ /* which knows no threads after a fork */
   a_forked_child_has_a_team_of_its_own();

@@ -5,7 +5,7 @@ call the same attention kernel over their plain arrays, described as pages of on
 then those of pages of 16, 32, 64 and 128 tokens: so all of them give the same bits, and a comparison is of
 where keys and values are kept and of nothing else.
 
-Imports foreign.  Imported by demo.
+Imports foreign.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ class ConcatenatedCache:
         return sum(seq.num_bytes for seq in self.sequences)
 
     def step(self, seqs: Sequence[ConcatenatedSequence], new: object) -> "ConcatenatedStep":
-        return ConcatenatedStep(self, seqs, counts_of(new, len(seqs)))
+        return ConcatenatedStep(self, seqs, np.asarray(counts_of(new, len(seqs))))
 
 
 class RaggedStep:

@@ -14,7 +14,7 @@ A step changes a request in two places, its sequence and its ids, and either may
 is the truth: what it does not hold yet is fed next, and an id that was drawn counts once the sequence holds
 all ids before it.  So a step that raised can be repeated, and draws nothing twice.
 
-Imports bitnet, sampling and token_ids.  Imported by generate.
+Imports bitnet, sampling and token_ids.
 """
 
 import time

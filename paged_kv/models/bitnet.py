@@ -5,7 +5,7 @@ attention, and takes the tokens of many sequences at once.
 
     ids ── embedding ── blocks ── final norm ── head (the embedding, transposed) ── logits
 
-Imports checkpoint, sampling and session.  Imported by generate.
+Imports checkpoint, sampling and session.
 """
 
 import time

@@ -1,11 +1,11 @@
 """Checkpoints: tensors under transformers' names, made the blocks of a model.
 
 A BitNet projection is stored in 2 bits with its scale, or as float master weights that are made ternary at
-load; a llama's in floats, which are rounded to 8 bits a weight, or to
-bfloat16.  Projections that share their input become
-one matrix; gate and up lie in turns of eight outputs, so that one gates the other where it is computed.
+load; a llama's in floats, which are rounded to 8 bits a weight, or to bfloat16.  Projections that share their
+input become one matrix; gate and up lie in turns of eight outputs, so that one gates the other where it is
+computed.
 
-Imports layers, json_file and tensor_file.  Imported by bitnet.
+Imports layers, json_file and tensor_file.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,6 @@
 """The shape of a model, under the names of transformers' configurations.
 
-Imports json_file.  Imported by bitnet.
+Imports json_file.
 """
 
 import dataclasses

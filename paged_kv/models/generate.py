@@ -1,6 +1,6 @@
 """Going on with many prompts at once: all of them in one batch, whole or token by token.
 
-Imports batch.  Imported by the commands.
+Imports batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
 """JSON files of other programs: read with errors that name the file, fields taken with a type and a range.
 
-Imports errors.  Imported by config and checkpoint.
+Imports errors.
 """
 
 import json

@@ -16,7 +16,7 @@ q k v, rope, attend, o, gate and up, down.
 Where keys and values live is not known here: a `KVStep` takes them and answers with attention.  A row's bits
 never depend on the other rows of the call.
 
-Imports matrix.  Imported by bitnet.
+Imports matrix.
 """
 
 from typing import Protocol

@@ -4,7 +4,7 @@ Weights are packed once into the order in which the kernels read them, in blocks
 where they are large (native/src/bitlinear.h draws it).  A call norms and rounds its rows, multiplies, scales,
 and stores, adds or gates: one C call, nothing in between is kept.
 
-Imports ternary.  Imported by layers and bitnet.
+Imports ternary.
 """
 
 from collections.abc import Callable

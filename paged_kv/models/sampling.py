@@ -1,6 +1,6 @@
 """Choosing the next token from logits: the likeliest, or at random from a seeded generator.
 
-Imports errors.  Imported by bitnet and generate.
+Imports errors.
 """
 
 import numpy as np

@@ -5,7 +5,7 @@
 
 so a step that fails has changed nothing, and the next one feeds the same tokens.
 
-Imports the cache.  Imported by bitnet.
+Imports the cache.
 """
 
 from collections.abc import Callable

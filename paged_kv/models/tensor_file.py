@@ -5,7 +5,7 @@
 Read here and not by the safetensors package, which knows no bfloat16 without torch and copies what it reads.
 A file is hostile until it has been looked at: every length and offset is held against the file's size.
 
-Imports errors and files.  Imported by checkpoint.
+Imports errors and files.
 """
 
 import json

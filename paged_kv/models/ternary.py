@@ -13,7 +13,7 @@ In a file a weight takes 2 bits (code = value + 1, four rows of W in one row of 
 
     packed row r:   bits 0-1: row r    bits 2-3: row r + out/4    bits 4-5: r + 2 out/4    ...
 
-Imports errors.  Imported by matrix and checkpoint.
+Imports errors.
 """
 
 from typing import Any, TypeAlias

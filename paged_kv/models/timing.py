@@ -1,6 +1,6 @@
 """Where the time of a model's steps goes: into its matrices, into attention, and into the rest.
 
-Imports bitnet.  Imported by the commands.
+Imports bitnet.
 """
 
 import time

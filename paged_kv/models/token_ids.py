@@ -1,6 +1,6 @@
 """Token ids as arguments: a vector of integers that a vocabulary holds.
 
-Imports errors.  Imported by bitnet, session and generate.
+Imports errors.
 """
 
 from typing import Any
