@@ -27,9 +27,9 @@ OUT_OVERLAPS = lib.PKV_OUT_OVERLAPS
 
 
 class Append:
-    """One call that writes rows of keys and values into a layer's slots, and others that look like them.
+    """One call that writes a step's keys and values into a layer's slots, and others that look like it.
 
-    pages is one layer's `pkv_pages *`, slots an `int64_t *`.
+    pages is one layer's `pkv_pages *`, plan a `pkv_plan *`.
     """
 
     __slots__ = ("_forms", "_k", "_v", "num_tokens")
@@ -42,16 +42,17 @@ class Append:
         self.num_tokens = k[1].shape[0]
         self._forms = (Form(*k), Form(*v)) if has_form(*k) and has_form(*v) else None
 
-    def run(self, pages: Any, slots: Any) -> None:
-        check(lib.pkv_append(pages, self.num_tokens, slots, self._k, self._v), "append")
+    def run(self, pages: Any, plan: Any) -> None:
+        if status := lib.pkv_step_write(pages, plan, self._k, self._v):
+            check(status, "append")
 
-    def repeat(self, pages: Any, slots: Any, k: Any, v: Any) -> bool:
+    def repeat(self, pages: Any, plan: Any, k: Any, v: Any) -> bool:
         """Write these; False, and nothing was done, when they have to be asked everything."""
         if self._forms is None:
             return False
         if not (self._forms[0].place(k, self._k) and self._forms[1].place(v, self._v)):
             return False
-        self.run(pages, slots)
+        self.run(pages, plan)
         return True
 
 

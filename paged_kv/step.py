@@ -139,10 +139,10 @@ class Step(Uncopyable):
         pages, num_tokens = store.pages_of[layer], self._plan.num_tokens
         append = taken(store.repeatable_appends)
         self._copy_shared_tails(layer)
-        if not append or append.num_tokens != num_tokens or not append.repeat(pages, self._slots, k, v):
+        if not append or append.num_tokens != num_tokens or not append.repeat(pages, self._handle, k, v):
             rows = self._new_rows(k, v)
             append = Append((k, rows["k"]), (v, rows["v"]))
-            append.run(pages, self._slots)
+            append.run(pages, self._handle)
         store.repeatable_appends.append(append)
         self._written[layer] = 1
 
@@ -287,10 +287,8 @@ class Step(Uncopyable):
 
     def _copy_shared_tails(self, layer: int) -> None:
         """Before a layer is first written: the pages that others hold too and that we append to."""
-        plan = self._plan.handle
-        if plan.num_copies and not self._written[layer]:
-            pages = self._store.pages_of[layer]
-            check(lib.pkv_copy_blocks(pages, plan.num_copies, plan.copied_from, plan.copied_to), "copy")
+        if self._num_copies and not self._written[layer]:
+            check(lib.pkv_step_copy(self._store.pages_of[layer], self._handle), "copy")
 
     def _require_open(self) -> None:
         if not self._handle.is_open:

@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -324,6 +325,48 @@ def test_a_cache_may_be_closed_in_the_middle_of_a_call(watchdog, rng, monkeypatc
     for call in (lambda: step.attend(0, k, k, k), lambda: step.write(0, k, k)):
         with pytest.raises(paged_kv.CacheClosed):
             call()
+
+
+@pytest.mark.parametrize("ending", ["rollback", "commit"])
+@pytest.mark.parametrize("call", ["attend", "write", "repeated attend", "repeated write"])
+def test_a_step_that_a_handler_ends_in_the_middle_of_a_call_writes_nothing(
+    ending, call, watchdog, rng, monkeypatch
+):
+    """Its pages may be another sequence's by the time that C is called."""
+    cache = make_cache(num_layers=1, num_pages=1)
+    seq, other = cache.sequence(), cache.sequence()
+    step = cache.step([seq], [3])
+    k, theirs = rows(rng, 3, 2, 32), rows(rng, 3, 2, 32)
+    if "repeated" in call or ending == "commit":
+        step.attend(0, k, k, k)
+        step.write(0, k, k)
+    written = []
+
+    def handler():
+        """Ends the step, and gives its only page to another sequence."""
+        if not step._plan.is_open:
+            return
+        getattr(step, ending)()
+        seq.reset()
+        with cache.step([other], [3]) as mine:
+            mine.write(0, theirs, theirs)
+        written.append(other.gather(0)[0])
+
+    def strike(frame, event, argument):
+        if event == "call" and frame.f_code.co_name in ("layer", "run", "repeat", "rows_of", "_new_rows"):
+            sys.setprofile(None)
+            handler()
+
+    run = step.attend if "attend" in call else step.write
+    given = (0, k, k, k) if "attend" in call else (0, k, k)
+    sys.setprofile(strike)
+    try:
+        with pytest.raises(paged_kv.StepClosed):
+            run(*given)
+    finally:
+        sys.setprofile(None)
+    assert written
+    np.testing.assert_array_equal(other.gather(0)[0], theirs)
 
 
 def test_a_child_of_a_fork_does_not_wait_for_calls_of_its_parent(watchdog):

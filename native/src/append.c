@@ -137,6 +137,17 @@ pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t 
   return PKV_OK;
 }
 
+pkv_status pkv_step_write(const pkv_pages *pages, const pkv_plan *plan, const pkv_rows *k,
+                          const pkv_rows *v) {
+  if (!plan->is_open) return pkv_why_closed(pages->gate);
+  return pkv_append(pages, plan->batch.qo_indptr[plan->batch.num_seqs], plan->slot_mapping, k, v);
+}
+
+pkv_status pkv_step_copy(const pkv_pages *pages, const pkv_plan *plan) {
+  if (!plan->is_open) return pkv_why_closed(pages->gate);
+  return pkv_copy_blocks(pages, plan->num_copies, plan->copied_from, plan->copied_to);
+}
+
 pkv_status pkv_append_to_ring(const pkv_pages *pages, const int32_t *page_ids, int64_t *seq_lens,
                               int64_t entry, const pkv_rows *k, const pkv_rows *v) {
   int64_t slot = (int64_t)page_ids[entry] * pages->page_size + seq_lens[entry] % pages->page_size;

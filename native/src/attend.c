@@ -515,6 +515,7 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
 
+  if (batch->is_open && !*batch->is_open) return pkv_why_closed(pages->gate);
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   int32_t num_workers = pkv_threads_claim(threads);
   pkv_status status = attend_with(num_workers ? threads : NULL, num_workers ? num_workers : 1, &job);

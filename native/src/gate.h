@@ -25,4 +25,9 @@ static inline bool pkv_gate_enter(pkv_gate *gate) {
   return false;
 }
 
+/* Why a plan of these pages is not open: the cache was closed, or the step has ended. */
+static inline pkv_status pkv_why_closed(const pkv_gate *gate) {
+  return gate && __atomic_load_n(&gate->is_closed, __ATOMIC_SEQ_CST) ? PKV_CLOSED : PKV_STEP_CLOSED;
+}
+
 #endif

@@ -311,6 +311,7 @@ pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
   if (status != PKV_OK) return status;
   if (size->plan_bytes > plan_bytes) return PKV_PLAN_TOO_SMALL;
   *plan = lay_out(tables, (char *)(plan + 1), num_seqs, size);
+  plan->batch.is_open = &plan->is_open;
   if (size->num_copies) mark_shared_tails(pool, tables, num_seqs, keys);
   status = plan_rows(pool, tables, keys, counts, size->num_copies > 0, plan);
   if (size->num_copies) unmark_tails(tables, num_seqs, keys);
