@@ -17,7 +17,7 @@ KERNELS = paged_kv.kernels().available
 
 
 #: Of calls that are made to raise, one after the other: in `make test-long`, every one.
-STRIDE = 1 if "PAGED_KV_INTERRUPT_SECONDS" in os.environ else 17
+STRIDE = 1 if "PAGED_KV_INTERRUPT_SECONDS" in os.environ else 41
 
 
 class Tripwire:
