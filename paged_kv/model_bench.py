@@ -279,7 +279,8 @@ def table(rows: list[Row]) -> list[str]:
         ("attention", lambda row: f"{row.attention_ms:,.1f}"),
         ("rest", lambda row: f"{row.rest_ms:,.1f}"),
         ("MiB/step", lambda row: f"{row.bytes_per_step / 2**20:,.0f}"),
-        ("of reads", lambda row: f"{100 * row.read_fraction:.0f} %"),
+        # More than memory gives comes from the CPU's cache, and is no share of memory's ceiling.
+        ("of reads", lambda row: "cached" if row.read_fraction > 1 else f"{100 * row.read_fraction:.0f} %"),
         ("cache MiB", lambda row: f"{row.cache_bytes / 2**20:,.0f}"),
     ]
     if any(row.recompute_speedup is not None for row in rows):

@@ -102,6 +102,12 @@ def test_what_makes_no_sense_is_refused(capsys, folder, tmp_path):
     assert code == 2 and "config.json" in shown.err
 
 
+def test_what_stays_in_the_cpus_cache_is_no_share_of_memorys_ceiling():
+    assert generation.share_of_reads(0.84) == "84 % of the read ceiling"
+    assert generation.share_of_reads(1.0) == "100 % of the read ceiling"
+    assert "%" not in generation.share_of_reads(1.3) and "cache" in generation.share_of_reads(1.3)
+
+
 def test_a_prompt_that_fails_is_said_and_the_others_are_shown(capsys, monkeypatch):
     usual = generation.generate_stream
 
