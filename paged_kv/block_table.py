@@ -222,7 +222,7 @@ class BlockTables(Uncopyable):
         Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
         Cost: one C call; O(tokens + pages of the batch).
         """
-        batch, size = (self.pool.handle, self._tables, len(keys), int64s(keys), int64s(counts)), self.size
+        batch, size = (self.pool.handle, self._tables, len(keys), *int64s(keys, counts)), self.size
         status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
         if status == lib.PKV_PLAN_TOO_SMALL:
             plan.take_memory(size.plan_bytes)
@@ -233,7 +233,7 @@ class BlockTables(Uncopyable):
 
     def pages_needed(self, keys: list[int], counts: Counts) -> int:
         """What `plan` would take of the pool, be it there or not."""
-        batch = (self.pool.handle, self._tables, len(keys), int64s(keys), int64s(counts))
+        batch = (self.pool.handle, self._tables, len(keys), *int64s(keys, counts))
         status = lib.pkv_step_measure(*batch, self.size, self._refusal)
         if status not in (lib.PKV_OK, lib.PKV_OUT_OF_PAGES):
             self._refuse(status, self._refusal)
@@ -327,16 +327,24 @@ class Plan(Uncopyable):
         return read_only(self._buffer.view(np.int32)[begin // 4 : begin // 4 + count])
 
 
-def int64s(values: "Counts") -> Any:
-    """An `int64_t[]` of these; what does not fit becomes a count that the plan refuses."""
-    if not isinstance(values, list):
-        return ffi.from_buffer("int64_t[]", values)
+def int64s(keys: list[int], counts: "Counts") -> tuple[Any, Any]:
+    """Keys and counts as C takes them; a count that does not fit becomes one that the plan refuses.
+
+    The second may lie in the first, which is to be held as long.
+    """
+    if not isinstance(counts, list):
+        return int64_array(keys), ffi.from_buffer("int64_t[]", counts)
     try:
-        if len(values) <= FEW:
-            return ffi.new(INT64_ARRAY, values)
-        return ffi.from_buffer("int64_t[]", np.fromiter(values, np.int64, len(values)))
+        both = int64_array(keys + counts)
     except OverflowError:
-        return ffi.new(INT64_ARRAY, [min(max(value, -1), MOST_TOKENS + 1) for value in values])
+        both = int64_array(keys + [min(max(count, -1), MOST_TOKENS + 1) for count in counts])
+    return both, both + len(keys)
+
+
+def int64_array(values: list[int]) -> Any:
+    if len(values) <= FEW:
+        return ffi.new(INT64_ARRAY, values)
+    return ffi.from_buffer("int64_t[]", np.fromiter(values, np.int64, len(values)))
 
 
 def counts_of(new: object, num_seqs: int) -> "Counts":
