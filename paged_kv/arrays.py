@@ -137,7 +137,9 @@ def _address_of_values(name: str, tensor: Any) -> int:
 
 
 def _require_plain(name: str, tensor: Any) -> None:
-    """ArgumentError for tensors that are elsewhere, or whose operations are somebody else's."""
+    """ArgumentError for tensors that are not strided CPU tensors, or that dispatch their
+    operations elsewhere.
+    """
     torch = sys.modules["torch"]
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         raise ArgumentError(f"{name} is on {tensor.device}, {tensor.layout}; it must be a strided CPU tensor")

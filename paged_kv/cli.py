@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return generation.run(options)
             return demo.run(options)
     except BrokenPipeError:
-        # Whoever reads has gone (`| head`).  Python would flush again at exit, and say so.
+        # The reader has closed the pipe (`| head`).  Python would flush again at exit, and report it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (PagedKVError, ImportError, OSError, MemoryError) as error:

@@ -1,7 +1,7 @@
 /* A gate before a cache's pages: calls that run on them are counted, and closing waits until they have left.
  *
  *   running    calls between enter and leave
- *   is_closed  set once; nobody enters after it
+ *   is_closed  set once; no call enters after it
  *
  * A call counts itself first and reads is_closed then; closing sets is_closed first and reads running then:
  * so one of the two sees the other. */
@@ -16,7 +16,7 @@ static inline void pkv_gate_leave(pkv_gate *gate) {
   if (gate) __atomic_sub_fetch(&gate->running, 1, __ATOMIC_SEQ_CST);
 }
 
-/* False when the gate is closed.  NULL, of pages that are nobody's to close, is always open. */
+/* False when the gate is closed.  NULL, of pages that no cache owns, is always open. */
 static inline bool pkv_gate_enter(pkv_gate *gate) {
   if (!gate) return true;
   __atomic_add_fetch(&gate->running, 1, __ATOMIC_SEQ_CST);

@@ -370,7 +370,7 @@ static bool is_busy(const pkv_tables *tables, int32_t row) {
   return tables->reserved_lens[row] != tables->seq_lens[row];
 }
 
-/* The free row after `row`: the next of the list, then those that nobody has used yet. */
+/* The free row after `row`: the next of the list, then those that were never used. */
 static int32_t next_row(const pkv_tables *tables, int32_t row) {
   if (row >= tables->num_rows) return row + 1;
   int32_t next = tables->next_free[row];

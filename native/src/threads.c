@@ -1,6 +1,6 @@
 /* The process's team of threads: one job at a time, workers asleep in between.
  *
- *   team      the workers; it grows to the most that a job has asked for, and ends with the last handle
+ *   team      the workers; it grows to the largest num_workers of a job, and ends with the last handle
  *   handle    a pkv_threads: how many of the team its jobs may use, and scratch memory of its own
  *
  *   job_number counts jobs; a worker waits until it is not the one it did last
@@ -166,7 +166,7 @@ static void *work_until_the_end(void *argument) {
 
 int32_t pkv_threads_claim(pkv_threads *threads) {
   if (!threads) return 0;
-  /* In a forked child, whoever had claimed the handle is not there to release it. */
+  /* In a forked child, the thread that had claimed the handle does not exist. */
   if (threads->forks != num_forks && atomic_exchange(&threads->forks, num_forks) != num_forks)
     atomic_flag_clear(&threads->claimed);
   return atomic_flag_test_and_set(&threads->claimed) ? 0 : threads->num_threads;

@@ -127,7 +127,7 @@ static void callers_of_several_handles_do_not_mix(void) {
   for (int i = 0; i < 3; i++) pkv_threads_destroy(handles[i]);
 }
 
-/* The child has no workers and nobody's claims; it starts its own. */
+/* The child has neither workers nor claims; it starts its own. */
 static void a_forked_child_has_a_team_of_its_own(void) {
   pkv_threads *used = handle_of(3), *claimed = handle_of(2);
   run_a_job(used, 3);

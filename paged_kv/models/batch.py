@@ -1,7 +1,7 @@
 """Serving many prompts at once: continuous batching over one cache.
 
 A request waits, runs and is done.  Every step takes the next token of each request that is past its prompt,
-and fills up with chunks of the prompts of others, so that nobody waits for a long prompt to pass:
+and fills up with chunks of other prompts, so that no request waits for a long prompt to pass:
 
     step 1   [a: prompt ............]
     step 2   [a: token][b: prompt .....]

@@ -62,9 +62,6 @@ class Checkpoint:
         self.tensors, self.where = tensors, where
         self._taken: set[str] = set()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
     def raw(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
         try:
             array = self.tensors[name]
