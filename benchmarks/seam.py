@@ -3,7 +3,8 @@
     python benchmarks/seam.py [--json] [--toy]
 
 Rows: one call of a layer, on one sequence of one token so that next to nothing is computed; its time, that
-of the C function with the same arguments, and the difference.
+of the C function with the same arguments, and the difference.  Two steps in turn are micro-batches: the time
+of a call when the calls of two open steps alternate, and layers in turn have two scales.
 """
 
 import functools
@@ -25,15 +26,25 @@ def main() -> None:
     row = np.zeros((1, 1, 8), np.float32)
     out = np.zeros_like(row)
     rows = []
-    with paged_kv.PagedKVCache(1, 1, 8, num_pages=1, page_size=16, num_threads=1) as cache:
-        step = cache.step([cache.sequence()], [1])
+    with paged_kv.PagedKVCache(1, 1, 8, num_pages=2, page_size=16, num_threads=1) as cache:
+        step, other = (cache.step([cache.sequence()], [count]) for count in (1, 2))
+        rows_of_other = np.zeros((2, 1, 8), np.float32)
+
+        def in_turn() -> None:
+            step.attend(0, row, row, row)
+            other.attend(0, rows_of_other, rows_of_other, rows_of_other)
+
+        def scales_in_turn() -> None:
+            step.attend(0, row, row, row, sm_scale=0.25)
+            step.attend(0, row, row, row, sm_scale=0.5)
+
         step.attend(0, row, row, row)
         store = cache._store
-        attention, pages = store.repeatable[-1]._arguments, store.pages_of[0]
+        attention, pages = step._calls["write and attend"]._arguments, store.pages(0)
         given = ffi.new("pkv_rows *")
         set_rows(given, array_of("row", row))
-        attend = functools.partial(lib.pkv_attend, store.threads, pages, step._batch, attention)
-        write = functools.partial(lib.pkv_append, pages, 1, step._slots, given, given)
+        attend = functools.partial(lib.pkv_step_attend, store.threads, pages, step._handle, attention)
+        write = functools.partial(lib.pkv_step_write, pages, step._handle, given, given)
         calls: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
             ("attend(layer, q, k, v, out=)", lambda: step.attend(0, row, row, row, out=out), attend),
             ("attend(layer, q, k, v)", lambda: step.attend(0, row, row, row), attend),
@@ -42,8 +53,15 @@ def main() -> None:
         for name, python, c in progress(calls, "seam"):
             whole, inner = us_of(timer, python), us_of(timer, c)
             over = round(whole - inner, 2)
-            rows.append({"call": name, "us": whole, "us_of_c": inner, "us_over_c": over})
-        step.rollback()
+            rows.append({"call": name, "us": whole, "us_of_c": inner, "us_over_c": over, "of_apart": "-"})
+        attend_of_other = functools.partial(other.attend, 0, rows_of_other, rows_of_other, rows_of_other)
+        apart = (rows[1]["us"] + us_of(timer, attend_of_other)) / 2
+        for name, both in (("two steps in turn", in_turn), ("two scales in turn", scales_in_turn)):
+            us = round(us_of(timer, both) / 2, 2)
+            ratio = round(us / apart, 2)
+            rows.append(
+                {"call": f"attend, {name}", "us": us, "us_of_c": "-", "us_over_c": "-", "of_apart": ratio}
+            )
     show(rows, options.json)
 
 

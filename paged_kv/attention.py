@@ -1,7 +1,7 @@
-"""Attention over pages, whoever owns them: one call, its arguments held against each other; and the merging
+"""Calls of append and attention: validated, run, and repeated while the arrays look the same; and the merging
 of parts.
 
-Imports form.
+Imports array_template.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 from numpy import ndarray
 
 from ._binding import FLOAT32_MAX, check, ffi, lib, real
+from .array_template import ArrayTemplate, template_of
 from .arrays import (
     Array,
     array_of,
@@ -18,54 +19,72 @@ from .arrays import (
     head_values,
     is_tensor,
     output,
+    rows_of,
     set_rows,
 )
-from .errors import ArgumentError
-from .form import Form, has_form
+from .errors import ArgumentError, LayerNotWritten
 
 OUT_OVERLAPS = lib.PKV_OUT_OVERLAPS
 
+#: sm_scale, logits_soft_cap, sinks, alibi_slopes and return_lse, as `Step.attend` takes them.
+Options = tuple[Any, Any, Any, Any, Any]
 
-class Append:
-    """One call that writes a step's keys and values into a layer's slots, and others that look like it.
 
-    pages is one layer's `pkv_pages *`, plan a `pkv_plan *`.
+class PreparedAppend:
+    """A validated call that writes one layer of a step's keys and values.
+
+    Parameters
+    ----------
+    pages : a `pkv_pages *`, of any layer of the cache
+    num_tokens : of the step
+    k, v : as `Step.write` takes them
+
+    `repeat` runs it with other arrays, for steps of num_tokens in the same cache: a quarter of the time when
+    they look the same.
     """
 
-    __slots__ = ("_forms", "_k", "_v", "num_tokens")
+    __slots__ = ("_k", "_k_template", "_v", "_v_template")
 
-    def __init__(self, k: tuple[Any, Array], v: tuple[Any, Array]) -> None:
-        """k and v are arrays and their descriptions."""
+    def __init__(self, pages: Any, num_tokens: int, k: Any, v: Any) -> None:
+        k_rows, v_rows = new_rows(pages, num_tokens, k, v).values()
         self._k, self._v = ffi.new("pkv_rows *"), ffi.new("pkv_rows *")
-        set_rows(self._k, k[1])
-        set_rows(self._v, v[1])
-        self.num_tokens = k[1].shape[0]
-        self._forms = (Form(*k), Form(*v)) if has_form(*k) and has_form(*v) else None
+        set_rows(self._k, k_rows)
+        set_rows(self._v, v_rows)
+        self._k_template, self._v_template = template_of(k, k_rows), template_of(v, v_rows)
 
     def run(self, pages: Any, plan: Any) -> None:
+        """Write into the slots of plan, a `pkv_plan *`.  Raises: StepClosed, CacheClosed."""
         if status := lib.pkv_step_write(pages, plan, self._k, self._v):
-            check(status, "append")
+            check(status, "write")
 
     def repeat(self, pages: Any, plan: Any, k: Any, v: Any) -> bool:
-        """Write these; False, and nothing was done, when they have to be asked everything."""
-        if self._forms is None:
+        """Write these arrays; False, and nothing was done, when they have to be validated in full."""
+        k_template, v_template = self._k_template, self._v_template
+        if k_template is None or v_template is None:
             return False
-        if not (self._forms[0].place(k, self._k) and self._forms[1].place(v, self._v)):
+        if not (k_template.bind(k, self._k) and v_template.bind(v, self._v)):
             return False
-        self.run(pages, plan)
+        if status := lib.pkv_step_write(pages, plan, self._k, self._v):
+            check(status, "write")
         return True
 
 
-class Attention:
-    """One call of attention, checked and ready to run: `pkv_attention` and what it points to.
+def new_rows(pages: Any, num_tokens: int, k: object, v: object) -> dict[str, Array]:
+    """Describe one layer's keys and values of a step."""
+    return {
+        "k": rows_of("k", k, (num_tokens, pages.num_kv_heads, pages.head_dim)),
+        "v": rows_of("v", v, (num_tokens, pages.num_kv_heads, pages.head_dim_v)),
+    }
 
-    pages is one layer's `pkv_pages *`; q is an array and its description, of num_tokens rows.  With slots, an
-    `int64_t *`, the rows `inputs["k"]` and `inputs["v"]` are written there first; out must not overlap any of
-    the inputs.
-    The other parameters are those of `Step.attend`.
+
+class Attention:
+    """A validated `pkv_attention`, and what it points to.
+
+    pages is a `pkv_pages *`; q is an array and its description, of num_tokens rows; out must not overlap any
+    of the inputs.  The other parameters are those of `Step.attend`.
     """
 
-    __slots__ = ("_arguments", "_kept", "_pages", "_rows", "lse", "out")
+    __slots__ = ("_kept", "arguments", "lse", "out", "out_rows")
 
     def __init__(
         self,
@@ -73,45 +92,32 @@ class Attention:
         num_tokens: int,
         q: tuple[Any, Array],
         inputs: dict[str, Array],
-        slots: Any = None,
-        *,
-        sm_scale: object,
-        logits_soft_cap: object,
-        sinks: object,
-        alibi_slopes: object,
         out: Any,
-        return_lse: object,
+        options: Options,
     ) -> None:
+        _, _, sinks, alibi_slopes, return_lse = options
         num_kv_heads, head_dim, head_dim_v = pages.num_kv_heads, pages.head_dim, pages.head_dim_v
         q_array, q_rows = q
         num_q_heads = _num_q_heads(q_rows, num_tokens, num_kv_heads, head_dim)
-        arguments = self._arguments = ffi.new("pkv_attention *")
+        arguments = self.arguments = ffi.new("pkv_attention *")
         arguments.num_q_heads = num_q_heads
-        arguments.sm_scale = head_dim**-0.5 if sm_scale is None else real("sm_scale", sm_scale)
-        if logits_soft_cap != 0.0 or type(logits_soft_cap) is not float:
-            arguments.logits_soft_cap = real("logits_soft_cap", logits_soft_cap, least=0.0)
-        self._pages = pages
-        self._kept: list[Any] = []  # what else has to stay for as long as the call runs
+        set_scales(arguments, head_dim, options)
+        self._kept: list[Any] = []  # pointers that `arguments` does not keep alive
         if sinks is not None:
             floats = head_values("sinks", sinks, num_q_heads, least=-np.inf)
             arguments.sinks = self._keep(ffi.from_buffer("float[]", floats))
         if alibi_slopes is not None:
             floats = head_values("alibi_slopes", alibi_slopes, num_q_heads, least=-FLOAT32_MAX)
             arguments.alibi_slopes = self._keep(ffi.from_buffer("float[]", floats))
-        if slots is not None:
-            arguments.slots = slots
-            set_rows(arguments.k, inputs["k"])
-            set_rows(arguments.v, inputs["v"])
         shape = (num_tokens, num_q_heads, head_dim_v)
         if out is None:
             self.out = empty_like(q_array, shape)
-            out_rows = array_of("out", self.out)
+            self.out_rows = array_of("out", self.out)
         else:
             self.out = out
-            out_rows = output("out", out, shape, q_rows, {"q": q_rows, **inputs})
+            self.out_rows = output("out", out, shape, q_rows, {"q": q_rows, **inputs})
         set_rows(arguments.q, q_rows)
-        set_rows(arguments.out, out_rows)
-        self._rows = (q_rows, out_rows, inputs)
+        set_rows(arguments.out, self.out_rows)
         if type(return_lse) is not bool:
             raise ArgumentError(f"return_lse must be True or False, not {return_lse!r:.60}")
         self.lse = None
@@ -123,70 +129,125 @@ class Attention:
         self._kept.append(pointer)
         return pointer
 
-    def run(self, threads: Any, batch: Any) -> Any:
-        """Attend: q's rows are those of `batch`, a `pkv_batch *`.  Returns: out, or (out, lse)."""
-        check(lib.pkv_attend(threads, self._pages, batch, self._arguments), "attend")
+    @property
+    def result(self) -> Any:
+        """out, or (out, lse)."""
         return self.out if self.lse is None else (self.out, self.lse)
 
 
-class RepeatedAttention:
-    """A call that was made, for the next ones whose arrays look like its own: of these, addresses are all
-    that has to be set, which takes a quarter of the time.
+class PreparedAttention:
+    """A validated call of a step's attention, with or without new keys and values.
 
-    Calls with sinks, slopes or an lse and those with unusual arrays are not repeated: `of` returns None.
+    Parameters
+    ----------
+    pages : a `pkv_pages *`, of any layer of the cache
+    num_tokens : of the step
+    q, k, v, out, options : as `Step.attend` takes them; k and v may both be None
+
+    `repeat` runs it with other arrays, for steps of num_tokens in the same cache: a tenth of the time when
+    they look the same.  Calls with sinks, slopes or an lse are not repeated, nor those of unusual arrays:
+    `can_repeat` is False.
     """
 
-    __slots__ = ("_arguments", "_forms", "_rows", "_spans", "num_tokens", "scale")
+    __slots__ = ("_arguments", "_byte_lengths", "_call", "_head_dim", "_rows", "_scales", "_templates")
 
-    def __init__(self, call: Attention, forms: tuple[Any, ...], scale: tuple[Any, Any]) -> None:
-        arguments = self._arguments = call._arguments
+    def __init__(
+        self, pages: Any, num_tokens: int, q: Any, k: Any, v: Any, out: Any, options: Options
+    ) -> None:
+        q_rows = array_of("q", q)
+        inputs = {} if k is None else new_rows(pages, num_tokens, k, v)
+        call = self._call = Attention(pages, num_tokens, (q, q_rows), inputs, out, options)
+        arguments = self._arguments = call.arguments
+        if k is not None:
+            arguments.has_rows = 1
+            set_rows(arguments.k, inputs["k"])
+            set_rows(arguments.v, inputs["v"])
         self._rows = (arguments.q, arguments.k, arguments.v, arguments.out)
-        self._forms = forms
-        self.scale = scale
-        self.num_tokens = call._rows[0].shape[0]
-        self._spans = ffi.new("int64_t[4]", [0 if form is None else form.span for form in forms])
-        arguments.spans = self._spans
+        self._head_dim, self._scales = pages.head_dim, options[:2]
+        self._templates = self._new_templates((q, k, v), q_rows, inputs, options)
 
-    @classmethod
-    def of(
-        cls, call: Attention, arrays: tuple[Any, Any, Any], scale: tuple[Any, Any]
-    ) -> "RepeatedAttention | None":
-        """`arrays` are its q, k and v, `scale` its sm_scale and logits_soft_cap, as they were given."""
-        # The next result is of the form of this one; without `out` it must be of q's kind.
-        if call._kept or call.lse is not None or is_tensor(call.out) != is_tensor(arrays[0]):
+    def _new_templates(
+        self, arrays: tuple[Any, Any, Any], q_rows: Array, inputs: dict[str, Array], options: Options
+    ) -> tuple[ArrayTemplate | None, ...] | None:
+        out = self._call.out
+        # `repeat` without out makes one of q's kind.
+        if not is_plain(options) or is_tensor(out) != is_tensor(arrays[0]):
             return None
-        q_rows, out_rows, inputs = call._rows
-        described = (q_rows, inputs.get("k"), inputs.get("v"), out_rows)
-        pairs = list(zip((*arrays, call.out), described, strict=True))
-        if not all(rows is None or has_form(array, rows) for array, rows in pairs):
+        described = (q_rows, inputs.get("k"), inputs.get("v"), self._call.out_rows)
+        templates = tuple(
+            None if rows is None else template_of(array, rows)
+            for array, rows in zip((*arrays, out), described, strict=True)
+        )
+        if [template is None for template in templates] != [rows is None for rows in described]:
             return None
-        return cls(call, tuple(rows and Form(array, rows) for array, rows in pairs), scale)
+        num_bytes = [0 if template is None else template.num_bytes for template in templates]
+        self._byte_lengths = ffi.new("int64_t[4]", num_bytes)
+        return templates
 
-    def run(self, threads: Any, pages: Any, batch: Any, slots: Any, q: Any, k: Any, v: Any, out: Any) -> Any:
-        """As `Attention.run`; None, and nothing was done, when these arrays have to be asked everything.
+    @property
+    def can_repeat(self) -> bool:
+        return self._templates is not None
 
-        pages are of this call's store, and batch has `num_tokens` rows.
+    def run(self, threads: Any, pages: Any, plan: Any) -> Any:
+        """Attend, once, from a plan's rows.  Returns: out, or (out, lse).
+
+        Raises: LayerNotWritten, StepClosed, CacheClosed.
         """
-        q_form, k_form, v_form, out_form = self._forms
-        arguments = self._arguments
-        q_rows, k_rows, v_rows, out_rows = self._rows
-        if (k is None) != (k_form is None) or not q_form.place(q, q_rows):
+        call, self._call = self._call, None  # whose arrays live no longer than this call
+        if status := lib.pkv_step_attend(threads, pages, plan, self._arguments):
+            raise_for(status, pages)
+        if self._templates is not None:
+            self._arguments.byte_lengths = self._byte_lengths
+        return call.result
+
+    def repeat(
+        self, threads: Any, pages: Any, plan: Any, q: Any, k: Any, v: Any, out: Any, options: Options
+    ) -> Any:
+        """As `run`, of these arrays, k and v being None as before; None, and nothing was done, when they have
+        to be validated in full.
+        """
+        if self._templates is None or not is_plain(options):
             return None
-        if k_form is not None:
-            if not (k_form.place(k, k_rows) and v_form.place(v, v_rows)):
-                return None
-            arguments.slots = slots
+        q_template, k_template, v_template, out_template = self._templates
+        q_rows, k_rows, v_rows, out_rows = self._rows
+        if not q_template.bind(q, q_rows):
+            return None
+        if k_template is not None and not (k_template.bind(k, k_rows) and v_template.bind(v, v_rows)):
+            return None
         if out is None:
-            out = out_form.empty()
+            out = out_template.new()
         elif type(out) is ndarray and not out.flags.writeable:
             return None
-        if not out_form.place(out, out_rows):
+        if not out_template.bind(out, out_rows):
             return None
-        if status := lib.pkv_attend(threads, pages, batch, arguments):
+        if options[0] is not self._scales[0] or options[1] is not self._scales[1]:
+            self._scales = set_scales(self._arguments, self._head_dim, options)
+        if status := lib.pkv_step_attend(threads, pages, plan, self._arguments):
             if status == OUT_OVERLAPS:
                 return None
-            check(status, "attend")
+            raise_for(status, pages)
         return out
+
+
+def is_plain(options: Options) -> bool:
+    """No sinks, no slopes, no lse?"""
+    return options[2] is None and options[3] is None and options[4] is False
+
+
+def set_scales(arguments: Any, head_dim: int, options: Options) -> tuple[Any, Any]:
+    """Write sm_scale and logits_soft_cap: both, or none when one is invalid.  Returns them, as given."""
+    sm_scale, logits_soft_cap = options[:2]
+    scale = head_dim**-0.5 if sm_scale is None else real("sm_scale", sm_scale)
+    arguments.logits_soft_cap = real("logits_soft_cap", logits_soft_cap, least=0.0)
+    arguments.sm_scale = scale
+    return sm_scale, logits_soft_cap
+
+
+def raise_for(status: int, pages: Any) -> None:
+    """What a step's attention raises."""
+    if status == lib.PKV_LAYER_NOT_WRITTEN:
+        raise LayerNotWritten(f"layer {pages.layer} has no keys and values; write them, or give them")
+    check(status, "attend")
 
 
 def _num_q_heads(q: Array, num_tokens: int, num_kv_heads: int, head_dim: int) -> int:

@@ -69,10 +69,19 @@ def num_pages(num_tokens: int, page_size: int) -> int:
 
 
 class BlockTables(Uncopyable):
-    """The rows of `max_sequences` sequences over one pool."""
+    """The rows of `max_sequences` sequences over one pool.
+
+    num_layers : that a step has to write before it can be committed
+    """
 
     def __init__(
-        self, pool: PagePool, page_size: int, max_sequences: int, max_seq_len: int, window: Window | None
+        self,
+        pool: PagePool,
+        page_size: int,
+        max_sequences: int,
+        max_seq_len: int,
+        window: Window | None,
+        num_layers: int = 0,
     ) -> None:
         self.pool = pool
         self.page_size = page_size
@@ -120,6 +129,7 @@ class BlockTables(Uncopyable):
                 "num_sink_tokens": window.num_sink_tokens if window else 0,
                 "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
                 "max_step_tokens": window.max_step_tokens if window else MOST_TOKENS,
+                "num_layers": num_layers,
             },
         )
 
@@ -309,6 +319,11 @@ class Plan(Uncopyable):
     def is_open(self) -> bool:
         """Was it opened, and neither committed nor rolled back?"""
         return bool(self.handle.is_open)
+
+    @property
+    def is_written(self) -> bytes:
+        """A byte per layer: 1 once it has the new tokens' keys and values."""
+        return bytes(ffi.buffer(self.handle.is_written, self.handle.num_layers))
 
     @property
     def num_seqs(self) -> int:

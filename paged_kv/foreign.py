@@ -5,7 +5,7 @@ Imports attention.
 
 from typing import Any
 
-from ._binding import ffi, integer, lib, shared_threads
+from ._binding import check, ffi, integer, lib, shared_threads
 from .arrays import Array, array_of, index_vector
 from .attention import Attention
 from .errors import ArgumentError
@@ -73,18 +73,14 @@ def paged_attention(
         num_tokens,
         (q, q_rows),
         {"k_pages": keys, "v_pages": values},
-        sm_scale=sm_scale,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        out=out,
-        return_lse=return_lse,
+        out,
+        (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse),
     )
     if num_threads is not None:
         integer("num_threads", num_threads, 1, 1024)
-    result = call.run(shared_threads(num_threads), batch)
+    check(lib.pkv_attend(shared_threads(num_threads), pages, batch, call.arguments), "attend")
     del held  # until here
-    return result
+    return call.result
 
 
 def _foreign_pages(k: Array, v: Array) -> Any:

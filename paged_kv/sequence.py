@@ -59,14 +59,14 @@ class Sequence(Uncopyable):
         """
         store = self._store
         store.require_open()
-        layer = store.layer(layer)
+        pages = store.pages(layer)
         with store.reading():
             slots = store.tables.slots(store.tables.row(self._key))
         layout, num_heads = store.layout, store.layout.num_kv_heads
         k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)
         v = np.empty((len(slots), num_heads, layout.head_dim_v), np.float32)
         status = lib.pkv_gather(
-            store.pages_of[layer],
+            pages,
             len(slots),
             ffi.from_buffer("int64_t[]", slots),
             ffi.from_buffer("float[]", k),

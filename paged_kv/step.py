@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import check, lib
-from .arrays import Array, array_of, read_only, rows_of
-from .attention import Append, Attention, RepeatedAttention
+from .arrays import read_only
+from .attention import PreparedAppend, PreparedAttention
 from .block_table import counts_of
 from .errors import ArgumentError, LayerNotWritten, ReentrantCall, StepClosed
 from .lifetime import Uncopyable
 from .sequence import Sequence
-from .store import Store, taken
+from .store import Store
 
 
 class Step(Uncopyable):
@@ -39,14 +38,11 @@ class Step(Uncopyable):
 
     __slots__ = (
         "__weakref__",
-        "_batch",
+        "_calls",
         "_handle",
-        "_num_copies",
         "_plan",
         "_seqs",
-        "_slots",
         "_store",
-        "_written",
     )
     _instead = "it is one forward pass; open another one"
 
@@ -54,14 +50,14 @@ class Step(Uncopyable):
         self._store = store
         self._seqs, keys = keys_of(seqs)
         counts = counts_of(new, len(keys))
-        self._written = bytearray(store.layout.num_layers)
         with store.lock:
             store.settle()
             self._plan = plan = store.open_plan(self, keys, counts)
             try:
-                handle = self._handle = plan.handle
-                self._batch, self._slots = plan.batch, handle.slot_mapping
-                self._num_copies = handle.num_copies
+                self._handle = plan.handle
+                #: Prepared calls, by what they do.  A method takes one for as long as it runs, so that a call
+                #: inside it, of a signal handler or another thread, prepares its own.
+                self._calls = store.spare_calls(plan.num_tokens)
             except BaseException:  # an interrupt, after which nobody has this step
                 store.roll_back(plan)
                 raise
@@ -76,12 +72,12 @@ class Step(Uncopyable):
     @property
     def qo_indptr(self) -> NDArray[np.int32]:
         """int32 [num_seqs + 1]: where each sequence's rows begin."""
-        return self._plan.int32(self._batch.qo_indptr, self._plan.num_seqs + 1)
+        return self._plan.int32(self._plan.batch.qo_indptr, self._plan.num_seqs + 1)
 
     @property
     def seq_lens(self) -> NDArray[np.int32]:
         """int32 [num_seqs], including the new tokens."""
-        return self._plan.int32(self._batch.seq_lens, self._plan.num_seqs)
+        return self._plan.int32(self._plan.batch.seq_lens, self._plan.num_seqs)
 
     @property
     def slot_mapping(self) -> NDArray[np.int64]:
@@ -92,8 +88,8 @@ class Step(Uncopyable):
     @property
     def first_page(self) -> NDArray[np.int32]:
         """int32 [num_seqs]: the logical page at which each row of `block_table` begins; 0 with sinks."""
-        first_pages = self._plan.int32(self._batch.first_pages, self._plan.num_seqs)
-        return first_pages if not self._batch.sink_pages else read_only(np.zeros_like(first_pages))
+        first_pages = self._plan.int32(self._plan.batch.first_pages, self._plan.num_seqs)
+        return first_pages if not self._plan.batch.sink_pages else read_only(np.zeros_like(first_pages))
 
     @property
     def block_table(self) -> NDArray[np.int32]:
@@ -102,7 +98,7 @@ class Step(Uncopyable):
 
         Cost: built each time it is asked for; attention does not need it.
         """
-        plan, batch = self._plan, self._batch
+        plan, batch = self._plan, self._plan.batch
         page_ids = plan.int32(batch.kv_indices, plan.num_pages)
         num_pages = np.diff(plan.int32(batch.kv_indptr, plan.num_seqs + 1))
         # The i-th page of a sequence's list stands in column i, or behind the gap when it is no sink's.
@@ -130,21 +126,12 @@ class Step(Uncopyable):
         Values are rounded to nearest even; finite ones beyond the stored range saturate, NaN and inf pass.
         Raises: ArgumentError, StepClosed, CacheClosed.
         """
-        store = self._store
-        if store.closed:
-            store.require_open()
-        if not self._handle.is_open:
-            self._require_open()
-        layer = store.layer(layer)
-        pages, num_tokens = store.pages_of[layer], self._plan.num_tokens
-        append = taken(store.repeatable_appends)
-        self._copy_shared_tails(layer)
-        if not append or append.num_tokens != num_tokens or not append.repeat(pages, self._handle, k, v):
-            rows = self._new_rows(k, v)
-            append = Append((k, rows["k"]), (v, rows["v"]))
-            append.run(pages, self._handle)
-        store.repeatable_appends.append(append)
-        self._written[layer] = 1
+        pages, calls = self._store.pages(layer), self._calls
+        call = calls.pop("write", None)
+        if call is None or not call.repeat(pages, self._handle, k, v):
+            call = PreparedAppend(pages, self._plan.num_tokens, k, v)
+            call.run(pages, self._handle)
+        calls["write"] = call
 
     def attend(
         self,
@@ -182,54 +169,19 @@ class Step(Uncopyable):
         Raises: ArgumentError, LayerNotWritten, StepClosed, CacheClosed.
         Cost: reads the keys and values of each sequence once for every block of its rows.
         """
-        store = self._store
-        if store.closed:
-            store.require_open()
-        if not self._handle.is_open:
-            self._require_open()
-        layer = store.layer(layer)
-        if k is None or v is None:
-            if k is not v:
-                raise ArgumentError("give k and v, or neither, to attend to what was written")
-            if not self._written[layer]:
-                raise LayerNotWritten(f"layer {layer} has no keys and values; write them, or give them")
-        is_plain = (
-            sinks is None
-            and alibi_slopes is None
-            and return_lse is False
-            and (sm_scale is None or type(sm_scale) is float)
-            and type(logits_soft_cap) is float
-        )
-        scale = (sm_scale, logits_soft_cap)
-        if is_plain and not self._num_copies:
-            # A call that was made, whose arrays may look like these.
-            repeated = taken(store.repeatable)
-            if repeated and repeated.num_tokens == self._plan.num_tokens and repeated.scale == scale:
-                pages = store.pages_of[layer]
-                result = repeated.run(store.threads, pages, self._batch, self._slots, q, k, v, out)
-                if result is not None:
-                    self._written[layer] = 1
-                    store.repeatable.append(repeated)
-                    return result
-        inputs = {} if k is None else self._new_rows(k, v)
-        call = Attention(
-            store.pages_of[layer],
-            self._plan.num_tokens,
-            (q, array_of("q", q)),
-            inputs,
-            self._slots if inputs else None,
-            sm_scale=sm_scale,
-            logits_soft_cap=logits_soft_cap,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-            out=out,
-            return_lse=return_lse,
-        )
-        self._copy_shared_tails(layer)
-        result = call.run(store.threads, self._batch)
-        self._written[layer] = 1
-        if is_plain and (repeated := RepeatedAttention.of(call, (q, k, v), scale)):
-            store.repeatable.append(repeated)
+        if (k is None) is not (v is None):
+            raise ArgumentError("give k and v, or neither, to attend to what was written")
+        pages, calls, threads = self._store.pages(layer), self._calls, self._store.threads
+        options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse)
+        verb = "attend" if k is None else "write and attend"
+        call, result = calls.pop(verb, None), None
+        if call is not None:
+            result = call.repeat(threads, pages, self._handle, q, k, v, out, options)
+        if result is None:
+            new = PreparedAttention(pages, self._plan.num_tokens, q, k, v, out, options)
+            result = new.run(threads, pages, self._handle)
+            call = new if new.can_repeat else call
+        calls[verb] = call
         return result
 
     # ---- the end
@@ -243,12 +195,14 @@ class Step(Uncopyable):
         with self._store.lock:
             self._store.settle()
             self._require_open()
-            if 0 in self._written and self._plan.num_tokens:
+            try:
+                self._store.commit(self._plan)
+            except LayerNotWritten:
+                layer = self._plan.is_written.index(0)
                 self._store.roll_back(self._plan)
-                raise LayerNotWritten(
-                    f"layer {self._written.index(0)} has no keys and values; the step was rolled back"
-                )
-            self._store.commit(self._plan)
+                text = f"layer {layer} has no keys and values; the step was rolled back"
+                raise LayerNotWritten(text) from None
+            self._store.keep_calls(self._plan.num_tokens, self._calls)
 
     def rollback(self) -> None:
         """As if the step had never been.  Raises: StepClosed, CacheClosed.  Cost: O(its new pages)."""
@@ -264,6 +218,7 @@ class Step(Uncopyable):
             store.settle()
             self._require_open()
             store.roll_back(self._plan)
+            store.keep_calls(self._plan.num_tokens, self._calls)
 
     def __enter__(self) -> "Step":
         return self
@@ -277,18 +232,6 @@ class Step(Uncopyable):
             self.commit()
         else:
             self.rollback()
-
-    def _new_rows(self, k: object, v: object) -> dict[str, Array]:
-        layout, num_tokens = self._store.layout, self._plan.num_tokens
-        return {
-            "k": rows_of("k", k, (num_tokens, layout.num_kv_heads, layout.head_dim)),
-            "v": rows_of("v", v, (num_tokens, layout.num_kv_heads, layout.head_dim_v)),
-        }
-
-    def _copy_shared_tails(self, layer: int) -> None:
-        """Before a layer is first written: the pages that others hold too and that we append to."""
-        if self._num_copies and not self._written[layer]:
-            check(lib.pkv_step_copy(self._store.pages_of[layer], self._handle), "copy")
 
     def _require_open(self) -> None:
         if not self._handle.is_open:

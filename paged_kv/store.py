@@ -15,10 +15,10 @@ Imports block_table and attention.
 
 from collections import deque
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
-from .attention import Append, RepeatedAttention
+from .attention import PreparedAppend, PreparedAttention
 from .block_table import BlockTables, Counts, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
@@ -26,7 +26,10 @@ from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_child
 from .machine import shared_cache_bytes
 from .pool import PagePool
 
-Call = TypeVar("Call")
+#: A step's prepared calls, by what they do.
+Calls: TypeAlias = dict[str, PreparedAppend | PreparedAttention | None]
+#: Numbers of tokens for which calls are kept.
+MOST_SPARE_CALLS = 8
 
 
 class Store(Uncopyable):
@@ -47,12 +50,13 @@ class Store(Uncopyable):
         self.layout = layout
         self.threads = shared_threads(num_threads)
         self.pool = PagePool(num_pages, layout.page_bytes)
-        self.tables = BlockTables(self.pool, layout.page_size, max_sequences, max_seq_len, window)
+        self.tables = BlockTables(
+            self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
+        )
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
-        self.pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
-        #: Calls that can be repeated; whoever repeats one takes it for as long as it runs.
-        self.repeatable: deque[RepeatedAttention] = deque(maxlen=4)
-        self.repeatable_appends: deque[Append] = deque(maxlen=4)
+        self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
+        #: Of steps that ended, by their number of tokens, the last one at the end.
+        self._spare_calls: dict[int, Calls] = {}
         self.gate = ffi.new("pkv_gate *")
         renew_in_children(self)
         # All layers are read in turn, and whatever a model reads between them.
@@ -107,6 +111,7 @@ class Store(Uncopyable):
             "head_dim": layout.head_dim,
             "head_dim_v": layout.head_dim_v,
             "cached_bytes": cached_bytes,
+            "layer": layer,
             "gate": self.gate,
         }
 
@@ -186,11 +191,22 @@ class Store(Uncopyable):
         if (noted := self.open_plans.get(id(plan))) is not None:
             self._abandoned_plans.append(noted)
 
-    def layer(self, layer: object) -> int:
-        """`layer` as an index; ArgumentError when there is no such layer."""
-        if type(layer) is int and 0 <= layer < len(self.pages_of):
-            return layer
-        return integer("layer", layer, 0, self.layout.num_layers - 1)
+    def spare_calls(self, num_tokens: int) -> Calls:
+        """Prepared calls for a step of num_tokens, which it owns until it ends."""
+        return self._spare_calls.pop(num_tokens, None) or {}
+
+    def keep_calls(self, num_tokens: int, calls: Calls) -> None:
+        """Keep a step's calls for the next one of as many tokens."""
+        self._spare_calls[num_tokens] = calls
+        if len(self._spare_calls) > MOST_SPARE_CALLS:
+            del self._spare_calls[next(iter(self._spare_calls))]
+
+    def pages(self, layer: object) -> Any:
+        """A layer's `pkv_pages *`; ArgumentError when there is no such layer."""
+        pages_of = self._pages_of
+        if type(layer) is int and 0 <= layer < len(pages_of):
+            return pages_of[layer]
+        return pages_of[integer("layer", layer, 0, self.layout.num_layers - 1)]
 
     def close(self) -> None:
         """Refuse new calls, wait for those that run, roll open steps back, give the memory back.
@@ -205,11 +221,3 @@ class Store(Uncopyable):
                 self.roll_back(plan.held)
             self.handles.clear()
             self.pool.close()
-
-
-def taken(calls: deque[Call]) -> Call | None:
-    """The last of them, which is the taker's until it is put back; threads may take at once."""
-    try:
-        return calls.pop()
-    except IndexError:
-        return None

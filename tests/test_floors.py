@@ -10,7 +10,7 @@ FLOORS = [
     {"errors", "layout", "machine", "reference", "extras", "files", "live_line"},
     {"_binding", "lifetime", "texts"},
     {"arrays"},
-    {"form"},
+    {"array_template"},
     {"attention"},
     {"foreign"},
     {"pool"},

@@ -15,7 +15,7 @@ from conftest import SEED, STRIDE, Tripwire, fill, make_cache, rows
 
 import paged_kv
 from paged_kv import NotCopyable, PagedKVError, StaleSequence, lifetime
-from paged_kv import step as step_module
+from paged_kv import attention as attention_module
 from paged_kv._binding import ffi, lib
 from paged_kv.models import bitnet, generate, matrix
 
@@ -300,8 +300,8 @@ def test_closing_waits_for_calls_on_pages_and_lets_nobody_in(watchdog, rng):
         with pytest.raises(paged_kv.CacheClosed):
             call()
     # Behind the check of the handle, C checks again.
-    pages, slots = cache._store.pages_of[0], step._slots
-    assert lib.pkv_copy_blocks(pages, 0, ffi.NULL, ffi.NULL) == lib.PKV_CLOSED
+    pages, slots = cache._store.pages(0), step._handle.slot_mapping
+    assert lib.pkv_step_write(pages, step._handle, ffi.NULL, ffi.NULL) == lib.PKV_CLOSED
     assert lib.pkv_gather(pages, 3, slots, ffi.NULL, ffi.NULL) == lib.PKV_CLOSED
     assert not is_closed.is_set() and cache._store.gate.running == 1
     cache._store.gate.running -= 1
@@ -315,13 +315,13 @@ def test_a_cache_may_be_closed_in_the_middle_of_a_call(watchdog, rng, monkeypatc
     seq = cache.sequence()
     step = cache.step([seq], [3])
     k = np.zeros((3, 2, 32), np.float32)
-    usual = step_module.rows_of
+    usual = attention_module.rows_of
 
     def closing(*given):
         cache.close()
         return usual(*given)
 
-    monkeypatch.setattr(step_module, "rows_of", closing)
+    monkeypatch.setattr(attention_module, "rows_of", closing)
     for call in (lambda: step.attend(0, k, k, k), lambda: step.write(0, k, k)):
         with pytest.raises(paged_kv.CacheClosed):
             call()
@@ -353,7 +353,7 @@ def test_a_step_that_a_handler_ends_in_the_middle_of_a_call_writes_nothing(
         written.append(other.gather(0)[0])
 
     def strike(frame, event, argument):
-        if event == "call" and frame.f_code.co_name in ("layer", "run", "repeat", "rows_of", "_new_rows"):
+        if event == "call" and frame.f_code.co_name in ("pages", "run", "repeat", "rows_of", "new_rows"):
             sys.setprofile(None)
             handler()
 

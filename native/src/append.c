@@ -31,13 +31,12 @@ static slot_address address_of(const pkv_pages *pages, int64_t slot) {
                         pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
 }
 
-pkv_status pkv_copy_blocks(const pkv_pages *pages, int64_t count, const int32_t *from, const int32_t *to) {
-  if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
-  for (int64_t i = 0; i < count; i++)
-    memcpy(pages->k + to[i] * pages->k_page_stride, pages->k + from[i] * pages->k_page_stride,
-           (size_t)pages->k_page_stride);
-  pkv_gate_leave(pages->gate);
-  return PKV_OK;
+/* A layer's share of a page is one block, of k_page_stride bytes, which begins with its keys. */
+void pkv_copy_shared_pages(const pkv_pages *pages, const pkv_plan *plan) {
+  if (plan->is_written[pages->layer]) return;
+  for (int64_t i = 0; i < plan->num_copies; i++)
+    memcpy(pages->k + plan->copied_to[i] * pages->k_page_stride,
+           pages->k + plan->copied_from[i] * pages->k_page_stride, (size_t)pages->k_page_stride);
 }
 
 /* One head's values, from any dtype to any other, rounded and saturated. */
@@ -124,28 +123,34 @@ static bool has_whole_lines(const pkv_pages *pages) {
          is_whole_lines((uint64_t)row_bytes(pages->head_dim_v, pages->v_dtype));
 }
 
+static void append(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens, const int64_t *slots,
+                   const pkv_rows *k, const pkv_rows *v) {
+  int64_t token_bytes = pages->num_kv_heads * (row_bytes(pages->head_dim, pages->k_dtype) +
+                                               row_bytes(pages->head_dim_v, pages->v_dtype));
+  bool is_much = num_tokens * token_bytes >= BYTES_PAST_CACHES;
+  pkv_write_rows(kernel, pages, num_tokens, slots, k, v, is_much && has_whole_lines(pages));
+}
+
 pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const pkv_rows *k,
                       const pkv_rows *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
-  int64_t token_bytes = pages->num_kv_heads * (row_bytes(pages->head_dim, pages->k_dtype) +
-                                               row_bytes(pages->head_dim_v, pages->v_dtype));
-  bool is_much = num_tokens * token_bytes >= BYTES_PAST_CACHES;
-  pkv_write_rows(kernel, pages, num_tokens, slots, k, v, is_much && has_whole_lines(pages));
+  append(kernel, pages, num_tokens, slots, k, v);
   pkv_gate_leave(pages->gate);
   return PKV_OK;
 }
 
-pkv_status pkv_step_write(const pkv_pages *pages, const pkv_plan *plan, const pkv_rows *k,
-                          const pkv_rows *v) {
+pkv_status pkv_step_write(const pkv_pages *pages, pkv_plan *plan, const pkv_rows *k, const pkv_rows *v) {
+  const pkv_kernel *kernel = pkv_active_kernel();
+  if (!kernel) return PKV_BAD_ARGUMENT;
   if (!plan->is_open) return pkv_why_closed(pages->gate);
-  return pkv_append(pages, plan->batch.qo_indptr[plan->batch.num_seqs], plan->slot_mapping, k, v);
-}
-
-pkv_status pkv_step_copy(const pkv_pages *pages, const pkv_plan *plan) {
-  if (!plan->is_open) return pkv_why_closed(pages->gate);
-  return pkv_copy_blocks(pages, plan->num_copies, plan->copied_from, plan->copied_to);
+  if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
+  pkv_copy_shared_pages(pages, plan);
+  append(kernel, pages, plan->batch.qo_indptr[plan->batch.num_seqs], plan->slot_mapping, k, v);
+  plan->is_written[pages->layer] = 1;
+  pkv_gate_leave(pages->gate);
+  return PKV_OK;
 }
 
 pkv_status pkv_append_to_ring(const pkv_pages *pages, const int32_t *page_ids, int64_t *seq_lens,

@@ -10,4 +10,7 @@
 void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
                     const int64_t *slots, const pkv_rows *k, const pkv_rows *v, bool past_caches);
 
+/* Before a layer's first write: copy its share of the pages that the plan names. */
+void pkv_copy_shared_pages(const pkv_pages *pages, const pkv_plan *plan);
+
 #endif

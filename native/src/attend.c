@@ -40,10 +40,11 @@ typedef struct {
   const pkv_pages *pages;
   const pkv_batch *batch;
   const pkv_attention *attention;
-  float scale;    /* of scores, and what else is in units of log2 */
-  float soft_cap; /* 0: none */
-  float *slopes;  /* [num_q_heads], NULL: none */
-  float *sinks;   /* [num_q_heads], NULL: none */
+  const int64_t *slots; /* of the q rows' tokens, where k and v are written first; NULL: they are there */
+  float scale;          /* of scores, and what else is in units of log2 */
+  float soft_cap;       /* 0: none */
+  float *slopes;        /* [num_q_heads], NULL: none */
+  float *sinks;         /* [num_q_heads], NULL: none */
   int32_t num_q_heads;
   bool has_pairs;     /* keys and queries of bfloat16 meet two dims at once */
   int32_t run_tokens; /* of whole pages, or PKV_RUN_TOKENS of a larger one */
@@ -344,8 +345,7 @@ static void write_rows_of(const job *job, const block *block, int32_t first_head
   pages.k += first_head * pages.k_head_stride;
   pages.v += first_head * pages.v_head_stride;
   pages.num_kv_heads = num_kv_heads;
-  pkv_write_rows(job->kernel, &pages, block->num_rows, job->attention->slots + block->first_row, &k, &v,
-                 false);
+  pkv_write_rows(job->kernel, &pages, block->num_rows, job->slots + block->first_row, &k, &v, false);
 }
 
 static void write_before_all(void *context, int32_t worker) {
@@ -359,7 +359,7 @@ static void write_before_all(void *context, int32_t worker) {
 
 /* By everybody, where there is much: a prompt's. */
 static void write_new_rows(int32_t num_workers, int64_t num_before, job *job) {
-  if (!job->attention->slots || !num_before) return;
+  if (!job->slots || !num_before) return;
   if (num_workers > 1 && num_before >= (int64_t)ROWS_WORTH_A_THREAD * num_workers)
     pkv_threads_run(num_workers, write_before_all, job);
   else
@@ -385,7 +385,7 @@ static void attend_block(const job *job, const block *block, int32_t worker) {
   scratch scratch = scratch_of(job, block->extent, worker);
   span_list spans =
       spans_of(job->batch, job->work.span_tokens, block->seq, block->first_row, block->num_rows);
-  if (job->attention->slots && block->new_rows == WRITTEN_BY_ITSELF)
+  if (job->slots && block->new_rows == WRITTEN_BY_ITSELF)
     write_rows_of(job, block, block->first_head, block->extent->num_kv_heads);
   prepare_rows(job, block, scratch.q);
   for (int32_t row = 0; spans.count == 0 && row < block->num_rows; row++)
@@ -433,19 +433,18 @@ static void scale_options(job *job, float *memory) {
   }
 }
 
-/* Do `span` bytes of the one meet those of the other? */
-static bool meets(const pkv_rows *a, int64_t a_span, const pkv_rows *b, int64_t b_span) {
-  return a->data < b->data + b_span && b->data < a->data + a_span;
+static bool overlaps(const pkv_rows *a, int64_t a_bytes, const pkv_rows *b, int64_t b_bytes) {
+  return a->data < b->data + b_bytes && b->data < a->data + a_bytes;
 }
 
 static bool out_overlaps(const pkv_attention *attention) {
   const pkv_rows *q = &attention->q, *out = &attention->out;
-  const int64_t *spans = attention->spans;
+  const int64_t *bytes = attention->byte_lengths;
   bool is_q = out->data == q->data && out->token_stride == q->token_stride &&
-              out->head_stride == q->head_stride && spans[3] == spans[0];
-  return (!is_q && meets(out, spans[3], q, spans[0])) ||
-         (attention->slots &&
-          (meets(out, spans[3], &attention->k, spans[1]) || meets(out, spans[3], &attention->v, spans[2])));
+              out->head_stride == q->head_stride && bytes[3] == bytes[0];
+  return (!is_q && overlaps(out, bytes[3], q, bytes[0])) ||
+         (attention->has_rows && (overlaps(out, bytes[3], &attention->k, bytes[1]) ||
+                                  overlaps(out, bytes[3], &attention->v, bytes[2])));
 }
 
 static int32_t span_tokens_of(const pkv_pages *pages) {
@@ -496,12 +495,13 @@ static bool are_cached(const pkv_pages *pages, const pkv_batch *batch) {
   return pages->cached_bytes > 0 && batch->kv_indptr[batch->num_seqs] * page_bytes <= pages->cached_bytes;
 }
 
-pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
-                      const pkv_attention *attention) {
+/* plan: NULL for pages of no step.  Nothing is written before everything was checked. */
+static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
+                         const pkv_plan *plan, const pkv_attention *attention) {
   const pkv_kernel *kernel = are_cached(pages, batch) ? pkv_active_kernel_for_cached() : pkv_active_kernel();
   int32_t num_q_heads = attention->num_q_heads;
   if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
-  if (attention->spans && out_overlaps(attention)) return PKV_OUT_OVERLAPS;
+  if (attention->byte_lengths && out_overlaps(attention)) return PKV_OUT_OVERLAPS;
   job job = {.kernel = kernel,
              .for_cached = pkv_active_kernel_for_cached(),
              .pages = pages,
@@ -515,11 +515,29 @@ pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_ba
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
 
-  if (batch->is_open && !*batch->is_open) return pkv_why_closed(pages->gate);
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
+  if (plan && attention->has_rows) {
+    pkv_copy_shared_pages(pages, plan);
+    job.slots = plan->slot_mapping;
+  }
   int32_t num_workers = pkv_threads_claim(threads);
   pkv_status status = attend_with(num_workers ? threads : NULL, num_workers ? num_workers : 1, &job);
   if (num_workers) pkv_threads_release(threads);
   pkv_gate_leave(pages->gate);
+  return status;
+}
+
+pkv_status pkv_attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
+                      const pkv_attention *attention) {
+  return attend(threads, pages, batch, NULL, attention);
+}
+
+pkv_status pkv_step_attend(pkv_threads *threads, const pkv_pages *pages, pkv_plan *plan,
+                           const pkv_attention *attention) {
+  if (!plan->is_open) return pkv_why_closed(pages->gate);
+  uint8_t *is_written = plan->is_written + pages->layer;
+  if (!attention->has_rows && !*is_written) return PKV_LAYER_NOT_WRITTEN;
+  pkv_status status = attend(threads, pages, &plan->batch, plan, attention);
+  if (status == PKV_OK) *is_written = 1;
   return status;
 }

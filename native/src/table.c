@@ -180,7 +180,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 3 * num_seqs + size->num_pages;
   num_int32 += 2 * size->num_copies;
   size->plan_bytes = (int64_t)sizeof(pkv_plan) + size->num_tokens * (int64_t)sizeof(int64_t);
-  size->plan_bytes += num_int32 * (int64_t)sizeof(int32_t);
+  size->plan_bytes += num_int32 * (int64_t)sizeof(int32_t) + tables->num_layers;
   int64_t num_free = pkv_pool_num_free(pool);
   if (size->num_new_pages > num_free)
     return refuse(refusal, PKV_OUT_OF_PAGES, -1, size->num_new_pages, num_free);
@@ -213,6 +213,9 @@ static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs
   plan.batch.kv_indices = plan.rows + num_seqs;
   plan.copied_from = plan.batch.kv_indices + size->num_pages;
   plan.copied_to = plan.copied_from + size->num_copies;
+  plan.is_written = (uint8_t *)(plan.copied_to + size->num_copies);
+  plan.num_layers = tables->num_layers;
+  memset(plan.is_written, 0, (size_t)plan.num_layers);
   return plan;
 }
 
@@ -311,7 +314,6 @@ pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
   if (status != PKV_OK) return status;
   if (size->plan_bytes > plan_bytes) return PKV_PLAN_TOO_SMALL;
   *plan = lay_out(tables, (char *)(plan + 1), num_seqs, size);
-  plan->batch.is_open = &plan->is_open;
   if (size->num_copies) mark_shared_tails(pool, tables, num_seqs, keys);
   status = plan_rows(pool, tables, keys, counts, size->num_copies > 0, plan);
   if (size->num_copies) unmark_tails(tables, num_seqs, keys);
@@ -321,6 +323,8 @@ pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
 
 pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
   if (!plan->is_open) return PKV_STEP_CLOSED;
+  bool has_tokens = plan->batch.qo_indptr[plan->batch.num_seqs] > 0;
+  if (has_tokens && memchr(plan->is_written, 0, (size_t)plan->num_layers)) return PKV_LAYER_NOT_WRITTEN;
   plan->is_open = 0;
   tables->num_copies += plan->num_copies;
   for (int64_t i = 0; i < plan->batch.num_seqs; i++) {

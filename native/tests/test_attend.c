@@ -75,22 +75,67 @@ static void a_row_sees_the_tokens_up_to_its_own(const pkv_pages *pages, pkv_thre
       assert(fabsf(out[row * HEADS * GROUP * HEAD_DIM + i] - means[row]) < 1e-3f * means[row]);
 }
 
-static void new_rows_are_written_first(const pkv_pages *pages, pkv_threads *threads) {
-  int32_t qo_indptr[] = {0, 1}, kv_indptr[] = {0, 1}, seq_lens[] = {1}, indices[] = {3};
-  int64_t slots[] = {3 * PAGE_SIZE};
+/* An open plan of one sequence, whose first and only token goes into the first slot of page 3. */
+typedef struct {
+  int32_t qo_indptr[2], kv_indptr[2], seq_lens[1], indices[1];
+  int64_t slots[1];
+  uint8_t is_written[2];
+} plan_arrays;
+
+static pkv_plan open_plan(plan_arrays *arrays) {
+  *arrays = (plan_arrays){{0, 1}, {0, 1}, {1}, {3}, {3 * PAGE_SIZE}, {0, 0}};
+  return (pkv_plan){.batch = {.num_seqs = 1,
+                              .qo_indptr = arrays->qo_indptr,
+                              .kv_indptr = arrays->kv_indptr,
+                              .kv_indices = arrays->indices,
+                              .seq_lens = arrays->seq_lens},
+                    .slot_mapping = arrays->slots,
+                    .is_open = 1,
+                    .num_layers = 2,
+                    .is_written = arrays->is_written};
+}
+
+static void new_rows_are_written_first(pkv_pages pages, pkv_threads *threads) {
+  plan_arrays arrays;
+  pkv_plan plan = open_plan(&arrays);
   float k[HEADS * HEAD_DIM], v[HEADS * HEAD_DIM];
   for (int i = 0; i < HEADS * HEAD_DIM; i++) k[i] = v[i] = (float)i;
-  pkv_batch batch = {.num_seqs = 1,
-                     .qo_indptr = qo_indptr,
-                     .kv_indptr = kv_indptr,
-                     .kv_indices = indices,
-                     .seq_lens = seq_lens};
   pkv_attention attention = attention_of(HEADS * GROUP, 1);
-  attention.slots = slots;
+  pages.layer = 1;
+  assert(pkv_step_attend(threads, &pages, &plan, &attention) == PKV_LAYER_NOT_WRITTEN);
+  attention.has_rows = 1;
   attention.k = dense(k, HEADS);
   attention.v = dense(v, HEADS);
-  assert(pkv_attend(threads, pages, &batch, &attention) == PKV_OK);
+  assert(pkv_step_attend(threads, &pages, &plan, &attention) == PKV_OK);
   for (int h = 0; h < HEADS * GROUP; h++) assert(out[h * HEAD_DIM + 1] == v[h / GROUP * HEAD_DIM + 1]);
+  assert(!arrays.is_written[0] && arrays.is_written[1]);
+  attention.has_rows = 0;
+  assert(pkv_step_attend(threads, &pages, &plan, &attention) == PKV_OK);
+  plan.is_open = 0;
+  assert(pkv_step_attend(threads, &pages, &plan, &attention) == PKV_STEP_CLOSED);
+  assert(pkv_step_write(&pages, &plan, &attention.k, &attention.v) == PKV_STEP_CLOSED);
+}
+
+/* Pages that other sequences hold too are copied before a layer's first write, and before no other. */
+static void shared_pages_are_copied_once(pkv_pages pages) {
+  plan_arrays arrays;
+  pkv_plan plan = open_plan(&arrays);
+  int32_t from[] = {2}, to[] = {3};
+  plan.num_copies = 1;
+  plan.copied_from = from;
+  plan.copied_to = to;
+  float row[HEADS * HEAD_DIM] = {0};
+  pkv_rows rows = dense(row, HEADS);
+  float *original = (float *)(pages.k + 2 * pages.k_page_stride);
+  float *copy = (float *)(pages.k + 3 * pages.k_page_stride);
+  size_t last = (size_t)pages.k_page_stride / sizeof(float) - 1; /* of the last token's values */
+  float before = original[last];
+  original[last] = 5;
+  copy[last] = 7;
+  assert(pkv_step_write(&pages, &plan, &rows, &rows) == PKV_OK && copy[last] == 5);
+  copy[last] = 7;
+  assert(pkv_step_write(&pages, &plan, &rows, &rows) == PKV_OK && copy[last] == 7);
+  original[last] = before;
 }
 
 static void rows_without_tokens_give_zeros(const pkv_pages *pages) {
@@ -143,7 +188,8 @@ int main(void) {
       pkv_threads_destroy(threads);
     }
   }
-  new_rows_are_written_first(&pages, NULL);
+  new_rows_are_written_first(pages, NULL);
+  shared_pages_are_copied_once(pages);
   rows_without_tokens_give_zeros(&pages);
   shapes_that_cannot_be_are_refused(pages);
   return 0;

@@ -23,7 +23,6 @@ from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..files import replace_files
 from ..lifetime import OwnedLock, Uncopyable
-from ..store import taken
 from .checkpoint import (
     Checkpoint,
     bits_of_float32,
@@ -283,7 +282,10 @@ class BitNetModel(Uncopyable):
         rows = indices("rows", rows, len(ids))
         self._rotation.require(positions)
         eps = self.config.rms_norm_eps
-        buffers = taken(self._buffers) or Buffers()
+        try:
+            buffers = self._buffers.pop()  # its own until the end: calls of other threads take others
+        except IndexError:
+            buffers = Buffers()
         x = buffers.rows("x", len(ids), self.config.hidden_size)
         chosen = self.embedding[ids]
         x[:] = float32_of_bits(chosen) if chosen.dtype == np.uint16 else chosen

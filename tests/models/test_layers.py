@@ -45,7 +45,7 @@ def test_forward_refuses_ids_and_rows_that_are_not_the_steps(model, ids, rows, w
         step = cache.step([seq], [2])
         with pytest.raises(ArgumentError, match=words):
             model.forward(ids, step, rows)
-        assert not any(step._written)
+        assert not any(step._plan.is_written)
         step.rollback()
 
 

@@ -5,11 +5,12 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import make_cache, rows
+from conftest import fill, make_cache, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_kv import ArgumentError
+from paged_kv import ArgumentError, attention
+from paged_kv.step import Step
 
 DTYPES = [np.dtype("f4"), np.dtype("f2"), np.dtype(ml_dtypes.bfloat16)]
 LAYOUTS = ["dense", "columns", "rows", "backwards"]
@@ -77,7 +78,7 @@ def repeated_step(rng, num_tokens=2):
     step = cache.step([cache.sequence()], [num_tokens])
     q, k, v = rows(rng, num_tokens, 4, 32), rows(rng, num_tokens, 2, 32), rows(rng, num_tokens, 2, 32)
     step.attend(0, q, k, v, out=np.empty_like(q))
-    assert len(cache._store.repeatable) == 1
+    assert step._calls["write and attend"].can_repeat
     return step, q, k, v
 
 
@@ -114,12 +115,68 @@ def test_what_is_refused_at_first_is_refused_again(rng):
 
 def test_rows_of_the_last_step_are_refused_in_one_of_another_length(rng):
     step, q, k, v = repeated_step(rng)
-    store = step._store
+    store, seq = step._store, step._seqs[0]
     step.rollback()
-    with make_cache() as cache:
-        cache._store.repeatable.extend(store.repeatable)
-        with pytest.raises(ArgumentError, match=r"k has the shape \[2, 2, 32\]"):
-            cache.step([cache.sequence()], [3]).attend(0, q, k, v)
+    step = Step(store, [seq], [3])
+    with pytest.raises(ArgumentError, match=r"k has the shape \[2, 2, 32\]"):
+        step.attend(0, q, k, v)
+    with pytest.raises(ArgumentError, match=r"k has the shape \[2, 2, 32\]"):
+        step.write(0, k, v)
+
+
+def counted(monkeypatch):
+    """Counts the calls that are validated in full."""
+    made = []
+    usual = attention.Attention.__init__
+
+    def init(self, *given):
+        made.append(given[1])
+        usual(self, *given)
+
+    monkeypatch.setattr(attention.Attention, "__init__", init)
+    return made
+
+
+def test_two_open_steps_in_turn_are_validated_once_each(rng, monkeypatch):
+    """Micro-batches: their calls do not look alike."""
+    made = counted(monkeypatch)
+    with make_cache(num_layers=6) as cache:
+        seqs = [cache.sequence(), cache.sequence()]
+        for _ in range(3):
+            with cache.step([seqs[0]], [1]) as one, cache.step([seqs[1]], [2]) as two:
+                for layer in range(6):
+                    one.attend(layer, rows(rng, 1, 4, 32), rows(rng, 1, 2, 32), rows(rng, 1, 2, 32))
+                    two.attend(layer, rows(rng, 2, 4, 32), rows(rng, 2, 2, 32), rows(rng, 2, 2, 32))
+    assert made == [1, 2]
+
+
+def test_scales_sharing_and_layers_without_new_rows_leave_the_prepared_calls_in_use(rng, monkeypatch):
+    made = counted(monkeypatch)
+    with make_cache(num_layers=6) as cache:
+        seq = cache.sequence()
+        fill(cache, [seq], [5], rng)
+        made.clear()
+        forks = seq.fork(2)
+        for _ in range(2):
+            with cache.step(forks, [1, 1]) as step:  # whose pages are copied before each layer's first write
+                for layer in range(6):
+                    q, k, v = rows(rng, 2, 4, 32), rows(rng, 2, 2, 32), rows(rng, 2, 2, 32)
+                    step.attend(layer, q, k, v, sm_scale=0.1 * (layer + 1), logits_soft_cap=float(layer))
+                    step.attend(layer, q)
+                    if layer % 2:
+                        step.attend(layer, q, k, v, return_lse=True)
+    assert len(made) == 2 + 2 * 3  # one of each kind, and those that are never repeated
+
+
+def test_a_scale_that_is_refused_leaves_the_one_before(rng):
+    step, q, k, v = repeated_step(rng)
+    expected = step.attend(0, q, k, v, sm_scale=0.5, logits_soft_cap=2.0)
+    for scales in ((0.25, -1.0), (np.nan, 3.0), (True, 2.0)):
+        step.attend(0, q, k, v, sm_scale=0.5, logits_soft_cap=2.0)
+        with pytest.raises(ArgumentError, match=r"sm_scale|logits_soft_cap"):
+            step.attend(0, q, k, v, sm_scale=scales[0], logits_soft_cap=scales[1])
+        again = step.attend(0, q, k, v, sm_scale=0.5, logits_soft_cap=2.0)
+        np.testing.assert_array_equal(again, expected)
 
 
 def test_slices_that_lie_between_each_other_are_apart(rng):
