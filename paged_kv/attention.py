@@ -10,7 +10,7 @@ import numpy as np
 from numpy import ndarray
 
 from ._binding import FLOAT32_MAX, check, ffi, lib, real
-from .array_template import ArrayTemplate, template_of
+from .array_template import template_of
 from .arrays import (
     Array,
     array_of,
@@ -156,7 +156,8 @@ class PreparedAttention:
     ) -> None:
         q_rows = array_of("q", q)
         inputs = {} if k is None else new_rows(pages, num_tokens, k, v)
-        call = self._call = Attention(pages, num_tokens, (q, q_rows), inputs, out, options)
+        call = Attention(pages, num_tokens, (q, q_rows), inputs, out, options)
+        self._call: Attention | None = call  # until it has run
         arguments = self._arguments = call.arguments
         if k is not None:
             arguments.has_rows = 1
@@ -164,25 +165,11 @@ class PreparedAttention:
             set_rows(arguments.v, inputs["v"])
         self._rows = (arguments.q, arguments.k, arguments.v, arguments.out)
         self._head_dim, self._scales = pages.head_dim, options[:2]
-        self._templates = self._new_templates((q, k, v), q_rows, inputs, options)
-
-    def _new_templates(
-        self, arrays: tuple[Any, Any, Any], q_rows: Array, inputs: dict[str, Array], options: Options
-    ) -> tuple[ArrayTemplate | None, ...] | None:
-        out = self._call.out
+        self._templates = None
         # `repeat` without out makes one of q's kind.
-        if not is_plain(options) or is_tensor(out) != is_tensor(arrays[0]):
-            return None
-        described = (q_rows, inputs.get("k"), inputs.get("v"), self._call.out_rows)
-        templates = tuple(
-            None if rows is None else template_of(array, rows)
-            for array, rows in zip((*arrays, out), described, strict=True)
-        )
-        if [template is None for template in templates] != [rows is None for rows in described]:
-            return None
-        num_bytes = [0 if template is None else template.num_bytes for template in templates]
-        self._byte_lengths = ffi.new("int64_t[4]", num_bytes)
-        return templates
+        if is_plain(options) and is_tensor(call.out) == is_tensor(q):
+            described = (q_rows, inputs.get("k"), inputs.get("v"), call.out_rows)
+            self._templates = templates_of((q, k, v, call.out), described)
 
     @property
     def can_repeat(self) -> bool:
@@ -193,11 +180,13 @@ class PreparedAttention:
 
         Raises: LayerNotWritten, StepClosed, CacheClosed.
         """
-        call, self._call = self._call, None  # whose arrays live no longer than this call
+        call, self._call = self._call, None  # so that its arrays live no longer than this method
+        assert call is not None
         if status := lib.pkv_step_attend(threads, pages, plan, self._arguments):
             raise_for(status, pages)
         if self._templates is not None:
-            self._arguments.byte_lengths = self._byte_lengths
+            num_bytes = [0 if template is None else template.num_bytes for template in self._templates]
+            self._arguments.byte_lengths = self._byte_lengths = ffi.new("int64_t[4]", num_bytes)
         return call.result
 
     def repeat(
@@ -232,6 +221,15 @@ class PreparedAttention:
 def is_plain(options: Options) -> bool:
     """No sinks, no slopes, no lse?"""
     return options[2] is None and options[3] is None and options[4] is False
+
+
+def templates_of(arrays: tuple[Any, ...], described: tuple[Array | None, ...]) -> tuple[Any, ...] | None:
+    """A template of each array, None for one that is not there; None when one of them cannot have any."""
+    pairs = zip(arrays, described, strict=True)
+    templates = [None if rows is None else template_of(array, rows) for array, rows in pairs]
+    if [template is None for template in templates] != [rows is None for rows in described]:
+        return None
+    return tuple(templates)
 
 
 def set_scales(arguments: Any, head_dim: int, options: Options) -> tuple[Any, Any]:

@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
-from .attention import PreparedAppend, PreparedAttention
 from .block_table import BlockTables, Counts, Plan, Window
 from .errors import CacheClosed
 from .layout import PageLayout
@@ -26,8 +25,8 @@ from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_child
 from .machine import shared_cache_bytes
 from .pool import PagePool
 
-#: A step's prepared calls, by what they do.
-Calls: TypeAlias = dict[str, PreparedAppend | PreparedAttention | None]
+#: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.
+Calls: TypeAlias = dict[str, Any]
 #: Numbers of tokens for which calls are kept.
 MOST_SPARE_CALLS = 8
 

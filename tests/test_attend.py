@@ -236,7 +236,10 @@ def test_arguments_that_do_not_fit_are_refused_and_nothing_is_written(rng):
         ((0, q, overlap[:192].reshape(3, 2, 32), k), {"out": overlap[100:484].reshape(3, 4, 32)}),
         ((0, q, k, overlap[:192].reshape(3, 2, 32)), {"out": overlap[100:484].reshape(3, 4, 32)}),
     ]:
-        with pytest.raises(ArgumentError):
+        given = dict(zip(("layer", "q", "k", "v"), arguments, strict=True))
+        wrong = [name for name, value in given.items() if value is not {"layer": 0, "q": q}.get(name, k)]
+        reason = next(iter(options), "") or f"^{wrong[0]} |give k and v"
+        with pytest.raises(ArgumentError, match=reason):
             step.attend(*arguments, **options)
     for name in ("window", "causal", "num_sink_tokens", "softcap"):
         with pytest.raises(TypeError):

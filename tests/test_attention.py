@@ -297,18 +297,18 @@ def test_parts_of_16_bits_keep_their_dtype(rng):
 
 def test_parts_that_do_not_fit_are_refused(rng):
     outputs, lses = rows(rng, 2, 5, 3, 16), rows(rng, 2, 5, 3)
-    for bad_outputs, bad_lses in (
-        (outputs, lses[:1]),
-        ([], []),
-        (1, lses),
-        (outputs, None),
-        (outputs[..., :12], lses),
-        (outputs[0], lses[0]),
-        ([outputs[0], outputs[1][:4]], lses),
-        (outputs, lses.astype("f8")),
-        (outputs, lses[:, :4]),
-        (outputs.astype("f8"), lses),
-        (outputs.tolist(), lses),
+    for bad_outputs, bad_lses, reason in (
+        (outputs, lses[:1], "2 outputs and 1 lses"),
+        ([], [], "0 outputs"),
+        (1, lses, "must be lists"),
+        (outputs, None, "must be lists"),
+        (outputs[..., :12], lses, r"outputs\[0\] has the shape"),
+        (outputs[0], lses[0], "5 outputs|shape"),
+        ([outputs[0], outputs[1][:4]], lses, r"outputs\[1\] has the shape"),
+        (outputs, lses.astype("f8"), r"lses\[0\] is float64"),
+        (outputs, lses[:, :4], r"lses\[0\] is float32 \[4, 3\]"),
+        (outputs.astype("f8"), lses, r"outputs\[0\] is float64"),
+        (outputs.tolist(), lses, r"outputs\[0\] must be"),
     ):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match=reason):
             paged_kv.merge_states(bad_outputs, bad_lses)

@@ -95,13 +95,14 @@ def test_memory_counts_pages_only_and_is_rounded_down():
     ],
 )
 def test_a_cache_that_cannot_be_is_refused(options):
-    with pytest.raises(ArgumentError):
+    name = [name for name in options if name != "num_pages" or len(options) == 1][0]
+    with pytest.raises(ArgumentError, match="num_pages|memory" if name in ("num_pages", "memory") else name):
         make_cache(**options)
 
 
 def test_an_argument_that_is_not_there_is_a_type_error():
-    for name in ("layer_groups", "fingerprint", "prefix_caching", "lazy", "hardened", "layout"):
-        with pytest.raises(TypeError):
+    for name in ("num_heads", "layers", "n_pages"):
+        with pytest.raises(TypeError, match=name):
             PagedKVCache(1, 1, 32, num_pages=1, **{name: 1})
 
 

@@ -163,12 +163,12 @@ def test_what_cannot_be_is_refused_and_writes_nothing(rng):
         *(("sinks", bad) for bad in ([1.0], np.ones((4, 1)), "abcd")),
     ]
     for name, bad in cases:
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match=name):
             paged_kv.paged_attention(**{**good, name: bad})
     for more in ({"window": 3}, {"alibi_slopes": [0.1] * 4}):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="causal=False"):
             paged_kv.paged_attention(**good, causal=False, **more)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="softcap"):
         paged_kv.paged_attention(**good, softcap=1.0)
     with pytest.raises(ArgumentError, match="sequence 1 has 6 rows of q and 5 tokens"):
         paged_kv.paged_attention(**{**good, "q": rows(rng, 8, 4, 16), "qo_indptr": [0, 2, 8], "out": None})
@@ -186,7 +186,7 @@ def test_out_may_lie_between_the_rows_of_its_inputs(rng):
     np.testing.assert_array_equal(out, expected)
     assert paged_kv.paged_attention(q, *pages, **lists, out=q) is q
     np.testing.assert_array_equal(q, expected)
-    with pytest.raises(ArgumentError):
+    with pytest.raises(ArgumentError, match="out overlaps q"):
         paged_kv.paged_attention(q, *pages, **lists, out=fused[:, 2:6])
 
 

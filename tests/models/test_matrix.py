@@ -179,10 +179,10 @@ def test_what_does_not_fit_is_refused(rng):
     matrix = ternary_matrix(ternary(rng, 32, 64), np.ones(1, np.float32))
     x = rows(rng, 3, 64)
     for bad in (x[:, :63], x.astype("f8"), x[0], rows(rng, 3, 128)[:, ::2]):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="x "):
             matrix(bad)
     for bad in (np.empty((3, 31), "f4"), np.empty((2, 32), "f4"), np.empty((3, 32))):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="out "):
             matrix(x, out=bad)
-    with pytest.raises(ArgumentError):
+    with pytest.raises(ArgumentError, match="norm "):
         matrix(x, norm=rows(rng, 63))

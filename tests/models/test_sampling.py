@@ -50,5 +50,5 @@ def test_logits_without_a_maximum_are_refused(logits):
     [{"temperature": -1}, {"temperature": np.nan}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 0.5}],
 )
 def test_options_that_cannot_be_are_refused(options):
-    with pytest.raises(ArgumentError):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
         Sampler(**options)

@@ -32,7 +32,7 @@ def test_ternarising_divides_by_the_mean_magnitude():
 def test_what_is_no_ternary_matrix_is_refused():
     zeros = np.zeros((4, 4), np.int8)
     for weight in (zeros + np.int8(2), zeros.astype(float), zeros[0], zeros[:0]):
-        with pytest.raises(ArgumentError):
+        with pytest.raises(ArgumentError, match="weight"):
             pack_ternary(weight)
     with pytest.raises(ArgumentError, match="code 3"):
         unpack_ternary(np.array([[0b11]], np.uint8))
