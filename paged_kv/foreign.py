@@ -89,9 +89,9 @@ def _foreign_pages(k: Array, v: Array) -> Any:
             f"k_pages and v_pages have the shapes {list(k.shape)} and {list(v.shape)}; they must be "
             "[num_pages, page_size, num_kv_heads, head_dim] and [.., head_dim_v], alike but for the last axis"
         )
-    for name, head_dim in (("head_dim", k.shape[3]), ("head_dim_v", v.shape[3])):
+    for name, head_dim in (("k_pages", k.shape[3]), ("v_pages", v.shape[3])):
         if not 8 <= head_dim <= 256 or head_dim % 8:
-            raise ArgumentError(f"{name} is {head_dim}; it must be a multiple of 8 from 8 to 256")
+            raise ArgumentError(f"{name} has heads of {head_dim}; it takes multiples of 8 from 8 to 256")
     num_pages, page_size, num_kv_heads, _ = k.shape
     integer("num_pages", num_pages, 0)
     integer("page_size", page_size, 1)

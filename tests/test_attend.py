@@ -7,6 +7,7 @@ import pytest
 from conftest import fill, make_cache, pages_come_from, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import tolerances
 
 from paged_kv import ArgumentError, CacheClosed, LayerNotWritten, StepClosed, reference
 
@@ -30,19 +31,6 @@ def attend_step(cache, seqs, counts, rng, num_q_heads, **options):
         return q, out, step.qo_indptr
 
 
-def tolerance(q, k, v, sm_scale=None):
-    """What float32 may lose against float64: each score's rounding, carried through exp, and each sum's.
-
-    A score of head_dim terms is off by at most about eps * sum |q k| * sqrt(head_dim); a weighted mean of v
-    inherits that, relative to max |v|, twice (its weight and the sum), plus the rounding of its own chain.
-    """
-    head_dim = q.shape[-1]
-    scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    score = abs(scale) * np.abs(q).max() * np.abs(k).max() * head_dim**0.5
-    eps = np.finfo(np.float32).eps
-    return float(np.abs(v).max() * eps * (2 * score * head_dim**0.5 + 16 + len(k) ** 0.5))
-
-
 def assert_matches_reference(cache, seqs, q, out, indptr, **options):
     layer = cache._store.layout.num_layers - 1
     assert not np.isnan(out).any()
@@ -50,7 +38,7 @@ def assert_matches_reference(cache, seqs, q, out, indptr, **options):
         own = slice(indptr[i], indptr[i + 1])
         k, v = seq.gather(layer)
         expected = reference.attend(q[own], k, v, **options)
-        np.testing.assert_allclose(out[own], expected, rtol=0, atol=tolerance(q[own], k, v, **options))
+        np.testing.assert_allclose(out[own], expected, rtol=0, atol=tolerances(q[own], k, v, **options)[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -92,7 +80,7 @@ def test_scores_that_would_overflow_an_exponential_do_not(kernel, rng):
     with cache.step([seq], [300]) as step:
         out = step.attend(0, q, k, v)
     expected = reference.attend(q, k, v)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance(q, k, v))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances(q, k, v)[0])
 
 
 def test_a_nan_touches_its_own_sequence_only(kernel, rng):

@@ -2,36 +2,17 @@
 
 import itertools
 
-import ml_dtypes
 import numpy as np
 import pytest
 from conftest import KERNELS, fill, make_cache, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import DTYPES, EPS, tolerances
 
 import paged_kv
 from paged_kv import ArgumentError, _binding, reference
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = {"float32": np.dtype("f4"), "float16": np.dtype("f2"), "bfloat16": BFLOAT16}
-EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-
-
-def tolerances(q, k, v, dtype="float32", sm_scale=None, alibi_slopes=None, **_):
-    """What float32 may lose against float64, of out and lse: each score's rounding, carried through exp, and
-    each sum's; and the rounding of the result to `dtype`.
-
-    A score of head_dim terms is off by about eps * |q| |k| * sqrt(head_dim) at most, and by the rounding of
-    what a slope adds; what a soft cap bends is off by less than before, and by some eps of its own size.
-    """
-    head_dim = q.shape[-1]
-    scale = head_dim**-0.5 if sm_scale is None else abs(sm_scale)
-    score = scale * np.abs(q).max(initial=0) * np.abs(k).max(initial=0) * head_dim**0.5
-    if alibi_slopes is not None:
-        score += np.abs(alibi_slopes).max() * len(k)
-    largest = np.abs(v).max(initial=0)
-    loss = 2 * score * head_dim**0.5 + 16 + len(k) ** 0.5
-    return float(largest * (EPS["float32"] * loss + EPS[dtype])), float(EPS["float32"] * 2 * loss)
+BFLOAT16 = DTYPES["bfloat16"]
 
 
 def stored(array, dtype):

@@ -95,8 +95,8 @@ def test_memory_counts_pages_only_and_is_rounded_down():
     ],
 )
 def test_a_cache_that_cannot_be_is_refused(options):
-    name = [name for name in options if name != "num_pages" or len(options) == 1][0]
-    with pytest.raises(ArgumentError, match="num_pages|memory" if name in ("num_pages", "memory") else name):
+    name = r"num_pages|memory" if options.keys() & {"num_pages", "memory"} else next(iter(options))
+    with pytest.raises(ArgumentError, match=name):
         make_cache(**options)
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import DTYPES, EPS, tolerances
+from support import DTYPES, EPS, tolerances
 
 import paged_kv
 from paged_kv import ArgumentError, reference
@@ -150,7 +150,7 @@ def test_what_cannot_be_is_refused_and_writes_nothing(rng):
         *(("v_pages", bad) for bad in (v[0], v[:2], v[:, :, :1], v[..., :4], v.tolist())),
         *(("qo_indptr", bad) for bad in ([0, 2], [0, 2, 4], [1, 2, 3], [0, 4, 3], [0.0, 2.0, 3.0], [[0, 2]])),
         *(("kv_indptr", bad) for bad in (last("kv_indptr", 99), last("kv_indptr", 0), [0, 2**40, 2**40 + 1])),
-        *(("kv_indices", bad) for bad in (last("kv_indices", len(k)), last("kv_indices", -1), [0])),
+        *(("kv_indices", bad) for bad in (last("kv_indices", len(k)), last("kv_indices", -1))),
         *(("kv_last_page_len", last("kv_last_page_len", bad)) for bad in (0, 5, -1)),
         *(("kv_last_page_len", bad) for bad in ([1], [1, 1, 1])),
         *(("kv_last_page_len", bad) for bad in (lists["kv_last_page_len"].astype("u4"), "x", None, {1: 2})),
@@ -165,6 +165,8 @@ def test_what_cannot_be_is_refused_and_writes_nothing(rng):
     for name, bad in cases:
         with pytest.raises(ArgumentError, match=name):
             paged_kv.paged_attention(**{**good, name: bad})
+    with pytest.raises(ArgumentError, match="kv_indptr must begin with 0, never fall and end at 1 at most"):
+        paged_kv.paged_attention(**{**good, "kv_indices": [0]})
     for more in ({"window": 3}, {"alibi_slopes": [0.1] * 4}):
         with pytest.raises(ArgumentError, match="causal=False"):
             paged_kv.paged_attention(**good, causal=False, **more)

@@ -8,7 +8,7 @@ pages.
 import numpy as np
 import pytest
 from conftest import fill, make_cache, rows
-from test_attention import tolerances
+from support import tolerances
 
 import paged_kv
 from paged_kv import ArgumentError, SequenceTooLong

@@ -128,17 +128,17 @@ def test_error_handling(rng):
     bad_tokens = [token[:2], token.T, token.astype("f8"), token.tolist(), None, rows(rng, 3, 8)[:, ::2]]
     bad_tokens += [token.reshape(1, 3, 4), np.zeros(13, "f4"), rows(rng, 24)[::2]]
     bad_integers = (-1, 2**31, 2**63, 2**70, True, 1.0, "1", None)
-    calls = [("k", lambda bad=bad: m.append(bad, token, 3, 0)) for bad in bad_tokens]
-    calls += [("v", lambda bad=bad: m.append(token, bad, 3, 0)) for bad in bad_tokens]
+    calls = [("K", lambda bad=bad: m.append(bad, token, 3, 0)) for bad in bad_tokens]
+    calls += [("V", lambda bad=bad: m.append(token, bad, 3, 0)) for bad in bad_tokens]
     calls += [("seq_pos", lambda bad=bad: m.append(token, token, bad, 0)) for bad in (*bad_integers, 2, 4)]
     for call in (m.get_cache, m.get_segments, m.reset, m.state, lambda bad: m.append(token, token, 3, bad)):
         calls += [("batch_idx", lambda bad=bad, call=call: call(bad)) for bad in (*bad_integers, 2)]
-    sizes = {"max_tokens": 8, "batch_size": 2, "hidden_size": 12, "num_heads": 3}
+    sizes = {"max_seq_len": 8, "batch_size": 2, "hidden_dim": 12, "num_heads": 3}
     for i, name in enumerate(sizes):
         for bad in (*bad_integers, 0):
             before, after = [*sizes.values()][:i], [*sizes.values()][i + 1 :]
             calls.append((name, lambda bad=bad, b=before, a=after: m.allocate(*b, bad, *a)))
-    calls.append(("hidden_size", lambda: m.allocate(8, 2, 13, 3)))
+    calls.append(("hidden_dim", lambda: m.allocate(8, 2, 13, 3)))
     for name, call in calls:
         with pytest.raises(ArgumentError, match=name):
             call()

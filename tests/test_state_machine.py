@@ -13,7 +13,7 @@ from conftest import make_cache, rows
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from test_attend import tolerance
+from support import tolerances
 
 from paged_kv import (
     ArgumentError,
@@ -238,7 +238,7 @@ class CacheMachine(RuleBasedStateMachine):
                 new[i].append((all_k, all_v))
                 seen = {"window": self.window, "num_sink_tokens": self.sinks}
                 expected = reference.attend(q[own], all_k, all_v, **seen)
-                atol = tolerance(q[own], all_k, all_v)
+                atol = tolerances(q[own], all_k, all_v)[0]
                 np.testing.assert_allclose(out[own], expected, rtol=0, atol=atol)
         return new
 

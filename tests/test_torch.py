@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import make_cache, rows
-from test_attention import tolerances
+from support import tolerances
 
 import paged_kv
 from paged_kv import ArgumentError

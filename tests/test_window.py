@@ -10,7 +10,7 @@ import pytest
 from conftest import make_cache, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attend import tolerance
+from support import tolerances
 
 from paged_kv import ArgumentError, OutOfPages, reference
 
@@ -41,7 +41,7 @@ def serve(cache, chunks, rng, num_q_heads=4, window=None, sinks=0):
             out = step.attend(0, q[new], k[new], v[new])
         done += chunk
         expected = reference.attend(q[new], k[:done], v[:done], window=window, num_sink_tokens=sinks)
-        np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance(q[new], k[:done], v[:done]))
+        np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances(q[new], k[:done], v[:done])[0])
         poison_free_pages(cache)
         cache.check()
     held = seq.held_positions

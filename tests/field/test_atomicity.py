@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 from conftest import fill, make_cache, rows
-from test_ownership import digest
+from support import digest
 
 from paged_kv import ArgumentError, OutOfPages, OutOfSequences, PagedKVCache
 from paged_kv.models.bitnet import BitNetModel
@@ -172,7 +172,7 @@ def test_row_32_limits_are_checked_before_anything_is_copied(rng):
     for count in (10**6, 2**31 - 1):
         with pytest.raises(OutOfSequences):
             seq.fork(count)
-    with pytest.raises(ArgumentError, match=r"n is \d+, outside"):
+    with pytest.raises(ArgumentError, match=r"count is \d+, outside"):
         seq.fork(2**40)
     assert digest(cache) == before
 

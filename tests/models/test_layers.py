@@ -112,7 +112,7 @@ def test_tables_are_as_long_as_what_came_up():
 )
 def test_rotation_refuses_what_does_not_fit_and_changes_nothing(heads, positions):
     before = heads.copy()
-    with pytest.raises(ArgumentError, match="heads|position"):
+    with pytest.raises(ArgumentError, match=r"heads|position"):
         Rotation(rope_frequencies(8, 10000.0), 100)(heads, positions)
     np.testing.assert_array_equal(heads, before)
 
