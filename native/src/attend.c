@@ -35,8 +35,7 @@ enum {
 static const float LOG2_E = 0x1.715476p+0f;
 
 typedef struct {
-  const pkv_kernel *kernel;     /* for where the rows lie */
-  const pkv_kernel *for_cached; /* for rows in a cache, where most of them soon will be */
+  const pkv_kernel *kernel;
   const pkv_pages *pages;
   const pkv_batch *batch;
   const pkv_attention *attention;
@@ -46,6 +45,7 @@ typedef struct {
   float *slopes;        /* [num_q_heads], NULL: none */
   float *sinks;         /* [num_q_heads], NULL: none */
   int32_t num_q_heads;
+  bool is_cached;     /* the pages that the call reads */
   bool has_pairs;     /* keys and queries of bfloat16 meet two dims at once */
   int32_t run_tokens; /* of whole pages, or PKV_RUN_TOKENS of a larger one */
   work work;
@@ -180,17 +180,6 @@ static void set_tokens(const job *job, pkv_run *run, uint64_t mask, const char *
   run->distances = own->distances;
 }
 
-/* Do num_rows of q wait for what they read from memory, rather than for their multiply-adds?  Then it is read
- * in the order that is fastest for memory.  Measured on Zen 4, on both sides of these numbers. */
-static bool waits_for_memory(const pkv_run *run, int32_t num_rows) {
-  int32_t num_queries = num_rows * run->group;
-  switch (run->k_dtype) {
-    case PKV_FLOAT32: return num_queries < 32;
-    case PKV_BFLOAT16_PAIRS: return num_queries < 16;
-    default: return num_queries < 4; /* 16 bits are widened for each four of them */
-  }
-}
-
 /* Let the kernel fold the run into the states of its rows, of kv heads from `head` on. */
 static void fold_heads(const job *job, const block *block, pkv_run *run, int32_t head, const float *q,
                        pkv_state state) {
@@ -198,9 +187,8 @@ static void fold_heads(const job *job, const block *block, pkv_run *run, int32_t
   run->k_offset = head * run->k_head_stride;
   run->v_offset = head * run->v_head_stride;
   if (job->slopes) run->alibi_slopes = job->slopes + head * run->group;
-  const pkv_kernel *kernel = waits_for_memory(run, block->num_rows) ? job->kernel : job->for_cached;
-  kernel->fold_run(run, q + (int64_t)own_head * pkv_padded(run->head_dim),
-                   state_of_head(job, state, own_head));
+  pkv_fold *fold = pkv_choose_fold(job->kernel, run->k_dtype, block->num_rows * run->group, job->is_cached);
+  fold(run, q + (int64_t)own_head * pkv_padded(run->head_dim), state_of_head(job, state, own_head));
 }
 
 /* Does a row see what the row before it sees, and nothing more but behind that? */
@@ -498,15 +486,15 @@ static bool are_cached(const pkv_pages *pages, const pkv_batch *batch) {
 /* plan: NULL for pages of no step.  Nothing is written before everything was checked. */
 static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
                          const pkv_plan *plan, const pkv_attention *attention) {
-  const pkv_kernel *kernel = are_cached(pages, batch) ? pkv_active_kernel_for_cached() : pkv_active_kernel();
+  const pkv_kernel *kernel = pkv_active_kernel();
   int32_t num_q_heads = attention->num_q_heads;
   if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
   if (attention->byte_lengths && out_overlaps(attention)) return PKV_OUT_OVERLAPS;
   job job = {.kernel = kernel,
-             .for_cached = pkv_active_kernel_for_cached(),
              .pages = pages,
              .batch = batch,
-             .attention = attention};
+             .attention = attention,
+             .is_cached = are_cached(pages, batch)};
   job.scale = attention->sm_scale * LOG2_E;
   job.soft_cap = attention->logits_soft_cap * LOG2_E;
   job.num_q_heads = num_q_heads;

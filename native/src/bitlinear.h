@@ -44,7 +44,7 @@ typedef struct {
   /* sums[row][16] of weights [num_in / 2][16 outputs][2 inputs] times activations of 16 bits. */
   void (*int8)(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
                int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
-  /* kernels/rows.h */
+  /* kernels/linear/activations.h */
   pkv_rounded (*round_row)(void *values, int64_t padded, const float *x, int64_t count, const float *norm,
                            float eps, int32_t most, bool is_ternary, float *buffer);
   void (*put_rows)(float *out, int64_t out_stride, int32_t (*sums)[PKV_OUT_BLOCK], const pkv_rounded *rows,

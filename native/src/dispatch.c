@@ -6,6 +6,7 @@
 #ifdef PKV_HAVE_AVX2
 #include <cpuid.h>
 #endif
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -69,23 +70,22 @@ static int looks_up_beside(void) {
 
 static const struct {
   const pkv_kernel *kernel;
-  const pkv_kernel *for_cached;
   const pkv_product *product;
   int (*is_available)(void);
 } kernels[] = {
 #ifdef PKV_HAVE_AVX512BF16
-    {&pkv_kernel_avx512bf16, &pkv_kernel_avx512bf16_cached, &pkv_product_avx2, has_avx512bf16},
+    {&pkv_kernel_avx512bf16, &pkv_product_avx2, has_avx512bf16},
 #endif
 #ifdef PKV_HAVE_AVX512
-    {&pkv_kernel_avx512, &pkv_kernel_avx512_cached, &pkv_product_avx2, has_avx512},
+    {&pkv_kernel_avx512, &pkv_product_avx2, has_avx512},
 #endif
 #ifdef PKV_HAVE_AVX2
-    {&pkv_kernel_avx2, &pkv_kernel_avx2_cached, &pkv_product_avx2, has_avx2},
+    {&pkv_kernel_avx2, &pkv_product_avx2, has_avx2},
 #endif
 #ifdef __aarch64__
-    {&pkv_kernel_neon, &pkv_kernel_neon, &pkv_product_neon, always},
+    {&pkv_kernel_neon, &pkv_product_neon, always},
 #endif
-    {&pkv_kernel_portable, &pkv_kernel_portable, &pkv_product_portable, always},
+    {&pkv_kernel_portable, &pkv_product_portable, always},
 };
 enum { NUM_KERNELS = sizeof kernels / sizeof kernels[0], NOT_CHOSEN = -2, NONE = -1 };
 
@@ -123,9 +123,18 @@ const pkv_kernel *pkv_active_kernel(void) {
   return index < 0 ? NULL : kernels[index].kernel;
 }
 
-const pkv_kernel *pkv_active_kernel_for_cached(void) {
-  int32_t index = pkv_kernel_active();
-  return index < 0 ? NULL : kernels[index].for_cached;
+/* Fewer queries than this wait for memory rather than for their multiply-adds. */
+static int32_t least_queries_to_compute(int32_t k_dtype) {
+  switch (k_dtype) {
+    case PKV_FLOAT32: return 32;
+    case PKV_BFLOAT16_PAIRS: return 16;
+    default: return 4; /* 16 bits are widened for each four of them */
+  }
+}
+
+pkv_fold *pkv_choose_fold(const pkv_kernel *kernel, int32_t k_dtype, int32_t num_queries, int32_t is_cached) {
+  bool is_stream = !is_cached && num_queries < least_queries_to_compute(k_dtype);
+  return is_stream && kernel->folds[PKV_STREAM] ? kernel->folds[PKV_STREAM] : kernel->folds[PKV_COMPUTE];
 }
 
 const pkv_product *pkv_active_product(void) {

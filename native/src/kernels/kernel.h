@@ -56,13 +56,18 @@ typedef struct {
   float *accumulated; /* [heads, padded head_dim_v], of 2^(score - maximum) * v */
 } pkv_state;
 
+/* Fold a run into the states of its heads' groups, of each row. */
+typedef void pkv_fold(const pkv_run *run, const float *q, pkv_state state);
+
+/* All folds of a kernel give the same bits: which one runs is a matter of speed (pkv_choose_fold). */
+typedef enum { PKV_STREAM, PKV_COMPUTE, PKV_NUM_FOLDS } pkv_fold_kind;
+
 typedef struct {
   const char *name;
-  int32_t multiplies_pairs; /* runs may have keys in pairs, a multiple of 16 of them */
+  pkv_fold *folds[PKV_NUM_FOLDS]; /* NULL: the kernel has none of that kind, but it has compute */
+  int32_t multiplies_pairs;       /* runs may have keys in pairs, a multiple of 16 of them */
   /* One head of q times scale, from dtype, padded with zeros. */
   void (*prepare_q)(float *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim);
-  /* Fold a run into the states of its heads' groups, of each row. */
-  void (*fold_run)(const pkv_run *run, const float *q, pkv_state state);
   /* Fold `later`, the state over tokens that come after, into `state`. */
   void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v);
   /* One head: out = accumulated / (sum and the sink's weight), as dtype; 0 where that is 0.  `sink` may be
@@ -81,18 +86,23 @@ extern const pkv_kernel pkv_kernel_portable;
 extern const pkv_kernel pkv_kernel_neon;
 #endif
 #ifdef PKV_HAVE_AVX2
-extern const pkv_kernel pkv_kernel_avx2, pkv_kernel_avx2_cached;
+extern const pkv_kernel pkv_kernel_avx2;
+pkv_fold pkv_compute_avx2;
 #endif
 #ifdef PKV_HAVE_AVX512
-extern const pkv_kernel pkv_kernel_avx512, pkv_kernel_avx512_cached;
+extern const pkv_kernel pkv_kernel_avx512;
+pkv_fold pkv_compute_avx512;
 #endif
 #ifdef PKV_HAVE_AVX512BF16
-extern const pkv_kernel pkv_kernel_avx512bf16, pkv_kernel_avx512bf16_cached;
+extern const pkv_kernel pkv_kernel_avx512bf16;
+pkv_fold pkv_compute_avx512bf16;
 #endif
 
-/* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available; and the one with the same bits
- * for rows in a cache and for many queries. */
+/* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available. */
 const pkv_kernel *pkv_active_kernel(void);
-const pkv_kernel *pkv_active_kernel_for_cached(void);
+
+/* The fold that is fastest for a run of this k_dtype, when num_queries (rows times heads of a group) read
+ * each key and the pages come from a cache or not.  Measured on Zen 4, on both sides of these numbers. */
+pkv_fold *pkv_choose_fold(const pkv_kernel *kernel, int32_t k_dtype, int32_t num_queries, int32_t is_cached);
 
 #endif

@@ -7,7 +7,7 @@
 #include <arm_neon.h>
 #include <string.h>
 
-#include "rows.h"
+#include "activations.h"
 
 enum { ROWS = 2 };
 

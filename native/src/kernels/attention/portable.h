@@ -4,12 +4,9 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "../../include/paged_kv.h"
-#include "kernel.h"
+#include "../../../include/paged_kv.h"
+#include "../kernel.h"
 
-#define KERNEL pkv_kernel_portable
-#define KERNEL_NAME "portable"
-#define FROM_CACHE /* four values at a time are multiplied more slowly than they come from memory */
 enum { WIDTH = 4, TILE_SUMS = 8 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
@@ -63,5 +60,3 @@ static inline halves vec_to_float16(vec x) {
 
 /* The low 16 bits of each, which has no others. */
 static inline halves vec_low_halves(ivec bits) { return __builtin_convertvector(bits, halves); }
-
-#include "body.h"

@@ -10,7 +10,7 @@
 #endif
 #include <string.h>
 
-#include "rows.h"
+#include "activations.h"
 
 enum { PREFETCH_BYTES = 2048, ROWS = 8 };
 

@@ -8,9 +8,9 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "../../include/paged_kv.h"
-#include "../bitlinear.h"
-#include "loops.h"
+#include "../../../include/paged_kv.h"
+#include "../../bitlinear.h"
+#include "../loops.h"
 
 /* Rows are met sixteen values at a time, in two vectors: gcc keeps wider ones in memory. */
 enum { LANES = 8, STEP = 2 * LANES };

@@ -8,15 +8,9 @@
 #include <immintrin.h>
 #endif
 
-#include "../../include/paged_kv.h"
-#include "kernel.h"
+#include "../../../include/paged_kv.h"
+#include "../kernel.h"
 
-#ifndef KERNEL /* others that include this have other names */
-#define KERNEL pkv_kernel_avx512
-#endif
-#ifndef KERNEL_NAME
-#define KERNEL_NAME "avx512"
-#endif
 #define WRITES_PAST_CACHES
 enum { WIDTH = 16, TILE_SUMS = 16 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
@@ -108,7 +102,7 @@ static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 /* In one shuffle; but where memory is waited for, what is widened as it is loaded takes less time. */
 static inline vec vec_from_bfloat16(halves x) {
-#ifdef FROM_CACHE
+#ifdef COMPUTE
   const __m512i to_high = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0,
                                            5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
   return (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, to_high, _mm512_castsi256_si512((__m256i)x));
@@ -130,5 +124,3 @@ static inline halves vec_high_halves(ivec bits) {
                                         0x1f001d, 0, 0, 0, 0, 0, 0, 0, 0);
   return (halves)_mm512_castsi512_si256(_mm512_permutexvar_epi16(odd, (__m512i)bits));
 }
-
-#include "body.h"

@@ -1,7 +1,7 @@
 /* Products with ternary weights in plain C: the ones to read first, and those that run anywhere. */
 #include <string.h>
 
-#include "rows.h"
+#include "activations.h"
 
 static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
                     int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {

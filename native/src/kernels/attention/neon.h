@@ -4,12 +4,9 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "../../include/paged_kv.h"
-#include "kernel.h"
+#include "../../../include/paged_kv.h"
+#include "../kernel.h"
 
-#define KERNEL pkv_kernel_neon
-#define KERNEL_NAME "neon"
-#define FROM_CACHE /* as the portable kernel */
 enum { WIDTH = 4, TILE_SUMS = 8 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
@@ -46,5 +43,3 @@ static inline halves vec_to_float16(vec x) { return (halves)vcvt_f16_f32((float3
 
 /* The low 16 bits of each, which has no others. */
 static inline halves vec_low_halves(ivec bits) { return (halves)vmovn_u32((uint32x4_t)bits); }
-
-#include "body.h"

@@ -4,13 +4,9 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "../../include/paged_kv.h"
-#include "kernel.h"
+#include "../../../include/paged_kv.h"
+#include "../kernel.h"
 
-#ifndef KERNEL /* avx2_cached.c has another name */
-#define KERNEL pkv_kernel_avx2
-#endif
-#define KERNEL_NAME "avx2"
 #define WRITES_PAST_CACHES
 enum { WIDTH = 8, TILE_SUMS = 8 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
@@ -73,7 +69,7 @@ static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 /* In one shuffle; but where memory is waited for, what is widened as it is loaded takes less time. */
 static inline vec vec_from_bfloat16(halves x) {
-#ifdef FROM_CACHE
+#ifdef COMPUTE
   const __m256i to_high = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8,
                                            9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
   return (vec)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)x), to_high);
@@ -93,5 +89,3 @@ static inline halves vec_low_halves(ivec bits) {
   __m256i x = (__m256i)bits;
   return (halves)_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
 }
-
-#include "body.h"

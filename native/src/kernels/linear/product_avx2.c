@@ -3,7 +3,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "rows.h"
+#include "activations.h"
 
 enum { PREFETCH_BYTES = 2048, ROWS = 4 };
 

@@ -1,0 +1,21 @@
+/* The kernel for AVX2 with FMA and F16C. */
+#include "avx2.h"
+
+#include "vec.h"
+#include "rows.h"
+#include "stream.h"
+#include "fold.h"
+#include "state.h"
+#include "convert.h"
+#include "finish.h"
+
+const pkv_kernel pkv_kernel_avx2 = {
+    .name = "avx2",
+    .folds = {[PKV_STREAM] = fold_run, [PKV_COMPUTE] = pkv_compute_avx2},
+    .prepare_q = prepare_q,
+    .merge = merge,
+    .finish = finish,
+    .narrow = narrow,
+    .widen = widen,
+    .copy_past_caches = copy_past_caches,
+};

@@ -1,0 +1,21 @@
+/* The kernel for AVX-512 (F, BW, DQ, VL). */
+#include "avx512.h"
+
+#include "vec.h"
+#include "rows.h"
+#include "stream.h"
+#include "fold.h"
+#include "state.h"
+#include "convert.h"
+#include "finish.h"
+
+const pkv_kernel pkv_kernel_avx512 = {
+    .name = "avx512",
+    .folds = {[PKV_STREAM] = fold_run, [PKV_COMPUTE] = pkv_compute_avx512},
+    .prepare_q = prepare_q,
+    .merge = merge,
+    .finish = finish,
+    .narrow = narrow,
+    .widen = widen,
+    .copy_past_caches = copy_past_caches,
+};

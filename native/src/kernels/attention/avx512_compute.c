@@ -1,0 +1,10 @@
+/* The compute fold of avx512.c: the same bits. */
+#define COMPUTE
+#include "avx512.h"
+
+#include "vec.h"
+#include "rows.h"
+#include "compute.h"
+#include "fold.h"
+
+void pkv_compute_avx512(const pkv_run *run, const float *q, pkv_state state) { fold_run(run, q, state); }

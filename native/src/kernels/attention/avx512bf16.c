@@ -1,0 +1,26 @@
+/* The kernel for AVX-512 with BF16, which multiplies pairs of bfloat16: Cooper Lake and Zen 4 on.
+ *
+ * Products of bfloat16 are exact in float32, and summed there: so scores are as near as by multiply-adds of
+ * widened keys, but that what is below 2^-126 counts as 0. */
+#define MULTIPLIES_PAIRS
+#include "avx512.h"
+
+#include "vec.h"
+#include "rows.h"
+#include "stream.h"
+#include "fold.h"
+#include "state.h"
+#include "convert.h"
+#include "finish.h"
+
+const pkv_kernel pkv_kernel_avx512bf16 = {
+    .name = "avx512bf16",
+    .multiplies_pairs = 1,
+    .folds = {[PKV_STREAM] = fold_run, [PKV_COMPUTE] = pkv_compute_avx512bf16},
+    .prepare_q = prepare_q,
+    .merge = merge,
+    .finish = finish,
+    .narrow = narrow,
+    .widen = widen,
+    .copy_past_caches = copy_past_caches,
+};

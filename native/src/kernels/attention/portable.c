@@ -1,0 +1,22 @@
+/* The portable kernel: the one to read first, and the one that runs anywhere. */
+#define COMPUTE /* four values at a time are multiplied more slowly than they come from memory */
+#include "portable.h"
+
+#include "vec.h"
+#include "rows.h"
+#include "compute.h"
+#include "fold.h"
+#include "state.h"
+#include "convert.h"
+#include "finish.h"
+
+const pkv_kernel pkv_kernel_portable = {
+    .name = "portable",
+    .folds = {[PKV_COMPUTE] = fold_run},
+    .prepare_q = prepare_q,
+    .merge = merge,
+    .finish = finish,
+    .narrow = narrow,
+    .widen = widen,
+    .copy_past_caches = copy_past_caches,
+};

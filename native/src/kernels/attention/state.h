@@ -1,0 +1,46 @@
+/* Two states of the same heads, over earlier and later tokens, merged into one. */
+static float exp2_of(float x) { return vec_exp2((vec){} + x)[0]; }
+
+/* By how much each of two sums shrinks when they are brought to their common maximum. */
+typedef struct {
+  float maximum, ours, theirs;
+} common;
+
+static common in_common(float a, float b) {
+  float largest = a > b ? a : b;
+  float subtracted = largest == -__builtin_inff() ? 0.0f : largest;
+  return (common){largest, exp2_of(a - subtracted), exp2_of(b - subtracted)};
+}
+
+/* The first `count` of them; zeros behind. */
+ALWAYS_INLINE vec vec_load_first(const float *from, int count) {
+  float floats[WIDTH] = {0};
+  if (count == WIDTH) return vec_load(from);
+  memcpy(floats, from, (size_t)count * sizeof *from);
+  return vec_load(floats);
+}
+
+ALWAYS_INLINE void vec_store_first(float *to, vec x, int count) {
+  memcpy(to, &x, (size_t)(count < WIDTH ? count : WIDTH) * sizeof *to);
+}
+
+static void merge(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v) {
+  for (int32_t first = 0; first < num_heads; first += WIDTH) {
+    int count = num_heads - first < WIDTH ? num_heads - first : WIDTH;
+    vec a = vec_load_first(state.maximum + first, count), b = vec_load_first(later.maximum + first, count);
+    vec largest = vec_larger(a, b);
+    vec subtracted = vec_select((ivec)(largest == -__builtin_inff()), (vec){}, largest);
+    vec ours = vec_exp2(a - subtracted), theirs = vec_exp2(b - subtracted);
+    vec_store_first(state.maximum + first, largest, count);
+    vec_store_first(
+        state.sum + first,
+        vec_load_first(state.sum + first, count) * ours + vec_load_first(later.sum + first, count) * theirs,
+        count);
+    for (int i = 0; i < count; i++) {
+      float *to = state.accumulated + (first + i) * pkv_padded(head_dim_v);
+      const float *from = later.accumulated + (first + i) * pkv_padded(head_dim_v);
+      for (int32_t d = 0; d < head_dim_v; d += WIDTH)
+        vec_store(to + d, vec_load(to + d) * ours[i] + vec_load(from + d) * theirs[i]);
+    }
+  }
+}

@@ -1,4 +1,0 @@
-/* The kernel of avx512bf16.c for rows in a cache and for many queries (from_cache.h).  The same bits. */
-#define KERNEL pkv_kernel_avx512bf16_cached
-#define FROM_CACHE
-#include "avx512bf16.c"
