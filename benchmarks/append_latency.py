@@ -19,7 +19,7 @@ from harness import Timer, arguments, progress, show
 
 import paged_kv
 from paged_kv._binding import ffi, lib
-from paged_kv.arrays import array_of, set_rows
+from paged_kv.arrays import array_of, fill_tensor
 from paged_kv.extras import require
 from paged_kv.layout import DTYPES
 
@@ -95,8 +95,8 @@ def by_batch(dtype: str, batch: int, timer: Timer, write_ceiling: float, pool_to
         for what, slots in (("C, warm", warm), ("C, streaming", everywhere)):
             slots = np.resize(slots, max(batch, 4096 if what == "C, streaming" else batch))
             values = np.resize(k, (len(slots), HEADS, HEAD_DIM))
-            given = ffi.new("pkv_rows *")
-            set_rows(given, array_of("k", values))
+            given = ffi.new("pkv_tensor *")
+            fill_tensor(given, array_of("k", values))
             call = functools.partial(
                 lib.pkv_append, pages, len(slots), ffi.from_buffer("int64_t[]", slots), given, given
             )

@@ -58,11 +58,11 @@ def decode(shape, dtype, batch, context, num_threads, timer, options) -> list[di
     rows, turn = [], itertools.cycle(range(layers))
     with cache:
         step = cache.step(seqs, [1] * batch)
-        block_bytes = cache._store.layout.block_bytes
+        page_share_bytes = cache._store.layout.page_share_bytes
         ids = step.block_table[step.block_table >= 0]
         order = np.concatenate([layer * cache.stats().num_pages + ids for layer in range(layers)])
         memory = cache._store.pool.data()
-        walk = ceiling.gb_per_s(timer, memory, block_bytes, order, num_threads)
+        walk = ceiling.gb_per_s(timer, memory, page_share_bytes, order, num_threads)
         plain = ceiling.gb_per_s(timer, memory, 2**16, np.arange(len(memory) // 2**16), num_threads)
         for kernel in paged_kv.kernels().available if options.kernels else [paged_kv.kernels().active]:
             before = paged_kv.kernels().active

@@ -122,7 +122,7 @@ def decode(shape, dtype, batch, context, options):
     expected = {row: reference(q[row], k[row], v[row]) for row in {0, batch - 1}}
     calls, errors, rivals = set_up("decode", (q, k, v), copies, options.threads, expected)
     cache = rivals["paged_kv"].cache
-    memory, block = cache._store.pool.data(), cache._store.layout.block_bytes
+    memory, block = cache._store.pool.data(), cache._store.layout.page_share_bytes
     pages, num_pages = rivals["paged_kv"].pages, cache.stats().num_pages
     calls["walk"] = [
         ceiling.reader(memory, block, layer * num_pages + pages, options.threads) for layer in range(copies)

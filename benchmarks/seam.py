@@ -15,7 +15,7 @@ from harness import Timer, arguments, progress, show
 
 import paged_kv
 from paged_kv._binding import ffi, lib
-from paged_kv.arrays import array_of, set_rows
+from paged_kv.arrays import array_of, fill_tensor
 
 CALLS = 100  # that are timed together
 
@@ -41,8 +41,8 @@ def main() -> None:
         step.attend(0, row, row, row)
         store = cache._store
         attention, pages = step._calls["write and attend"]._arguments, store.pages(0)
-        given = ffi.new("pkv_rows *")
-        set_rows(given, array_of("row", row))
+        given = ffi.new("pkv_tensor *")
+        fill_tensor(given, array_of("row", row))
         attend = functools.partial(lib.pkv_step_attend, store.threads, pages, step._handle, attention)
         write = functools.partial(lib.pkv_step_write, pages, step._handle, given, given)
         calls: list[tuple[str, Callable[[], object], Callable[[], object]]] = [

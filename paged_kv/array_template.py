@@ -23,7 +23,7 @@ from_buffer = ffi.from_buffer
 class ArrayTemplate:
     """The looks of an array that was validated: at least one element, three axes, no negative stride.
 
-    `bind(array, rows)` writes the address of another array into a `pkv_rows *`; False, and nothing was
+    `bind(array, rows)` writes the address of another array into a `pkv_tensor *`; False, and nothing was
     written, when that array does not look the same.  `new()` is a new array of the same kind, shape and
     dtype.
     """

@@ -186,8 +186,8 @@ def rows_of(name: str, array: object, *shapes: tuple[int, int, int]) -> Array:
     return described
 
 
-def set_rows(rows: Any, array: Array) -> None:
-    """Fill a `pkv_rows`; the array must outlive it."""
+def fill_tensor(rows: Any, array: Array) -> None:
+    """Fill a `pkv_tensor`; the array must outlive it."""
     rows.data = array.data
     rows.token_stride, rows.head_stride, _ = array.strides
     rows.dtype = array.dtype

@@ -16,11 +16,11 @@ from .arrays import (
     array_of,
     dense_float32,
     empty_like,
+    fill_tensor,
     head_values,
     is_tensor,
     output,
     rows_of,
-    set_rows,
 )
 from .errors import ArgumentError, LayerNotWritten
 
@@ -47,9 +47,9 @@ class PreparedAppend:
 
     def __init__(self, pages: Any, num_tokens: int, k: Any, v: Any) -> None:
         k_rows, v_rows = new_rows(pages, num_tokens, k, v).values()
-        self._k, self._v = ffi.new("pkv_rows *"), ffi.new("pkv_rows *")
-        set_rows(self._k, k_rows)
-        set_rows(self._v, v_rows)
+        self._k, self._v = ffi.new("pkv_tensor *"), ffi.new("pkv_tensor *")
+        fill_tensor(self._k, k_rows)
+        fill_tensor(self._v, v_rows)
         self._k_template, self._v_template = template_of(k, k_rows), template_of(v, v_rows)
 
     def run(self, pages: Any, plan: Any) -> None:
@@ -116,8 +116,8 @@ class Attention:
         else:
             self.out = out
             self.out_rows = output("out", out, shape, q_rows, {"q": q_rows, **inputs})
-        set_rows(arguments.q, q_rows)
-        set_rows(arguments.out, self.out_rows)
+        fill_tensor(arguments.q, q_rows)
+        fill_tensor(arguments.out, self.out_rows)
         if type(return_lse) is not bool:
             raise ArgumentError(f"return_lse must be True or False, not {return_lse!r:.60}")
         self.lse = None
@@ -161,8 +161,8 @@ class PreparedAttention:
         arguments = self._arguments = call.arguments
         if k is not None:
             arguments.has_rows = 1
-            set_rows(arguments.k, inputs["k"])
-            set_rows(arguments.v, inputs["v"])
+            fill_tensor(arguments.k, inputs["k"])
+            fill_tensor(arguments.v, inputs["v"])
         self._rows = (arguments.q, arguments.k, arguments.v, arguments.out)
         self._head_dim, self._scales = pages.head_dim, options[:2]
         self._templates = None
@@ -296,12 +296,12 @@ def merge_states(outputs: Any, lses: Any) -> Any:
         if part.shape != shape:
             raise ArgumentError(f"outputs[{i}] has the shape {list(part.shape)}, outputs[0] {list(shape)}")
         sums.append(dense_float32(f"lses[{i}]", lse, shape[:2]))
-    rows = ffi.new("pkv_rows[]", len(parts))
+    rows = ffi.new("pkv_tensor[]", len(parts))
     for row, part in zip(rows, parts, strict=True):
-        set_rows(row, part)
+        fill_tensor(row, part)
     out, lse = empty_like(outputs[0], shape), empty_like(outputs[0], shape[:2], "float32")
-    out_rows = ffi.new("pkv_rows *")
-    set_rows(out_rows, array_of("out", out))
+    out_rows = ffi.new("pkv_tensor *")
+    fill_tensor(out_rows, array_of("out", out))
     pointers = [ffi.from_buffer("float[]", array) if array.size else ffi.NULL for array in sums]
     lse_at = ffi.cast("float *", array_of("lse", lse).data)
     lses_at = ffi.new("float *[]", pointers)

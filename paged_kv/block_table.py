@@ -8,7 +8,7 @@ The arrays lie here and C works on them in place, for a whole batch in one call.
     seq_lens[r]       tokens that are committed
     reserved_lens[r]  and those of an open step: more than seq_lens[r] just while the row stands in one
 
-A sequence is named by a key: a serial number that no other sequence of the process has, and its row.
+A sequence has an id: a serial number that no other sequence of the process has, and its row.
 
 Imports pool.  Imported by store.  The caller holds the cache's lock.
 """
@@ -40,12 +40,12 @@ Counts: TypeAlias = list[int] | NDArray[np.int64]
 FEW = 32
 INT64_ARRAY = ffi.typeof("int64_t[]")
 #: Positions are int32.
-MOST_TOKENS = 2**31 - 1
+MAX_TOKENS = 2**31 - 1
 
-#: A key's low bits are the row, the others the serial number, which repeats after 2**39 - 1 sequences: six
-#: days at a million a second.
+#: The low bits of a seq_id are the row, the others the serial number, which repeats after 2**39 - 1
+#: sequences: six days at a million a second.
 ROW_BITS = int(lib.PKV_ROW_BITS)
-MOST_SERIAL = 2 ** (63 - ROW_BITS) - 1
+MAX_SERIAL = 2 ** (63 - ROW_BITS) - 1
 
 _serials = itertools.count()
 
@@ -100,7 +100,7 @@ class BlockTables(Uncopyable):
         self.seq_lens = np.zeros(max_sequences, np.int32)
         self.reserved_lens = np.zeros(max_sequences, np.int32)
         self.tail_copies = np.zeros(max_sequences, np.int32)
-        self.keys = np.zeros(max_sequences, np.int64)
+        self.seq_ids = np.zeros(max_sequences, np.int64)
         self._next_free = np.zeros(max_sequences, np.int32)
         self._page_marks = np.zeros(2 * pool.num_pages, np.int32)
         arrays = {
@@ -112,7 +112,7 @@ class BlockTables(Uncopyable):
             "page_marks": self._page_marks,
         }
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
-        self._pointers["keys"] = ffi.from_buffer("int64_t[]", self.keys)
+        self._pointers["seq_ids"] = ffi.from_buffer("int64_t[]", self.seq_ids)
         # Filled and read under the cache's lock, so one of each is enough.
         self.size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
         self._one_row = ffi.new("int32_t[1]")
@@ -128,7 +128,7 @@ class BlockTables(Uncopyable):
                 "window": window.size if window else 0,
                 "num_sink_tokens": window.num_sink_tokens if window else 0,
                 "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
-                "max_step_tokens": window.max_step_tokens if window else MOST_TOKENS,
+                "max_step_tokens": window.max_step_tokens if window else MAX_TOKENS,
                 "num_layers": num_layers,
             },
         )
@@ -144,7 +144,7 @@ class BlockTables(Uncopyable):
         """Of shared pages, by steps that were committed."""
         return int(self._tables.num_copies)
 
-    def next_keys(self, count: int) -> list[int]:
+    def next_seq_ids(self, count: int) -> list[int]:
         """Keys for `count` new sequences, which `add` gives rows to; OutOfSequences when there are fewer."""
         num_free = self.max_sequences - self.num_sequences
         if count > num_free:
@@ -154,44 +154,44 @@ class BlockTables(Uncopyable):
             raise OutOfSequences(f"{what}; free one, or build a cache with a larger max_sequences")
         rows = self._one_row if count == 1 else ffi.new("int32_t[]", count)
         lib.pkv_tables_next_rows(self._tables, count, rows)
-        return [(next(_serials) % MOST_SERIAL + 1) << ROW_BITS | rows[i] for i in range(count)]
+        return [(next(_serials) % MAX_SERIAL + 1) << ROW_BITS | rows[i] for i in range(count)]
 
-    def add(self, keys: list[int], parent: int | None = None) -> None:
-        """Rows for sequences of these keys: empty, or holding what `parent` holds."""
+    def add(self, seq_ids: list[int], parent: int | None = None) -> None:
+        """Rows for new sequences of these ids: empty, or sharing the pages of `parent`."""
         row = -1 if parent is None else self.idle_row(parent)
-        if status := lib.pkv_tables_add(self.pool.handle, self._tables, len(keys), keys, row):
+        if status := lib.pkv_tables_add(self.pool.handle, self._tables, len(seq_ids), seq_ids, row):
             check(status, "add")
 
-    def remove(self, key: int) -> bool:
-        """Give a row back with its pages, if the key names one; False when it stands in an open step."""
-        status = lib.pkv_tables_remove(self.pool.handle, self._tables, key)
+    def remove(self, seq_id: int) -> bool:
+        """Release a sequence's row and pages, if there is one; False when it is in an open step."""
+        status = lib.pkv_tables_remove(self.pool.handle, self._tables, seq_id)
         if status == SEQUENCE_BUSY:
             return False
         if status and status != lib.PKV_STALE_SEQUENCE:
             check(status, "free")
         return True
 
-    def row(self, key: int) -> int:
-        """The row that a key names; StaleSequence when it names none of these."""
-        row = int(lib.pkv_tables_row(self._tables, key))
+    def row(self, seq_id: int) -> int:
+        """The row of a sequence; StaleSequence when there is none of this id."""
+        row = int(lib.pkv_tables_row(self._tables, seq_id))
         if row < 0:
             raise StaleSequence("the sequence was freed, or is another cache's")
         return row
 
-    def idle_row(self, key: int) -> int:
-        """The row that a key names, which stands in no step; StaleSequence, SequenceBusy."""
-        row = self.row(key)
+    def idle_row(self, seq_id: int) -> int:
+        """The row of a sequence that is in no open step; StaleSequence, SequenceBusy."""
+        row = self.row(seq_id)
         if self.reserved_lens[row] != self.seq_lens[row]:
-            raise SequenceBusy("the sequence stands in an open step; commit it or roll it back first")
+            raise SequenceBusy("the sequence is in an open step; commit it or roll it back first")
         return row
 
-    def reset(self, key: int) -> None:
+    def reset(self, seq_id: int) -> None:
         """Give a row's pages back; it is empty then."""
-        check(lib.pkv_tables_reset(self.pool.handle, self._tables, self.idle_row(key)), "reset")
+        check(lib.pkv_tables_reset(self.pool.handle, self._tables, self.idle_row(seq_id)), "reset")
 
-    def truncate(self, key: int, length: object) -> None:
+    def truncate(self, seq_id: int, length: object) -> None:
         """Forget a row's tokens from `length` on; ArgumentError when it has fewer."""
-        row = self.idle_row(key)
+        row = self.idle_row(seq_id)
         length = integer("length", length, 0, int(self.seq_lens[row]))
         status = lib.pkv_tables_truncate(self.pool.handle, self._tables, row, length)
         if status == lib.PKV_TOKENS_GONE:
@@ -226,13 +226,13 @@ class BlockTables(Uncopyable):
 
     # ---- steps
 
-    def open(self, plan: "Plan", keys: list[int], counts: Counts) -> None:
+    def open(self, plan: "Plan", seq_ids: list[int], counts: Counts) -> None:
         """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
 
         Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
         Cost: one C call; O(tokens + pages of the batch).
         """
-        batch, size = (self.pool.handle, self._tables, len(keys), *int64s(keys, counts)), self.size
+        batch, size = (self.pool.handle, self._tables, len(seq_ids), *int64s(seq_ids, counts)), self.size
         status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
         if status == lib.PKV_PLAN_TOO_SMALL:
             plan.take_memory(size.plan_bytes)
@@ -241,9 +241,9 @@ class BlockTables(Uncopyable):
             self._refuse(status, self._refusal)
         plan.num_tokens, plan.num_pages = size.num_tokens, size.num_pages
 
-    def pages_needed(self, keys: list[int], counts: Counts) -> int:
+    def pages_needed(self, seq_ids: list[int], counts: Counts) -> int:
         """What `plan` would take of the pool, be it there or not."""
-        batch = (self.pool.handle, self._tables, len(keys), *int64s(keys, counts))
+        batch = (self.pool.handle, self._tables, len(seq_ids), *int64s(seq_ids, counts))
         status = lib.pkv_step_measure(*batch, self.size, self._refusal)
         if status not in (lib.PKV_OK, lib.PKV_OUT_OF_PAGES):
             self._refuse(status, self._refusal)
@@ -268,9 +268,9 @@ class BlockTables(Uncopyable):
         if status == lib.PKV_STALE_SEQUENCE:
             raise StaleSequence(f"{name} was freed, or is another cache's")
         if status == lib.PKV_SEQUENCE_BUSY:
-            raise SequenceBusy(f"{name} stands in an open step; commit it or roll it back first")
+            raise SequenceBusy(f"{name} is in an open step; commit it or roll it back first")
         if status == lib.PKV_SEQUENCE_TWICE:
-            raise ArgumentError(f"{name} stands in this step twice; a step takes a sequence once")
+            raise ArgumentError(f"{name} is in this step twice; a step takes a sequence once")
         if status == lib.PKV_SEQUENCE_TOO_LONG:
             raise SequenceTooLong(
                 f"{name} would hold {asked} tokens, max_seq_len is {available}; "
@@ -342,18 +342,18 @@ class Plan(Uncopyable):
         return read_only(self._buffer.view(np.int32)[begin // 4 : begin // 4 + count])
 
 
-def int64s(keys: list[int], counts: "Counts") -> tuple[Any, Any]:
+def int64s(seq_ids: list[int], counts: "Counts") -> tuple[Any, Any]:
     """Keys and counts as C takes them; a count that does not fit becomes one that the plan refuses.
 
     The second may lie in the first, which is to be held as long.
     """
     if not isinstance(counts, list):
-        return int64_array(keys), ffi.from_buffer("int64_t[]", counts)
+        return int64_array(seq_ids), ffi.from_buffer("int64_t[]", counts)
     try:
-        both = int64_array(keys + counts)
+        both = int64_array(seq_ids + counts)
     except OverflowError:
-        both = int64_array(keys + [min(max(count, -1), MOST_TOKENS + 1) for count in counts])
-    return both, both + len(keys)
+        both = int64_array(seq_ids + [min(max(count, -1), MAX_TOKENS + 1) for count in counts])
+    return both, both + len(seq_ids)
 
 
 def int64_array(values: list[int]) -> Any:
@@ -382,7 +382,7 @@ def counts_of(new: object, num_seqs: int) -> "Counts":
             f"new is {new.dtype} {list(new.shape)}; give an integer for each of {num_seqs} sequences"
         )
     # What does not fit an int64 must not wrap into what does.
-    counts = np.minimum(new, MOST_TOKENS + 1) if new.dtype == np.uint64 else new
+    counts = np.minimum(new, MAX_TOKENS + 1) if new.dtype == np.uint64 else new
     return np.ascontiguousarray(counts, np.int64)
 
 
@@ -392,7 +392,7 @@ def _count_of(name: str, entry: object) -> int:
     if hasattr(entry, "__len__") and not isinstance(entry, (str, bytes)):
         ids = np.asarray(numpy_of(name, entry))
         if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) and ids.size:
-            if ids.min() < 0 or ids.max() > MOST_TOKENS:
+            if ids.min() < 0 or ids.max() > MAX_TOKENS:
                 raise ArgumentError(f"{name} holds an id outside [0, 2**31)")
             return ids.size
         if ids.ndim == 1 and not ids.size:

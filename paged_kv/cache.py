@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from ._binding import integer, kernels
-from .block_table import MOST_TOKENS, Window, counts_of
+from .block_table import MAX_TOKENS, Window, counts_of
 from .errors import ArgumentError
 from .layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
 from .lifetime import Uncopyable
-from .pool import MOST_PAGE_BYTES
+from .pool import MAX_PAGE_BYTES
 from .sequence import Sequence, new_sequences
-from .step import Step, keys_of
+from .step import Step, seq_ids_of
 from .store import Store
 
 
@@ -81,22 +81,22 @@ class PagedKVCache(Uncopyable):
             dtype=dtype_name(dtype),
             page_size=_multiple("page_size", page_size, 16, 2**20),
         )
-        if layout.page_bytes > MOST_PAGE_BYTES:
+        if layout.page_bytes > MAX_PAGE_BYTES:
             raise ArgumentError(
                 f"a page of {layout.page_size} tokens takes {layout.page_bytes:,} bytes in "
                 f"{layout.num_layers} layers of {layout.num_kv_heads} heads; at most "
-                f"{MOST_PAGE_BYTES:,} can be"
+                f"{MAX_PAGE_BYTES:,} can be"
             )
         num_pages = _num_pages(layout, num_pages, memory)
         # Without a window no sequence grows beyond what the pool holds; its row need not be longer.
-        most = MOST_TOKENS if window is not None else min(num_pages * layout.page_size, MOST_TOKENS)
+        most = MAX_TOKENS if window is not None else min(num_pages * layout.page_size, MAX_TOKENS)
         if max_seq_len is not None:
-            most = min(most, integer("max_seq_len", max_seq_len, 1, MOST_TOKENS))
-        num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MOST_TOKENS)
-        max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MOST_TOKENS)
+            most = min(most, integer("max_seq_len", max_seq_len, 1, MAX_TOKENS))
+        num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
+        max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
         seen = None
         if window is not None:
-            window = integer("window", window, 1, MOST_TOKENS)
+            window = integer("window", window, 1, MAX_TOKENS)
             seen = Window(window, num_sink_tokens, max_step_tokens)
         self._store = Store(
             layout,
@@ -167,17 +167,17 @@ class PagedKVCache(Uncopyable):
         It is told also when there are fewer.
         Raises: what `step` raises, but for OutOfPages.  Cost: O(sequences); nothing changes.
         """
-        _, keys = keys_of(seqs)
-        counts = counts_of(new, len(keys))
+        _, seq_ids = seq_ids_of(seqs)
+        counts = counts_of(new, len(seq_ids))
         with self._store.lock:
-            self._store.settle()
-            return self._store.tables.pages_needed(keys, counts)
+            self._store.reclaim_abandoned()
+            return self._store.tables.pages_needed(seq_ids, counts)
 
     def stats(self) -> CacheStats:
         """Counts of this moment.  Raises: CacheClosed.  Cost: O(max_sequences)."""
         store = self._store
         with store.reading() as is_alone:
-            store.settle(is_alone)
+            store.reclaim_abandoned(is_alone)
             num_pages, num_free = store.pool.num_pages, store.pool.num_free
             num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
         slots = (num_pages - num_free) * store.layout.page_size
@@ -195,7 +195,7 @@ class PagedKVCache(Uncopyable):
     def check(self) -> None:
         """Raise InvariantViolation unless every page is accounted for.  Cost: O(pages)."""
         with self._store.reading() as is_alone:
-            self._store.settle(is_alone)
+            self._store.reclaim_abandoned(is_alone)
             self._store.tables.check()
 
     def close(self) -> None:

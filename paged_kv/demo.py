@@ -34,7 +34,7 @@ from .models.batch import Admission, Batch, ServingCache
 from .models.bitnet import TINY_BITNET, BitNetModel
 from .models.generate import seed_of
 from .models.sampling import Sampler
-from .models.timing import Clock, TimedCache, TimedStep
+from .models.timing import Stopwatch, TimedCache, TimedStep
 from .texts import open_tokenizer, read_text, require_text
 
 STANDARD_LIBRARY = Path(os.__file__).parent
@@ -206,7 +206,7 @@ class Serving:
     def recomputed(self) -> Served:
         """Each sequence by itself, from its first token on, for every new token."""
         num_tokens = min(TOKENS_WITHOUT_CACHE, self.options.max_tokens)
-        begin, clock, new_ids = time.perf_counter(), Clock(), []
+        begin, clock, new_ids = time.perf_counter(), Stopwatch(), []
         for i, prompt in enumerate(self.prompts):
             ids, sampler = list(prompt.ids), self._sampler(i)
             for _ in range(num_tokens):
@@ -239,7 +239,7 @@ class Serving:
         state: Callable[[], tuple[str, float, float]],
         bytes_held: Callable[[], int],
     ) -> Served:
-        clock, at_once, moments = Clock(), 0, list[Moment]()
+        clock, at_once, moments = Stopwatch(), 0, list[Moment]()
         batch = Batch(self.model, TimedCache(cache, clock), admission)
         begin = time.perf_counter()
         try:

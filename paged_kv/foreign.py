@@ -128,9 +128,9 @@ def _batch_of_lists(
         )
     pointers = [ffi.from_buffer("int64_t[]", vector) if len(vector) else ffi.NULL for vector in vectors]
     memory = ffi.new("int32_t[]", 3 * num_seqs + 2 + len(page_ids))
-    given = ffi.new("pkv_lists *", [num_seqs, *pointers, len(page_ids), num_rows, shape[0], shape[1]])
+    given = ffi.new("pkv_foreign *", [num_seqs, *pointers, len(page_ids), num_rows, shape[0], shape[1]])
     refusal = ffi.new("pkv_refusal *")
-    fault = lib.pkv_batch_of_lists(given, memory, batch, refusal)
-    if fault != lib.PKV_LISTS_OK:
+    fault = lib.pkv_batch_of_foreign(given, memory, batch, refusal)
+    if fault != lib.PKV_FOREIGN_OK:
         raise ArgumentError(_FAULTS[fault].format(refusal.index, refusal.asked, refusal.available))
     return memory

@@ -32,7 +32,7 @@ from .models.baselines import ConcatenatedCache, RecomputeStep
 from .models.bitnet import TINY_BITNET, BitNetModel, GenerationReport
 from .models.generate import Batch, generate_stream
 from .models.ternary import FloatArray
-from .models.timing import Clock, TimedCache, timed_matrices
+from .models.timing import Stopwatch, TimedCache, timed_matrices
 from .pool import mebibytes
 from .texts import open_tokenizer, require_text
 
@@ -175,7 +175,7 @@ class Watch:
 
     def __init__(self, model: BitNetModel, cache: PagedKVCache) -> None:
         self.model, self.pages = model, cache
-        self._attention, self._weights = Clock(), Clock()
+        self._attention, self._weights = Stopwatch(), Stopwatch()
         self.cache: Any = TimedCache(cache, self._attention)
         stats = cache.stats()
         self._token_bytes = stats.pool_bytes // (stats.num_pages * cache.page_size)

@@ -50,14 +50,14 @@ class PageLayout:
         return self.page_size * (self.key_bytes + self.value_bytes)
 
     @property
-    def block_bytes(self) -> int:
+    def page_share_bytes(self) -> int:
         """One layer's share of a page; a multiple of 64, since page_size is one of 16."""
         return self.num_kv_heads * self.head_bytes
 
     @property
     def page_bytes(self) -> int:
         """A page, all its layers."""
-        return self.num_layers * self.block_bytes
+        return self.num_layers * self.page_share_bytes
 
 
 def dtype_name(dtype: object) -> str:

@@ -28,7 +28,7 @@ from ._binding import check, ffi, integer, lib
 from .arrays import float32_pointer, read_only
 from .errors import ArgumentError, CacheClosed
 from .lifetime import OwnedLock, Uncopyable
-from .pool import MOST_PAGE_BYTES, PagePool
+from .pool import MAX_PAGE_BYTES, PagePool
 
 #: A cache line.
 ALIGNMENT = 64
@@ -111,10 +111,10 @@ class BatchKVStorage:
         head_dim = hidden_dim // num_heads
         side = align_up(max_seq_len * head_dim * 4)
         entry = num_heads * 2 * side
-        if entry > MOST_PAGE_BYTES:
+        if entry > MAX_PAGE_BYTES:
             raise ArgumentError(
                 f"{max_seq_len} tokens of {num_heads} heads of {head_dim} take {entry:,} bytes "
-                f"a batch entry; at most {MOST_PAGE_BYTES:,} can be"
+                f"a batch entry; at most {MAX_PAGE_BYTES:,} can be"
             )
         return cls(
             shape=(batch_size, num_heads, 2, max_seq_len, head_dim),
@@ -255,7 +255,7 @@ class _Rings(Uncopyable):
         )
         # Scratch of `append`, under the manager's lock: where the token's rows are.
         self._k_rows, self._v_rows = (
-            ffi.new("pkv_rows *", {"head_stride": self.head_dim * 4}) for _ in range(2)
+            ffi.new("pkv_tensor *", {"head_stride": self.head_dim * 4}) for _ in range(2)
         )
         self._shapes = ((self.num_heads, self.head_dim), (self.num_heads * self.head_dim,))
         self._token_bytes = 2 * self.num_heads * self.head_dim * 4

@@ -16,7 +16,7 @@ from .errors import ReentrantCall, StaleSequence
 from .lifetime import Uncopyable
 from .store import Store
 
-#: The key of a sequence that was freed.
+#: The id of a sequence that was freed.
 FREED = -1
 
 
@@ -27,18 +27,18 @@ class Sequence(Uncopyable):
     and is always true.  `with` frees at exit; a handle that is collected gives back what it holds, too.
     """
 
-    __slots__ = ("__weakref__", "_key", "_store")
+    __slots__ = ("__weakref__", "_seq_id", "_store")
     _instead = "fork() shares its pages"
 
-    def __init__(self, store: Store, key: int) -> None:
+    def __init__(self, store: Store, seq_id: int) -> None:
         self._store = store
-        self._key = key
-        store.note_handle(self, key)
+        self._seq_id = seq_id
+        store.note_handle(self, seq_id)
 
     def __len__(self) -> int:
         """Tokens ever committed.  Raises: StaleSequence, CacheClosed."""
         self._store.require_open()
-        return int(self._store.tables.seq_lens[self._store.tables.row(self._key)])
+        return int(self._store.tables.seq_lens[self._store.tables.row(self._seq_id)])
 
     def __bool__(self) -> bool:
         return True
@@ -48,7 +48,7 @@ class Sequence(Uncopyable):
         """int32 [held]: positions of the tokens that are there: the sinks and the last `window`, in order."""
         with self._store.reading():
             self._store.require_open()
-            return self._store.tables.held_positions(self._store.tables.row(self._key))
+            return self._store.tables.held_positions(self._store.tables.row(self._seq_id))
 
     def gather(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A copy of one layer's keys and values.
@@ -61,7 +61,7 @@ class Sequence(Uncopyable):
         store.require_open()
         pages = store.pages(layer)
         with store.reading():
-            slots = store.tables.slots(store.tables.row(self._key))
+            slots = store.tables.slots(store.tables.row(self._seq_id))
         layout, num_heads = store.layout, store.layout.num_kv_heads
         k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)
         v = np.empty((len(slots), num_heads, layout.head_dim_v), np.float32)
@@ -99,8 +99,8 @@ class Sequence(Uncopyable):
         Cost: O(pages given back).
         """
         with self._store.lock:
-            self._store.settle()
-            self._store.tables.truncate(self._key, length)
+            self._store.reclaim_abandoned()
+            self._store.tables.truncate(self._seq_id, length)
 
     def reset(self) -> None:
         """Forget every token and give the pages back; the handle lives on, empty.
@@ -108,8 +108,8 @@ class Sequence(Uncopyable):
         Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
         """
         with self._store.lock:
-            self._store.settle()
-            self._store.tables.reset(self._key)
+            self._store.reclaim_abandoned()
+            self._store.tables.reset(self._seq_id)
 
     def free(self) -> None:
         """Give everything back; the handle is stale then.
@@ -117,7 +117,7 @@ class Sequence(Uncopyable):
         Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
         """
         store = self._store
-        if self._key == FREED:
+        if self._seq_id == FREED:
             store.require_open()
             raise StaleSequence("the sequence was freed already")
         try:
@@ -125,15 +125,15 @@ class Sequence(Uncopyable):
         except (
             ReentrantCall
         ):  # in a finaliser or a signal handler, inside a call on this cache: when that is over
-            store.free_later(self._key)
+            store.free_later(self._seq_id)
         else:
             with lock:
-                store.settle()
+                store.reclaim_abandoned()
                 # A finaliser of a cycle runs after settle() has freed the cycle's sequences: then this frees
                 # nothing.
-                if not store.free(self._key):
-                    store.tables.idle_row(self._key)  # raises SequenceBusy
-        self._key = FREED
+                if not store.free(self._seq_id):
+                    store.tables.idle_row(self._seq_id)  # raises SequenceBusy
+        self._seq_id = FREED
 
     def __enter__(self) -> "Sequence":
         return self
@@ -141,7 +141,7 @@ class Sequence(Uncopyable):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._key != FREED and not self._store.closed:
+        if self._seq_id != FREED and not self._store.closed:
             self.free()
 
 
@@ -151,13 +151,13 @@ def new_sequences(store: Store, count: int, parent: Sequence | None = None) -> l
     Raises: OutOfSequences, SequenceBusy, StaleSequence, CacheClosed.
     """
     with store.lock:
-        store.settle()
+        store.reclaim_abandoned()
         # Whom we fork is looked at before there is room for it.
-        key = None if parent is None else parent._key
-        if key is not None:
-            store.tables.idle_row(key)
-        keys = store.tables.next_keys(count)
+        seq_id = None if parent is None else parent._seq_id
+        if seq_id is not None:
+            store.tables.idle_row(seq_id)
+        seq_ids = store.tables.next_seq_ids(count)
         # The handles are there before their rows are taken, so that an interrupt loses none.
-        handles = [Sequence(store, key) for key in keys]
-        store.tables.add(keys, key)
+        handles = [Sequence(store, seq_id) for seq_id in seq_ids]
+        store.tables.add(seq_ids, seq_id)
     return handles

@@ -48,11 +48,11 @@ class Step(Uncopyable):
 
     def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
         self._store = store
-        self._seqs, keys = keys_of(seqs)
-        counts = counts_of(new, len(keys))
+        self._seqs, seq_ids = seq_ids_of(seqs)
+        counts = counts_of(new, len(seq_ids))
         with store.lock:
-            store.settle()
-            self._plan = plan = store.open_plan(self, keys, counts)
+            store.reclaim_abandoned()
+            self._plan = plan = store.open_plan(self, seq_ids, counts)
             try:
                 self._handle = plan.handle
                 #: Prepared calls, by what they do.  A method takes one for as long as it runs, so that a call
@@ -193,7 +193,7 @@ class Step(Uncopyable):
         Cost: O(sequences).
         """
         with self._store.lock:
-            self._store.settle()
+            self._store.reclaim_abandoned()
             self._require_open()
             try:
                 self._store.commit(self._plan)
@@ -215,7 +215,7 @@ class Step(Uncopyable):
             store.roll_back_later(self._plan)
             return
         with lock:
-            store.settle()
+            store.reclaim_abandoned()
             self._require_open()
             store.roll_back(self._plan)
             store.keep_calls(self._plan.num_tokens, self._calls)
@@ -238,10 +238,10 @@ class Step(Uncopyable):
             raise StepClosed("the step was committed or rolled back already; open another one")
 
 
-def keys_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], list[int]]:
-    """The handles, and their keys; ArgumentError for anything that is no handle."""
+def seq_ids_of(seqs: Iterable[Sequence]) -> tuple[tuple[Sequence, ...], list[int]]:
+    """The sequences, and their ids; ArgumentError for anything that is no sequence."""
     try:
         handles = tuple(seqs)
-        return handles, [seq._key for seq in handles]
+        return handles, [seq._seq_id for seq in handles]
     except (AttributeError, TypeError):
         raise ArgumentError(f"seqs is {seqs!r:.80}; give a list of what cache.sequence() returned") from None

@@ -4,11 +4,12 @@ Pool, block tables, layout and threads, and one lock.  The lock covers bookkeepi
 attention runs.  Calls that read or write pages pass a gate in C, which counts them: close() closes it, and
 waits for those that run.
 
-    handles      a Ref for each sequence, by its key      recorded before its row is taken
+    handles      a Ref for each sequence, by its id       recorded before its row is taken
     open_plans   a Ref for each step's plan               recorded before its pages are reserved
 
-so nothing is lost when a handle is collected or an interrupt comes, at whatever moment.  C records which keys
-are in use and which plans are open, in the call that changes it; the dictionaries only name the owners.
+so nothing is lost when a handle is collected or an interrupt comes, at whatever moment.  C records which
+seq_ids are in use and which plans are open, in the call that changes it; the dictionaries only name the
+owners.
 
 Imports block_table and attention.
 """
@@ -28,7 +29,7 @@ from .pool import PagePool
 #: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.
 Calls: TypeAlias = dict[str, Any]
 #: Numbers of tokens for which calls are kept.
-MOST_SPARE_CALLS = 8
+MAX_SPARE_CALLS = 8
 
 
 class Store(Uncopyable):
@@ -69,8 +70,11 @@ class Store(Uncopyable):
         #: Refs whose owners were collected, possibly while the lock was held.  The next call that takes the
         #: lock gives back what they hold.
         self._abandoned_plans: deque[Ref] = deque()
-        self._abandoned_keys: deque[Ref] = deque()
-        self._abandon_plan, self._abandon_key = self._abandoned_plans.append, self._abandoned_keys.append
+        self._abandoned_seq_ids: deque[Ref] = deque()
+        self._abandon_plan, self._abandon_seq_id = (
+            self._abandoned_plans.append,
+            self._abandoned_seq_ids.append,
+        )
 
     @property
     def lock(self) -> Any:
@@ -93,14 +97,14 @@ class Store(Uncopyable):
 
     def _describe_layer(self, layer: int, num_pages: int, cached_bytes: int) -> None:
         layout = self.layout
-        k = self.pool.address + layer * num_pages * layout.block_bytes
+        k = self.pool.address + layer * num_pages * layout.page_share_bytes
         self.layer_pages[layer] = {
             "k": ffi.cast("char *", k),
             "v": ffi.cast("char *", k + layout.page_size * layout.key_bytes),
-            "k_page_stride": layout.block_bytes,
+            "k_page_stride": layout.page_share_bytes,
             "k_head_stride": layout.head_bytes,
             "k_token_stride": layout.key_bytes,
-            "v_page_stride": layout.block_bytes,
+            "v_page_stride": layout.page_share_bytes,
             "v_head_stride": layout.head_bytes,
             "v_token_stride": layout.value_bytes,
             "k_dtype": DTYPE_CODES[layout.dtype],
@@ -118,14 +122,14 @@ class Store(Uncopyable):
         if self.closed:
             raise CacheClosed("the cache was closed; build a new one")
 
-    def settle(self, is_alone: bool = True) -> None:
+    def reclaim_abandoned(self, is_alone: bool = True) -> None:
         """First of what is done under the lock: CacheClosed, or give back what collected handles held.
 
         is_alone : what `reading` yields
         """
         if self.closed:
             self.require_open()
-        if is_alone and (self._abandoned_plans or self._abandoned_keys):
+        if is_alone and (self._abandoned_plans or self._abandoned_seq_ids):
             self._give_back_abandoned()
 
     def _give_back_abandoned(self) -> None:
@@ -134,35 +138,35 @@ class Store(Uncopyable):
         while self._abandoned_plans:
             self.roll_back(self._abandoned_plans[0].held)
             self._abandoned_plans.popleft()
-        for _ in range(len(self._abandoned_keys)):
-            abandoned = self._abandoned_keys[0]
+        for _ in range(len(self._abandoned_seq_ids)):
+            abandoned = self._abandoned_seq_ids[0]
             if not self.free(abandoned.held):
-                self._abandoned_keys.append(abandoned)  # it stands in an open step, which has to end first
-            self._abandoned_keys.popleft()
+                self._abandoned_seq_ids.append(abandoned)  # it is in an open step, which has to end first
+            self._abandoned_seq_ids.popleft()
 
     # ---- sequences
 
-    def note_handle(self, handle: object, key: int) -> None:
-        """Free the key when the handle is collected."""
-        noted = Ref(handle, self._abandon_key)
-        noted.held = key
-        self.handles[key] = noted
+    def note_handle(self, handle: object, seq_id: int) -> None:
+        """Free the sequence when its handle is collected."""
+        noted = Ref(handle, self._abandon_seq_id)
+        noted.held = seq_id
+        self.handles[seq_id] = noted
 
-    def free(self, key: int) -> bool:
-        """Give back what a key holds, which may be nothing any more; False when it stands in an open step."""
-        is_free = self.tables.remove(key)
+    def free(self, seq_id: int) -> bool:
+        """Release what a sequence holds, if it is not freed yet; False when it is in an open step."""
+        is_free = self.tables.remove(seq_id)
         if is_free:
-            self.handles.pop(key, None)
+            self.handles.pop(seq_id, None)
         return is_free
 
-    def free_later(self, key: int) -> None:
-        """Queue a key, where this thread holds the lock in a frame below."""
-        if (handle := self.handles.get(key)) is not None:
-            self._abandoned_keys.append(handle)
+    def free_later(self, seq_id: int) -> None:
+        """Queue a sequence, where this thread holds the lock in a frame below."""
+        if (handle := self.handles.get(seq_id)) is not None:
+            self._abandoned_seq_ids.append(handle)
 
     # ---- steps
 
-    def open_plan(self, step: object, keys: list[int], counts: Counts) -> Plan:
+    def open_plan(self, step: object, seq_ids: list[int], counts: Counts) -> Plan:
         """Reserve what a step takes, until it ends or is collected."""
         # As large as the last one and some pages more: enough for a batch that goes on, and no more calls.
         plan = Plan(self.tables.size.plan_bytes + 512)
@@ -170,7 +174,7 @@ class Store(Uncopyable):
         noted.held = plan
         self.open_plans[id(plan)] = noted
         try:
-            self.tables.open(plan, keys, counts)
+            self.tables.open(plan, seq_ids, counts)
         except BaseException:
             self.roll_back(plan)
             raise
@@ -197,7 +201,7 @@ class Store(Uncopyable):
     def keep_calls(self, num_tokens: int, calls: Calls) -> None:
         """Keep a step's calls for the next one of as many tokens."""
         self._spare_calls[num_tokens] = calls
-        if len(self._spare_calls) > MOST_SPARE_CALLS:
+        if len(self._spare_calls) > MAX_SPARE_CALLS:
             del self._spare_calls[next(iter(self._spare_calls))]
 
     def pages(self, layer: object) -> Any:

@@ -143,7 +143,7 @@ class Walk:
             calls += [lambda: seq.fork().free(), lambda: cache.pages_needed([seq], [1])]
         calls[self.rng.integers(len(calls))]()
 
-    def settle(self):
+    def reclaim_abandoned(self):
         """Hold every sequence against its values: those before the last call, or after it."""
         for seq in list(self.held):
             try:
@@ -164,7 +164,7 @@ class Walk:
             call = calls[self.rng.integers(len(calls))]
             self.lengths = {}
             self.signals.during(call, self.rng, self.act if self.rng.random() < 0.3 else None)
-            self.settle()
+            self.reclaim_abandoned()
         self.held, self.lengths = {}, {}
         gc.collect()
         stats = self.cache.stats()

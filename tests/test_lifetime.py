@@ -92,14 +92,14 @@ def test_a_key_names_one_sequence_for_ever(rng):
     for _ in range(20):
         seq = cache.sequence()
         fill(cache, [seq], [5], rng)
-        stale.append(seq._key)
+        stale.append(seq._seq_id)
         seq.free()
     assert len(set(stale)) == 20 and len({key & 0xFFFFFF for key in stale}) == 1
     live = cache.sequence()
     fill(cache, [live], [7], rng)
     forged = cache.sequence()
     for key in stale:
-        forged._key = key
+        forged._seq_id = key
         for call in (
             lambda: len(forged),
             lambda: forged.gather(0),
@@ -123,7 +123,7 @@ def test_a_key_of_another_cache_names_nothing_here():
     for call in (lambda: mine.step([theirs], [1]), lambda: mine.pages_needed([theirs], [1])):
         with pytest.raises(StaleSequence):
             call()
-    assert len({seq._key for seq in (*seqs, theirs)}) == 4
+    assert len({seq._seq_id for seq in (*seqs, theirs)}) == 4
 
 
 def test_rows_are_handed_out_and_taken_back_in_any_order(rng):

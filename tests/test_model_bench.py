@@ -11,7 +11,7 @@ from paged_kv import ArgumentError, cli, model_bench
 from paged_kv.live_line import LiveLine
 from paged_kv.models import bitnet
 from paged_kv.models.bitnet import BitNetConfig, BitNetModel
-from paged_kv.models.timing import Clock, timed_matrices
+from paged_kv.models.timing import Stopwatch, timed_matrices
 
 SMALL = BitNetConfig(64, 64, 96, 2, 4, 2, 16, 512, 10000.0, 1e-5, 1, 2)
 FIELDS = (
@@ -99,7 +99,7 @@ def test_what_makes_no_sense_is_refused(capsys, bad):
 
 
 def test_matrices_are_timed_within_the_block_only():
-    model, clock = BitNetModel.random(SMALL), Clock()
+    model, clock = BitNetModel.random(SMALL), Stopwatch()
     before = model.matrices
 
     def logits():

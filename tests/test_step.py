@@ -120,7 +120,7 @@ def test_sequences_that_cannot_step_are_refused(rng):
     fill(cache, [a], [30], rng)
     refused(cache, StaleSequence, r"seqs\[1\]", cache.step, [a, freed], [1, 1])
     refused(cache, StaleSequence, r"seqs\[1\]", cache.step, [a, stranger], [1, 1])
-    refused(cache, ArgumentError, r"seqs\[2\] stands in this step twice", cache.step, [a, b, a], [1, 1, 1])
+    refused(cache, ArgumentError, r"seqs\[2\] is in this step twice", cache.step, [a, b, a], [1, 1, 1])
     too_long = r"seqs\[1\] would hold 41 tokens, max_seq_len is 40"
     refused(cache, SequenceTooLong, too_long, cache.step, [b, a], [1, 11])
     for seqs in ([None], [3], 5, None, ["a"]):

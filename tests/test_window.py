@@ -17,7 +17,7 @@ from paged_kv import ArgumentError, OutOfPages, reference
 
 def poison_free_pages(cache):
     pool, layout = cache._store.pool, cache._store.layout
-    blocks = pool.data().reshape(layout.num_layers, pool.num_pages, layout.block_bytes)
+    blocks = pool.data().reshape(layout.num_layers, pool.num_pages, layout.page_share_bytes)
     tables = cache._store.tables
     used = {page for seq_pages in used_pages(tables) for page in seq_pages}
     free = [page for page in range(pool.num_pages) if page not in used]

@@ -1,11 +1,12 @@
-/* Writing the keys and values of new tokens into their slots, whatever their dtype, and reading them back.
+/* Write the keys and values of new tokens into their slots, from any dtype to any other, and read them
+ * back.
  *
  * A slot is page_id * page_size + offset; each head of a token is one dense row there.
  *
- * Rows of many tokens lie all over memory. A line that is written through the caches is read first, and
- * pushes another one out, so that much is written past them: three times as fast, and it will be read among
- * all the rest of its sequence's tokens.  Little, and what attention reads at once, stays in the caches.
- */
+ * The rows of many tokens are scattered over memory.  A store through the caches first loads the line
+ * and evicts another one, so many rows are written with streaming stores: three times as fast, and they
+ * will be read together with all other tokens of their sequence anyway.  A few rows, and rows that
+ * attention reads at once, stay in the caches. */
 #include "append.h"
 
 #include <stdatomic.h>
@@ -14,7 +15,7 @@
 #include "gate.h"
 
 enum {
-  ROWS_AHEAD = 8, /* a head's row of keys and one of values, each */
+  ROWS_AHEAD = 8, /* rows of K and of V, each */
   BYTES_PAST_CACHES = 128 << 10,
 };
 
@@ -31,7 +32,7 @@ static slot_address address_of(const pkv_pages *pages, int64_t slot) {
                         pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
 }
 
-/* A layer's share of a page is one block, of k_page_stride bytes, which begins with its keys. */
+/* A layer's share of a page is one block of k_page_stride bytes, which begins with its keys. */
 void pkv_copy_shared_pages(const pkv_pages *pages, const pkv_plan *plan) {
   if (plan->is_written[pages->layer]) return;
   for (int64_t i = 0; i < plan->num_copies; i++)
@@ -39,7 +40,7 @@ void pkv_copy_shared_pages(const pkv_pages *pages, const pkv_plan *plan) {
            pages->k + plan->copied_from[i] * pages->k_page_stride, (size_t)pages->k_page_stride);
 }
 
-/* One head's values, from any dtype to any other, rounded and saturated. */
+/* One head's values from any dtype to any other, rounded and saturated. */
 static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
                     int32_t from_dtype, int32_t count) {
   if (from_dtype == PKV_FLOAT32) {
@@ -53,7 +54,7 @@ static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const 
   }
 }
 
-/* The same past the caches, for whole lines. */
+/* The same with streaming stores, for whole cache lines. */
 static void convert_past_caches(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
                                 int32_t from_dtype, int32_t count) {
   char row[PKV_MAX_HEAD_DIM * sizeof(float)] __attribute__((aligned(64)));
@@ -64,7 +65,7 @@ static void convert_past_caches(const pkv_kernel *kernel, char *to, int32_t to_d
   kernel->copy_past_caches(to, from, row_bytes(count, to_dtype));
 }
 
-/* The heads of tokens, one after the other. */
+/* Walks the heads of the tokens, one after the other. */
 typedef struct {
   int64_t token;
   int32_t head;
@@ -81,8 +82,7 @@ static void move(cursor *at, const pkv_pages *pages, int64_t num_tokens, const i
   if (at->token < num_tokens) at->address = address_of(pages, slots[at->token]);
 }
 
-/* Rows are written all over memory, and a line that is written has to come first: it is asked for a few rows
- * ahead. */
+/* Rows are scattered over memory, and a store needs its cache line: prefetch a few rows ahead. */
 static void ask_for(const cursor *at, const pkv_pages *pages) {
   int64_t k_bytes = row_bytes(pages->head_dim, pages->k_dtype);
   int64_t v_bytes = row_bytes(pages->head_dim_v, pages->v_dtype);
@@ -91,7 +91,7 @@ static void ask_for(const cursor *at, const pkv_pages *pages) {
 }
 
 void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
-                    const int64_t *slots, const pkv_rows *k, const pkv_rows *v, bool past_caches) {
+                    const int64_t *slots, const pkv_tensor *k, const pkv_tensor *v, bool past_caches) {
   if (num_tokens < 1) return;
   cursor at = {0, 0, address_of(pages, slots[0])}, ahead = at;
   for (int i = 0; i < ROWS_AHEAD && ahead.token < num_tokens && !past_caches; i++) {
@@ -124,15 +124,15 @@ static bool has_whole_lines(const pkv_pages *pages) {
 }
 
 static void append(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens, const int64_t *slots,
-                   const pkv_rows *k, const pkv_rows *v) {
+                   const pkv_tensor *k, const pkv_tensor *v) {
   int64_t token_bytes = pages->num_kv_heads * (row_bytes(pages->head_dim, pages->k_dtype) +
                                                row_bytes(pages->head_dim_v, pages->v_dtype));
   bool is_much = num_tokens * token_bytes >= BYTES_PAST_CACHES;
   pkv_write_rows(kernel, pages, num_tokens, slots, k, v, is_much && has_whole_lines(pages));
 }
 
-pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const pkv_rows *k,
-                      const pkv_rows *v) {
+pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const pkv_tensor *k,
+                      const pkv_tensor *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
@@ -141,7 +141,7 @@ pkv_status pkv_append(const pkv_pages *pages, int64_t num_tokens, const int64_t 
   return PKV_OK;
 }
 
-pkv_status pkv_step_write(const pkv_pages *pages, pkv_plan *plan, const pkv_rows *k, const pkv_rows *v) {
+pkv_status pkv_step_write(const pkv_pages *pages, pkv_plan *plan, const pkv_tensor *k, const pkv_tensor *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;
   if (!plan->is_open) return pkv_why_closed(pages->gate);
@@ -154,7 +154,7 @@ pkv_status pkv_step_write(const pkv_pages *pages, pkv_plan *plan, const pkv_rows
 }
 
 pkv_status pkv_append_to_ring(const pkv_pages *pages, const int32_t *page_ids, int64_t *seq_lens,
-                              int64_t entry, const pkv_rows *k, const pkv_rows *v) {
+                              int64_t entry, const pkv_tensor *k, const pkv_tensor *v) {
   int64_t slot = (int64_t)page_ids[entry] * pages->page_size + seq_lens[entry] % pages->page_size;
   pkv_status status = pkv_append(pages, 1, &slot, k, v);
   seq_lens[entry] += status == PKV_OK;

@@ -1,4 +1,4 @@
-/* Writing rows into slots, for whoever checked them. */
+/* Writes into slots, whose arguments the caller has validated. */
 #ifndef PKV_APPEND_H
 #define PKV_APPEND_H
 #include <stdbool.h>
@@ -6,9 +6,9 @@
 #include "../include/paged_kv.h"
 #include "kernels/kernel.h"
 
-/* `past_caches`: where all rows are whole lines, and nobody reads them soon. */
+/* past_caches: use streaming stores; all rows are whole cache lines, and nothing reads them soon. */
 void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
-                    const int64_t *slots, const pkv_rows *k, const pkv_rows *v, bool past_caches);
+                    const int64_t *slots, const pkv_tensor *k, const pkv_tensor *v, bool past_caches);
 
 /* Before a layer's first write: copy its share of the pages that the plan names. */
 void pkv_copy_shared_pages(const pkv_pages *pages, const pkv_plan *plan);

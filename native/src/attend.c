@@ -1,17 +1,16 @@
-/* Attention over pages: in which order the tokens of a row are met, and what comes of them merged.
+/* Attention over pages: which tokens are folded into which state, in which order.
  *
- *   run     64 tokens, or the whole pages that fit in them: folded into a row's state at once
- *   span    256 tokens, or the whole pages that fit: its runs fold into a state of its own, and the spans
- *           of a row are merged left to right
+ *   run     64 tokens, or the whole pages that fit in them: one call of a fold
+ *   span    256 tokens, or the whole pages that fit: its runs are folded into a state of its own, and the
+ *           spans of a row are merged left to right
  *
- * Runs and spans are counted from a sequence's first page, whatever the batch and the threads are: so a row's
- * bits do not depend on them.  Threads take blocks of rows, or pieces of a long one (work.h), whose spans are
- * merged by whoever ends the last piece, in the same order.
+ * Runs and spans are counted from a sequence's first page, whatever the batch and the threads, so a
+ * row's bits do not depend on them.  Threads take work items, or pieces of a long one (work.h).  The
+ * thread that ends an item's last piece merges its spans, in the same order.
  *
- * Within a run, all kv heads are walked in memory order, keys before values, and each is used for all rows.
- * Tokens, runs and spans that nobody of a block sees (sight.h) are not looked at, so a step costs what its
- * window costs however long the sequence is.
- */
+ * A fold walks the kv heads of a run in memory order, K before V, and uses each row of K and V for all
+ * its queries.  Tokens, runs and spans that no row of an item sees (visibility.h) are skipped, so a step
+ * costs what its window costs, however long the sequence is. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -22,13 +21,13 @@
 #include "append.h"
 #include "gate.h"
 #include "kernels/kernel.h"
-#include "sight.h"
+#include "visibility.h"
 #include "threads.h"
 #include "work.h"
 
 enum {
-  ROWS_WORTH_A_THREAD = 32,        /* to write */
-  BYTES_WORTH_A_THREAD = 64 << 10, /* below, waking a thread costs more than it saves */
+  ROWS_WORTH_A_THREAD = 32,        /* new rows to write */
+  BYTES_WORTH_A_THREAD = 64 << 10, /* in a call with fewer, waking a thread costs more than it saves */
 };
 
 /* The kernels' exponentials are powers of 2. */
@@ -39,35 +38,35 @@ typedef struct {
   const pkv_pages *pages;
   const pkv_batch *batch;
   const pkv_attention *attention;
-  const int64_t *slots; /* of the q rows' tokens, where k and v are written first; NULL: they are there */
-  float scale;          /* of scores, and what else is in units of log2 */
+  const int64_t *slots; /* [num_tokens], where k and v are written first; NULL: they are written */
+  float scale;          /* of scores, in units of log2, as all that follows */
   float soft_cap;       /* 0: none */
   float *slopes;        /* [num_q_heads], NULL: none */
   float *sinks;         /* [num_q_heads], NULL: none */
   int32_t num_q_heads;
   bool is_cached;     /* the pages that the call reads */
-  bool has_pairs;     /* keys and queries of bfloat16 meet two dims at once */
+  bool has_pairs;     /* keys and queries of bfloat16 are multiplied two dims at a time */
   int32_t run_tokens; /* of whole pages, or PKV_RUN_TOKENS of a larger one */
   work work;
 
-  block *blocks;
-  int64_t num_blocks;
-  atomic_llong next_block;
-  atomic_int *num_ended; /* [block] pieces, of the one that begins there */
-  float *partials;       /* [partial span, row of the block] states of cut blocks */
+  work_item *items;
+  int64_t num_items;
+  atomic_llong next_item;
+  atomic_int *num_ended; /* [item]: pieces that have ended, counted at the item's first one */
+  float *partials;       /* states of [span, row] of items in pieces */
   char *worker_scratch;  /* [num_workers] */
   size_t worker_bytes;
 } job;
 
-/* ---- where things are */
+/* ---- addresses */
 
-/* What a head of q and of keys counts, dims or pairs of them: each takes a float's place. */
+/* Elements of a head of q and of K, dims or pairs of them: each takes the place of a float. */
 static int32_t q_dim(const job *job) { return job->pages->head_dim / (job->has_pairs ? 2 : 1); }
 
-static pkv_state state_at(const extent *extent, float *states, int64_t index) {
-  float *floats = states + index * extent->state_floats;
-  return (pkv_state){floats, floats + extent->num_q_heads,
-                     floats + extent->state_floats - extent->value_floats};
+static pkv_state state_at(const item_shape *item_shape, float *states, int64_t index) {
+  float *floats = states + index * item_shape->state_floats;
+  return (pkv_state){floats, floats + item_shape->num_q_heads,
+                     floats + item_shape->state_floats - item_shape->value_floats};
 }
 
 static pkv_state state_of_head(const job *job, pkv_state state, int32_t q_head) {
@@ -75,17 +74,17 @@ static pkv_state state_of_head(const job *job, pkv_state state, int32_t q_head) 
                      state.accumulated + q_head * pkv_padded(job->pages->head_dim_v)};
 }
 
-static void clear(const extent *extent, pkv_state state) {
-  for (int32_t h = 0; h < extent->num_q_heads; h++) state.maximum[h] = -INFINITY;
-  memset(state.sum, 0, (size_t)extent->num_q_heads * sizeof(float));
-  memset(state.accumulated, 0, (size_t)extent->value_floats * sizeof(float));
+static void clear(const item_shape *item_shape, pkv_state state) {
+  for (int32_t h = 0; h < item_shape->num_q_heads; h++) state.maximum[h] = -INFINITY;
+  memset(state.sum, 0, (size_t)item_shape->num_q_heads * sizeof(float));
+  memset(state.accumulated, 0, (size_t)item_shape->value_floats * sizeof(float));
 }
 
 /* The end of the run that begins at token `start`. */
 static int32_t end_of_run(const job *job, int32_t start, int32_t span_end) {
-  int64_t end = (int64_t)start + job->run_tokens; /* beyond int32 at the end of the longest sequence */
+  int64_t end = (int64_t)start + job->run_tokens; /* may exceed int32 at the end of the longest sequence */
   int32_t page_size = job->pages->page_size;
-  if (page_size > PKV_RUN_TOKENS) { /* pieces of a page do not reach into the next */
+  if (page_size > PKV_RUN_TOKENS) { /* a piece of a page does not reach into the next page */
     int64_t page_end = ((int64_t)start / page_size + 1) * page_size;
     if (end > page_end) end = page_end;
   }
@@ -96,10 +95,10 @@ static bool are_in_page(const job *job, int32_t start, int32_t end) {
   return start / job->pages->page_size == (end - 1) / job->pages->page_size;
 }
 
-/* How many bits are set from the lowest on. */
+/* The number of ones from bit 0 up to the first zero. */
 static int num_low_ones(uint64_t bits) { return ~bits ? __builtin_ctzll(~bits) : 64; }
 
-/* The addresses of those of the tokens from `start` on whose bit is set. */
+/* The addresses of the tokens of `mask`; bit 0 is token `start`. */
 static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t mask, const char **k,
                           const char **v) {
   const pkv_pages *pages = job->pages;
@@ -115,7 +114,7 @@ static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t m
     int64_t page_id = page_ids[page < batch->sink_pages ? page : batch->sink_pages + page - first_page];
     const char *k_page = pages->k + page_id * pages->k_page_stride;
     const char *v_page = pages->v + page_id * pages->v_page_stride;
-    while (in_page) { /* tokens one after the other, up to a gap */
+    while (in_page) { /* consecutive tokens, up to a gap */
       int t = __builtin_ctzll(in_page), end = t + num_low_ones(in_page >> t);
       in_page &= ~bits_between(t, end);
       const char *k_row = k_page + (t - page_start) * pages->k_token_stride;
@@ -128,32 +127,32 @@ static void locate_tokens(const job *job, int32_t seq, int32_t start, uint64_t m
   }
 }
 
-/* ---- a block */
+/* ---- one work item */
 
 typedef struct {
   float *q;      /* [rows], prepared */
   float *states; /* [rows], of the spans merged so far */
-  float *span;   /* [rows], of the span at hand */
+  float *span;   /* [rows], of the current span */
 } scratch;
 
-static int64_t scratch_floats(const extent *extent) {
-  return extent->num_rows * (2 * extent->state_floats + extent->q_floats);
+static int64_t scratch_floats(const item_shape *item_shape) {
+  return item_shape->num_rows * (2 * item_shape->state_floats + item_shape->q_floats);
 }
 
-static scratch scratch_of(const job *job, const extent *extent, int32_t worker) {
+static scratch scratch_of(const job *job, const item_shape *item_shape, int32_t worker) {
   float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
-  int64_t states = extent->num_rows * extent->state_floats;
+  int64_t states = item_shape->num_rows * item_shape->state_floats;
   return (scratch){floats + 2 * states, floats, floats + states};
 }
 
-/* What a run has of its own: addresses that were moved up, and distances. */
+/* Arrays that only some runs need: compacted addresses, and distances. */
 typedef struct {
   const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
   float distances[PKV_RUN_TOKENS];
 } own_tokens;
 
-/* The run is of the tokens of `mask`; k and v hold their addresses, bit for bit, all in one page or not.  The
- * first row's own token is to_own behind bit 0. */
+/* Set the run's tokens to those of `mask`; k and v hold the address of each bit, all in one page or not.
+ * The first row's own token is at bit to_own. */
 static void set_tokens(const job *job, pkv_run *run, uint64_t mask, const char *const *k,
                        const char *const *v, bool is_in_page, int32_t to_own, own_tokens *own) {
   int first = __builtin_ctzll(mask);
@@ -163,7 +162,7 @@ static void set_tokens(const job *job, pkv_run *run, uint64_t mask, const char *
   run->v = v + first;
   run->k_stride = is_in_page ? job->pages->k_token_stride : 0;
   run->v_stride = is_in_page ? job->pages->v_token_stride : 0;
-  if (shifted & (shifted + 1)) { /* sinks and window with a gap between them: move up */
+  if (shifted & (shifted + 1)) { /* a gap between sinks and window: compact */
     for (int32_t i = 0; mask; mask &= mask - 1, i++) {
       own->k[i] = k[__builtin_ctzll(mask)];
       own->v[i] = v[__builtin_ctzll(mask)];
@@ -180,48 +179,52 @@ static void set_tokens(const job *job, pkv_run *run, uint64_t mask, const char *
   run->distances = own->distances;
 }
 
-/* Let the kernel fold the run into the states of its rows, of kv heads from `head` on. */
-static void fold_heads(const job *job, const block *block, pkv_run *run, int32_t head, const float *q,
+/* Fold the run into the states of its rows, from kv head `head` on. */
+static void fold_heads(const job *job, const work_item *work_item, pkv_run *run, int32_t head, const float *q,
                        pkv_state state) {
-  int32_t own_head = (head - block->first_head) * run->group; /* of q's and the state's */
+  int32_t own_head = (head - work_item->first_head) * run->group; /* within the item's q and state */
   run->k_offset = head * run->k_head_stride;
   run->v_offset = head * run->v_head_stride;
   if (job->slopes) run->alibi_slopes = job->slopes + head * run->group;
-  pkv_fold *fold = pkv_choose_fold(job->kernel, run->k_dtype, block->num_rows * run->group, job->is_cached);
+  pkv_fold *fold =
+      pkv_choose_fold(job->kernel, run->k_dtype, work_item->num_rows * run->group, job->is_cached);
   fold(run, q + (int64_t)own_head * pkv_padded(run->head_dim), state_of_head(job, state, own_head));
 }
 
-/* Does a row see what the row before it sees, and nothing more but behind that? */
-static bool goes_on(uint64_t before, uint64_t mask) {
+/* True when `mask` is `before` plus later tokens only, so that both rows can share one fold, in which
+ * each sees a prefix of the tokens. */
+static bool extends(uint64_t before, uint64_t mask) {
   uint64_t more = mask & ~before;
   if (before & ~mask) return false;
   return !more || (before && __builtin_ctzll(more) > 63 - __builtin_clzll(before));
 }
 
-/* The keys of the run that begins at `start`, as far as they go on from there.  Returns: how many. */
-static int32_t locate_next_keys(const job *job, const block *block, int32_t start, const char **k) {
-  int32_t row = block->first_row + block->num_rows - 1, end = num_seen(job->batch, block->seq, row);
+/* The keys of the run that begins at `start`, up to the first gap, to be prefetched.  Returns their
+ * number. */
+static int32_t locate_next_keys(const job *job, const work_item *work_item, int32_t start, const char **k) {
+  int32_t row = work_item->first_row + work_item->num_rows - 1,
+          end = num_seen(job->batch, work_item->seq, row);
   if (start >= end) return 0;
-  uint64_t mask = visible(job->batch, block->seq, row, start, end_of_run(job, start, end));
-  if (mask & (mask + 1)) return 0; /* a gap between sinks and window: read without being asked for */
-  locate_tokens(job, block->seq, start, mask, k, NULL);
+  uint64_t mask = visible(job->batch, work_item->seq, row, start, end_of_run(job, start, end));
+  if (mask & (mask + 1)) return 0; /* a gap between sinks and window: not prefetched */
+  locate_tokens(job, work_item->seq, start, mask, k, NULL);
   return __builtin_popcountll(mask);
 }
 
-static void fold_run_into_rows(const job *job, const block *block, int32_t start, int32_t end,
+static void fold_run_into_rows(const job *job, const work_item *work_item, int32_t start, int32_t end,
                                const scratch *scratch, float *states) {
   const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
-  uint64_t masks[MAX_ROWS_PER_BLOCK], all = 0;
-  int32_t num_seen_of[MAX_ROWS_PER_BLOCK];
-  for (int32_t row = 0; row < block->num_rows; row++) {
-    masks[row] = visible(job->batch, block->seq, block->first_row + row, start, end);
+  uint64_t masks[MAX_ROWS_PER_ITEM], all = 0;
+  int32_t num_seen_of[MAX_ROWS_PER_ITEM];
+  for (int32_t row = 0; row < work_item->num_rows; row++) {
+    masks[row] = visible(job->batch, work_item->seq, work_item->first_row + row, start, end);
     num_seen_of[row] = __builtin_popcountll(masks[row]);
     all |= masks[row];
   }
   if (!all) return;
-  locate_tokens(job, block->seq, start, all, k, v);
+  locate_tokens(job, work_item->seq, start, all, k, v);
   const char *next_k[PKV_RUN_TOKENS];
-  int32_t num_next = locate_next_keys(job, block, end, next_k);
+  int32_t num_next = locate_next_keys(job, work_item, end, next_k);
   bool is_in_page = are_in_page(job, start, end);
   pkv_run run = {.k_dtype = job->has_pairs ? PKV_BFLOAT16_PAIRS : job->pages->k_dtype,
                  .v_dtype = job->pages->v_dtype,
@@ -231,91 +234,94 @@ static void fold_run_into_rows(const job *job, const block *block, int32_t start
                  .v_head_stride = job->pages->v_head_stride,
                  .scale = job->has_pairs ? job->scale : 1.0f,
                  .soft_cap = job->soft_cap,
-                 .q_stride = block->extent->q_floats,
-                 .state_stride = block->extent->state_floats,
+                 .q_stride = work_item->item_shape->q_floats,
+                 .state_stride = work_item->item_shape->state_floats,
                  .group = job->num_q_heads / job->pages->num_kv_heads};
   own_tokens own;
-  int32_t end_head = block->first_head + block->extent->num_kv_heads;
-  for (int32_t head = block->first_head; head < end_head; head += run.num_kv_heads) {
-    run.is_near = false;
-    for (int32_t row = 0; row < block->num_rows; row += run.num_rows) {
+  int32_t end_head = work_item->first_head + work_item->item_shape->num_kv_heads;
+  for (int32_t head = work_item->first_head; head < end_head; head += run.num_kv_heads) {
+    run.is_resident = false;
+    for (int32_t row = 0; row < work_item->num_rows; row += run.num_rows) {
       run.num_rows = 1;
-      while (row + run.num_rows < block->num_rows &&
-             goes_on(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
+      while (row + run.num_rows < work_item->num_rows &&
+             extends(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
         run.num_rows++;
-      /* All heads at once, unless the next head's tokens are met after these of other rows. */
-      run.num_kv_heads = run.num_rows == block->num_rows ? end_head - head : 1;
+      /* All heads in one fold, unless other rows read the same tokens before the next head's. */
+      run.num_kv_heads = run.num_rows == work_item->num_rows ? end_head - head : 1;
       if (!masks[row]) continue;
       uint64_t mask = masks[row + run.num_rows - 1];
       run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
-      int32_t to_own = num_seen(job->batch, block->seq, block->first_row + row) - 1 - start;
+      int32_t to_own = num_seen(job->batch, work_item->seq, work_item->first_row + row) - 1 - start;
       set_tokens(job, &run, mask, k, v, is_in_page, to_own, &own);
       bool is_last = head + run.num_kv_heads == end_head;
-      run.k_next = is_last ? next_k : run.k; /* the same tokens come next, of another head */
+      run.k_next = is_last ? next_k : run.k; /* the same tokens of the next head */
       run.num_next = is_last ? num_next : run.num_tokens;
-      run.next_offset = (is_last ? block->first_head : head + 1) * job->pages->k_head_stride;
-      fold_heads(job, block, &run, head, scratch->q + row * run.q_stride,
-                 state_at(block->extent, states, row));
-      run.is_near = true;
+      run.next_offset = (is_last ? work_item->first_head : head + 1) * job->pages->k_head_stride;
+      fold_heads(job, work_item, &run, head, scratch->q + row * run.q_stride,
+                 state_at(work_item->item_shape, states, row));
+      run.is_resident = true;
     }
   }
 }
 
-/* Fold the tokens of one span that anybody of the block sees, for each of its rows as far as it sees. */
-static void fold_span(const job *job, const block *block, int32_t start, const scratch *scratch,
+/* Fold one span, for each row of the item as far as the row sees it. */
+static void fold_span(const job *job, const work_item *work_item, int32_t start, const scratch *scratch,
                       float *states) {
-  for (int32_t row = 0; row < block->num_rows; row++)
-    clear(block->extent, state_at(block->extent, states, row));
-  int32_t end = num_seen(job->batch, block->seq, block->first_row + block->num_rows - 1);
+  for (int32_t row = 0; row < work_item->num_rows; row++)
+    clear(work_item->item_shape, state_at(work_item->item_shape, states, row));
+  int32_t end = num_seen(job->batch, work_item->seq, work_item->first_row + work_item->num_rows - 1);
   if (end > (int64_t)start + job->work.span_tokens) end = start + job->work.span_tokens;
   while (start < end) {
     int32_t run_end = end_of_run(job, start, end);
-    fold_run_into_rows(job, block, start, run_end, scratch, states);
+    fold_run_into_rows(job, work_item, start, run_end, scratch, states);
     start = run_end;
   }
 }
 
-/* Merge a span's states into those of the spans before it; the first span that a row sees is its start. */
-static void merge_span(const job *job, const block *block, int32_t start, float *states, float *later) {
-  for (int32_t row = 0; row < block->num_rows; row++) {
-    int32_t q_row = block->first_row + row;
-    pkv_state state = state_at(block->extent, states, row), of_span = state_at(block->extent, later, row);
-    if (!sees_span(job->batch, job->work.span_tokens, block->seq, q_row, start)) continue;
-    if (is_first_span(job->batch, job->work.span_tokens, block->seq, q_row, start))
-      memcpy(state.maximum, of_span.maximum, (size_t)block->extent->state_floats * sizeof(float));
+/* Merge a span's states into those of the spans before; the first span that a row sees starts its state. */
+static void merge_span(const job *job, const work_item *work_item, int32_t start, float *states,
+                       float *later) {
+  for (int32_t row = 0; row < work_item->num_rows; row++) {
+    int32_t q_row = work_item->first_row + row;
+    pkv_state state = state_at(work_item->item_shape, states, row),
+              of_span = state_at(work_item->item_shape, later, row);
+    if (!sees_span(job->batch, job->work.span_tokens, work_item->seq, q_row, start)) continue;
+    if (is_first_span(job->batch, job->work.span_tokens, work_item->seq, q_row, start))
+      memcpy(state.maximum, of_span.maximum, (size_t)work_item->item_shape->state_floats * sizeof(float));
     else
-      job->kernel->merge(state, of_span, block->extent->num_q_heads, job->pages->head_dim_v);
+      job->kernel->merge(state, of_span, work_item->item_shape->num_q_heads, job->pages->head_dim_v);
   }
 }
 
-static int32_t first_q_head(const job *job, const block *block) {
-  return block->first_head * (job->num_q_heads / job->pages->num_kv_heads);
+static int32_t first_q_head(const job *job, const work_item *work_item) {
+  return work_item->first_head * (job->num_q_heads / job->pages->num_kv_heads);
 }
 
-static void finish_rows(const job *job, const block *block, float *states) {
-  const pkv_rows *out = &job->attention->out;
-  for (int64_t row = 0; row < block->num_rows; row++)
-    for (int32_t i = 0; i < block->extent->num_q_heads; i++) {
-      int64_t q_row = block->first_row + row, head = first_q_head(job, block) + i;
-      pkv_state state = state_of_head(job, state_at(block->extent, states, row), i);
+static void finish_rows(const job *job, const work_item *work_item, float *states) {
+  const pkv_tensor *out = &job->attention->out;
+  for (int64_t row = 0; row < work_item->num_rows; row++)
+    for (int32_t i = 0; i < work_item->item_shape->num_q_heads; i++) {
+      int64_t q_row = work_item->first_row + row, head = first_q_head(job, work_item) + i;
+      pkv_state state = state_of_head(job, state_at(work_item->item_shape, states, row), i);
       float *lse = job->attention->lse ? job->attention->lse + q_row * job->num_q_heads + head : NULL;
       job->kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride, out->dtype, state,
                           job->sinks ? job->sinks + head : NULL, job->pages->head_dim_v, lse);
     }
 }
 
-static float *partial_states(const job *job, const block *block, int32_t span) {
-  return job->partials + block->first_partial + (int64_t)span * block->num_rows * block->extent->state_floats;
+static float *partial_states(const job *job, const work_item *work_item, int32_t span) {
+  return job->partials + work_item->first_partial +
+         (int64_t)span * work_item->num_rows * work_item->item_shape->state_floats;
 }
 
-static void prepare_rows(const job *job, const block *block, float *prepared) {
-  const pkv_rows *q = &job->attention->q;
+static void prepare_rows(const job *job, const work_item *work_item, float *prepared) {
+  const pkv_tensor *q = &job->attention->q;
   int32_t head_dim = job->pages->head_dim;
-  for (int64_t row = 0; row < block->num_rows; row++)
-    for (int32_t i = 0; i < block->extent->num_q_heads; i++) {
-      const char *from = q->data + (block->first_row + row) * q->token_stride +
-                         (first_q_head(job, block) + i) * q->head_stride;
-      float *to = prepared + row * block->extent->q_floats + i * pkv_padded(q_dim(job));
+  for (int64_t row = 0; row < work_item->num_rows; row++)
+    for (int32_t i = 0; i < work_item->item_shape->num_q_heads; i++) {
+      const char *from = q->data + (work_item->first_row + row) * q->token_stride +
+                         (first_q_head(job, work_item) + i) * q->head_stride;
+      float *to = prepared + row * work_item->item_shape->q_floats + i * pkv_padded(q_dim(job));
       if (job->has_pairs)
         memcpy(to, from, (size_t)head_dim * sizeof(uint16_t));
       else
@@ -325,41 +331,42 @@ static void prepare_rows(const job *job, const block *block, float *prepared) {
 
 /* ---- new keys and values */
 
-static void write_rows_of(const job *job, const block *block, int32_t first_head, int32_t num_kv_heads) {
-  pkv_rows k = job->attention->k, v = job->attention->v;
+static void write_rows_of(const job *job, const work_item *work_item, int32_t first_head,
+                          int32_t num_kv_heads) {
+  pkv_tensor k = job->attention->k, v = job->attention->v;
   pkv_pages pages = *job->pages;
-  k.data += block->first_row * k.token_stride + first_head * k.head_stride;
-  v.data += block->first_row * v.token_stride + first_head * v.head_stride;
+  k.data += work_item->first_row * k.token_stride + first_head * k.head_stride;
+  v.data += work_item->first_row * v.token_stride + first_head * v.head_stride;
   pages.k += first_head * pages.k_head_stride;
   pages.v += first_head * pages.v_head_stride;
   pages.num_kv_heads = num_kv_heads;
-  pkv_write_rows(job->kernel, &pages, block->num_rows, job->slots + block->first_row, &k, &v, false);
+  pkv_write_rows(job->kernel, &pages, work_item->num_rows, job->slots + work_item->first_row, &k, &v, false);
 }
 
 static void write_before_all(void *context, int32_t worker) {
   (void)worker;
   job *job = context;
   long long i;
-  while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
-    if (job->blocks[i].new_rows == WRITTEN_BEFORE_ALL)
-      write_rows_of(job, &job->blocks[i], 0, job->pages->num_kv_heads);
+  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_items)
+    if (job->items[i].new_rows == WRITTEN_BEFORE_ALL)
+      write_rows_of(job, &job->items[i], 0, job->pages->num_kv_heads);
 }
 
-/* By everybody, where there is much: a prompt's. */
+/* On all workers when there are many rows, as in a prompt. */
 static void write_new_rows(int32_t num_workers, int64_t num_before, job *job) {
   if (!job->slots || !num_before) return;
   if (num_workers > 1 && num_before >= (int64_t)ROWS_WORTH_A_THREAD * num_workers)
     pkv_threads_run(num_workers, write_before_all, job);
   else
     write_before_all(job, 0);
-  atomic_store(&job->next_block, 0);
+  atomic_store(&job->next_item, 0);
 }
 
-/* ---- block by block */
+/* ---- item by item */
 
-/* Of a block whose pieces have all ended; the first one has merged its own spans. */
-static void merge_pieces(const job *job, const block *first) {
-  const block *last = first + first->num_pieces - 1;
+/* For an item whose pieces have all ended; its first piece has merged its own spans. */
+static void merge_pieces(const job *job, const work_item *first) {
+  const work_item *last = first + first->num_pieces - 1;
   float *states = partial_states(job, first, 0);
   span_list spans =
       spans_of(job->batch, job->work.span_tokens, first->seq, first->first_row, first->num_rows);
@@ -368,38 +375,40 @@ static void merge_pieces(const job *job, const block *first) {
   finish_rows(job, first, states);
 }
 
-/* Spans are merged as they come, but for those of a piece which has others before it. */
-static void attend_block(const job *job, const block *block, int32_t worker) {
-  scratch scratch = scratch_of(job, block->extent, worker);
+/* Merge spans as they come; a piece that is not the item's first leaves the states of its spans. */
+static void attend_item(const job *job, const work_item *work_item, int32_t worker) {
+  scratch scratch = scratch_of(job, work_item->item_shape, worker);
   span_list spans =
-      spans_of(job->batch, job->work.span_tokens, block->seq, block->first_row, block->num_rows);
-  if (job->slots && block->new_rows == WRITTEN_BY_ITSELF)
-    write_rows_of(job, block, block->first_head, block->extent->num_kv_heads);
-  prepare_rows(job, block, scratch.q);
-  for (int32_t row = 0; spans.count == 0 && row < block->num_rows; row++)
-    clear(block->extent, state_at(block->extent, scratch.states, row));
-  bool is_cut = block->num_pieces > 1;
-  float *merged = is_cut ? partial_states(job, block, 0) : scratch.states;
-  for (int32_t i = block->first_span; i < block->end_span; i++) {
+      spans_of(job->batch, job->work.span_tokens, work_item->seq, work_item->first_row, work_item->num_rows);
+  if (job->slots && work_item->new_rows == WRITTEN_BY_ITSELF)
+    write_rows_of(job, work_item, work_item->first_head, work_item->item_shape->num_kv_heads);
+  prepare_rows(job, work_item, scratch.q);
+  for (int32_t row = 0; spans.count == 0 && row < work_item->num_rows; row++)
+    clear(work_item->item_shape, state_at(work_item->item_shape, scratch.states, row));
+  bool is_cut = work_item->num_pieces > 1;
+  float *merged = is_cut ? partial_states(job, work_item, 0) : scratch.states;
+  for (int32_t i = work_item->first_span; i < work_item->end_span; i++) {
     int32_t start = start_of_span(spans, i);
-    float *states = i == 0 ? merged : block->first_span ? partial_states(job, block, i) : scratch.span;
-    fold_span(job, block, start, &scratch, states);
-    if (i > 0 && block->first_span == 0) merge_span(job, block, start, merged, scratch.span);
+    float *states = i == 0                  ? merged
+                    : work_item->first_span ? partial_states(job, work_item, i)
+                                            : scratch.span;
+    fold_span(job, work_item, start, &scratch, states);
+    if (i > 0 && work_item->first_span == 0) merge_span(job, work_item, start, merged, scratch.span);
   }
   if (!is_cut)
-    finish_rows(job, block, merged);
-  else if (atomic_fetch_add(&job->num_ended[block->first_piece], 1) == block->num_pieces - 1)
-    merge_pieces(job, &job->blocks[block->first_piece]);
+    finish_rows(job, work_item, merged);
+  else if (atomic_fetch_add(&job->num_ended[work_item->first_piece], 1) == work_item->num_pieces - 1)
+    merge_pieces(job, &job->items[work_item->first_piece]);
 }
 
-static void attend_blocks(void *context, int32_t worker) {
+static void attend_items(void *context, int32_t worker) {
   job *job = context;
   long long i;
-  while ((i = atomic_fetch_add(&job->next_block, 1)) < job->num_blocks)
-    attend_block(job, &job->blocks[job->num_blocks - 1 - i], worker); /* the longest come first */
+  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_items)
+    attend_item(job, &job->items[job->num_items - 1 - i], worker); /* the longest first */
 }
 
-/* ---- all of it */
+/* ---- one call */
 
 static size_t aligned(size_t num_bytes) { return (num_bytes + 63) & ~(size_t)63; }
 
@@ -421,12 +430,12 @@ static void scale_options(job *job, float *memory) {
   }
 }
 
-static bool overlaps(const pkv_rows *a, int64_t a_bytes, const pkv_rows *b, int64_t b_bytes) {
+static bool overlaps(const pkv_tensor *a, int64_t a_bytes, const pkv_tensor *b, int64_t b_bytes) {
   return a->data < b->data + b_bytes && b->data < a->data + a_bytes;
 }
 
 static bool out_overlaps(const pkv_attention *attention) {
-  const pkv_rows *q = &attention->q, *out = &attention->out;
+  const pkv_tensor *q = &attention->q, *out = &attention->out;
   const int64_t *bytes = attention->byte_lengths;
   bool is_q = out->data == q->data && out->token_stride == q->token_stride &&
               out->head_stride == q->head_stride && bytes[3] == bytes[0];
@@ -440,42 +449,42 @@ static int32_t span_tokens_of(const pkv_pages *pages) {
   return page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
 }
 
-/* Cut the work for up to num_workers, find memory for it, do it. */
+/* Split the work for up to num_workers, allocate its scratch, do it. */
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
   int64_t token_bytes =
       (int64_t)4 * job->pages->num_kv_heads * (job->pages->head_dim + job->pages->head_dim_v);
   if (pkv_cost_of_work(job->batch) <= (BYTES_WORTH_A_THREAD - 1) / token_bytes) num_workers = 1;
   job->work = pkv_work_of(job->pages, job->batch, job->num_q_heads, span_tokens_of(job->pages), num_workers);
   work_size size = pkv_cut_work(&job->work, NULL);
-  if (size.num_blocks < num_workers) num_workers = size.num_blocks ? (int32_t)size.num_blocks : 1;
+  if (size.num_items < num_workers) num_workers = size.num_items ? (int32_t)size.num_items : 1;
 
   int64_t all_heads = scratch_floats(&job->work.all_heads);
   int64_t one_head = scratch_floats(&job->work.one_head);
   job->worker_bytes = aligned((size_t)(all_heads > one_head ? all_heads : one_head) * sizeof(float));
-  size_t blocks_bytes = aligned((size_t)size.num_blocks * sizeof(block));
-  size_t counts_bytes = aligned((size_t)size.num_blocks * sizeof(atomic_int));
+  size_t items_bytes = aligned((size_t)size.num_items * sizeof(work_item));
+  size_t counts_bytes = aligned((size_t)size.num_items * sizeof(atomic_int));
   size_t partial_bytes = aligned((size_t)size.num_partials * sizeof(float));
   size_t options_bytes = aligned(2 * (size_t)job->num_q_heads * sizeof(float));
   size_t worker_bytes = (size_t)num_workers * job->worker_bytes;
-  size_t num_bytes = options_bytes + blocks_bytes + counts_bytes + partial_bytes + worker_bytes;
+  size_t num_bytes = options_bytes + items_bytes + counts_bytes + partial_bytes + worker_bytes;
   char *memory = threads ? pkv_threads_scratch(threads, num_bytes) : aligned_alloc(64, num_bytes);
   if (!memory) return PKV_OUT_OF_MEMORY;
   scale_options(job, (float *)memory);
-  job->blocks = (block *)(memory + options_bytes);
-  job->num_ended = (atomic_int *)((char *)job->blocks + blocks_bytes);
+  job->items = (work_item *)(memory + options_bytes);
+  job->num_ended = (atomic_int *)((char *)job->items + items_bytes);
   job->partials = (float *)((char *)job->num_ended + counts_bytes);
   job->worker_scratch = (char *)job->partials + partial_bytes;
-  job->num_blocks = size.num_blocks;
-  pkv_cut_work(&job->work, job->blocks);
+  job->num_items = size.num_items;
+  pkv_cut_work(&job->work, job->items);
   memset(job->num_ended, 0, counts_bytes);
 
   write_new_rows(num_workers, size.num_before, job);
-  pkv_threads_run(num_workers, attend_blocks, job);
+  pkv_threads_run(num_workers, attend_items, job);
   if (!threads) free(memory);
   return PKV_OK;
 }
 
-/* Do the pages that the call reads lie in a cache? */
+/* Do the pages that the call reads fit the shared cache? */
 static bool are_cached(const pkv_pages *pages, const pkv_batch *batch) {
   int64_t k_bytes = (int64_t)pages->head_dim * (pages->k_dtype == PKV_FLOAT32 ? 4 : 2);
   int64_t v_bytes = (int64_t)pages->head_dim_v * (pages->v_dtype == PKV_FLOAT32 ? 4 : 2);
@@ -483,7 +492,7 @@ static bool are_cached(const pkv_pages *pages, const pkv_batch *batch) {
   return pages->cached_bytes > 0 && batch->kv_indptr[batch->num_seqs] * page_bytes <= pages->cached_bytes;
 }
 
-/* plan: NULL for pages of no step.  Nothing is written before everything was checked. */
+/* plan: NULL for pages of no step.  Nothing is written before everything is validated. */
 static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
                          const pkv_plan *plan, const pkv_attention *attention) {
   const pkv_kernel *kernel = pkv_active_kernel();

@@ -1,15 +1,16 @@
-/* Linear maps of weights in 2, 8 or 16 bits: a row of activations is normed, rounded to small integers,
- * multiplied, and what comes out is scaled, and stored, added or gated.
+/* Linear maps of weights in 2, 8 or 16 bits: norm and round a row of activations, multiply, then scale
+ * and store, add or gate the sums.
  *
- *   x ── norm ── q = round(x * s), s = most / max |x| ── sums = q W ── y = sums / s * scale ── out
+ *   x ── norm ── q = round(x * s), s = max_int / max |x| ── sums = q W ── y = sums / s * scale ── out
  *
- * A row's bits depend on nothing but itself: its sums are exact integers, its norm adds in one order.  Few
- * rows are rounded by every thread for itself, which costs less than waiting; many are shared out first.
+ * A row's bits depend on the row alone: its sums are exact integers, and its norm adds in one order.
+ * Every thread rounds a few rows for itself, which costs less than waiting; many rows are split among
+ * the threads first.
  *
- * Weights in bfloat16 meet the normed floats as they are, each sum one chain over the inputs.
+ * Weights in bfloat16 multiply the normed floats without rounding; each sum is one chain over the
+ * inputs.
  *
- * Source: Ma et al., The Era of 1-bit LLMs, 2024.
- */
+ * Source: Ma et al., The Era of 1-bit LLMs, 2024. */
 #include "bitlinear.h"
 
 #include <stdatomic.h>
@@ -17,18 +18,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../include/paged_kv.h"
+#include "../include/linear.h"
 #include "threads.h"
 
 enum {
   CHUNKS_PER_WORKER = 8,
   ROWS_WORTH_LOOKUPS = 32,
-  MOST_ROWS_LOOKED_UP = 256,  /* weights are laid out once for them */
-  MOST_BLOCKS_LOOKED_UP = 80, /* laid out, they stay in the second cache */
-  ROWS_WORTH_SHARING = 16,    /* up to here every worker rounds all rows: one start of the workers, not two */
+  MOST_ROWS_LOOKED_UP = 256,  /* from so many rows on, weights are repacked once for all of them */
+  MOST_BLOCKS_LOOKED_UP = 80, /* repacked rows stay in the L2 cache */
+  ROWS_WORTH_SHARING =
+      16, /* up to so many rows, every worker rounds all of them: the workers start once, not twice */
 };
 
-/* Rows that were rounded: integers of 1 or 2 bytes, zeros behind. */
+/* Rounded rows: integers of 1 or 2 bytes, zeros behind. */
 typedef struct {
   char *values;
   pkv_rounded *rows;
@@ -41,13 +43,13 @@ typedef struct {
   int64_t in_padded;
   int64_t num_blocks; /* of 16 outputs */
   int64_t chunk;      /* blocks that a worker takes at a time */
-  int64_t chunk_rows; /* and rows, when many */
-  int64_t num_items;  /* chunks of all */
-  bool is_many;       /* the rows are enough for product->ternary_many */
-  int32_t most;       /* the largest magnitude of an activation */
-  int32_t gating;     /* outputs of the product for one that is put: 2 when gated */
-  bool is_shared;     /* the rows are rounded once for all workers */
-  char *scratch;      /* of each worker: a row of floats, and its own rounded rows */
+  int64_t chunk_rows; /* and rows, when there are many */
+  int64_t num_items;  /* of blocks and rows together */
+  bool is_many;       /* there are enough rows for product->ternary_many */
+  int32_t max_int;    /* the largest integer that an activation is rounded to */
+  int32_t gating;     /* outputs of the product per stored output: 2 when gated */
+  bool is_shared;     /* the rows are rounded once, for all workers */
+  char *scratch;      /* per worker: a row of floats, and its own rounded rows */
   size_t scratch_bytes;
   rounded shared;
   atomic_llong next;
@@ -56,7 +58,7 @@ typedef struct {
 static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 static int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
-/* Of an activation as the product takes it. */
+/* Of an activation, as the product reads it. */
 static int64_t value_bytes(const job *job) {
   return job->matrix->kind == PKV_TERNARY ? 1 : job->matrix->kind == PKV_INT8 ? 2 : 4;
 }
@@ -64,19 +66,20 @@ static int64_t value_bytes(const job *job) {
 static void multiply_block_of_floats(const job *job, int64_t block, const char *values, int64_t row,
                                      int64_t end) {
   int64_t row_stride = job->in_padded * value_bytes(job), first = block * PKV_OUT_BLOCK;
-  int64_t num_put = job->matrix->num_out - first;
-  float sums[PKV_MOST_ROWS][PKV_OUT_BLOCK];
-  for (; row < end; row += PKV_MOST_ROWS) {
-    int32_t count = end - row < PKV_MOST_ROWS ? (int32_t)(end - row) : PKV_MOST_ROWS;
+  int64_t num_stored = job->matrix->num_out - first;
+  float sums[PKV_MAX_ROWS][PKV_OUT_BLOCK];
+  for (; row < end; row += PKV_MAX_ROWS) {
+    int32_t count = end - row < PKV_MAX_ROWS ? (int32_t)(end - row) : PKV_MAX_ROWS;
     job->product->bfloat16((const uint16_t *)job->matrix->weights + first * job->in_padded, job->in_padded,
                            (const float *)(values + row * row_stride), row_stride, count, sums);
     for (int32_t i = 0; i < count; i++)
-      job->product->put_values(job->call->out + (row + i) * job->call->out_stride + first / job->gating,
-                               sums[i], num_put < PKV_OUT_BLOCK ? num_put : PKV_OUT_BLOCK, job->call->then);
+      job->product->store_values(job->call->out + (row + i) * job->call->out_stride + first / job->gating,
+                                 sums[i], num_stored < PKV_OUT_BLOCK ? num_stored : PKV_OUT_BLOCK,
+                                 job->call->epilogue);
   }
 }
 
-/* Rows from `row` up to `end` with 16 outputs. */
+/* Rows `row` to `end` - 1 with 16 outputs. */
 static void multiply_block(const job *job, int64_t block, rounded from, int64_t row, int64_t end) {
   const pkv_matrix *matrix = job->matrix;
   if (matrix->kind == PKV_BFLOAT16_WEIGHTS) {
@@ -85,8 +88,8 @@ static void multiply_block(const job *job, int64_t block, rounded from, int64_t 
   }
   int64_t row_stride = job->in_padded * value_bytes(job);
   int64_t num_groups = job->in_padded / PKV_IN_GROUP, first = block * PKV_OUT_BLOCK;
-  int64_t num_put = matrix->num_out - first < PKV_OUT_BLOCK ? matrix->num_out - first : PKV_OUT_BLOCK;
-  int32_t sums[PKV_MOST_ROWS][PKV_OUT_BLOCK], row_tile = job->product->row_tile;
+  int64_t num_stored = matrix->num_out - first < PKV_OUT_BLOCK ? matrix->num_out - first : PKV_OUT_BLOCK;
+  int32_t sums[PKV_MAX_ROWS][PKV_OUT_BLOCK], row_tile = job->product->row_tile;
   for (; row < end; row += row_tile) {
     int32_t count = end - row < row_tile ? (int32_t)(end - row) : row_tile;
     const char *rows = from.values + row * row_stride;
@@ -98,8 +101,8 @@ static void multiply_block(const job *job, int64_t block, rounded from, int64_t 
     else
       job->product->int8((const int8_t *)matrix->weights + block * PKV_OUT_BLOCK * job->in_padded,
                          job->in_padded, (const int16_t *)rows, row_stride, count, sums);
-    job->product->put_rows(out, job->call->out_stride, sums, from.rows + row, count, matrix->scales + first,
-                           num_put, job->call->then);
+    job->product->store_rows(out, job->call->out_stride, sums, from.rows + row, count, matrix->scales + first,
+                             num_stored, job->call->epilogue);
   }
 }
 
@@ -125,7 +128,7 @@ static void prepare_row(const job *job, rounded to, int64_t row, float *buffer) 
   }
   to.rows[row] = job->product->round_row(to.values + row * job->in_padded * value_bytes(job), job->in_padded,
                                          call->x + row * call->x_stride, job->matrix->num_in, call->norm,
-                                         call->eps, job->most, is_ternary, buffer);
+                                         call->eps, job->max_int, is_ternary, buffer);
 }
 
 static float *buffer_of(const job *job, int32_t worker) {
@@ -139,11 +142,11 @@ static void round_shared(void *context, int32_t worker) {
     prepare_row(job, job->shared, row, buffer_of(job, worker));
 }
 
-/* The blocks of a chunk, each with as many rows as stay in the second cache, then with the next ones. */
+/* The blocks of a chunk, with as many rows as stay in the L2 cache, then with the next rows. */
 static void multiply_chunk(const job *job, int64_t chunk, rounded rows) {
   const int64_t bytes_at_once = 256 << 10;
   int64_t num_rows = job->call->num_rows, row_bytes = job->in_padded * value_bytes(job);
-  int64_t rows_at_once = round_up(bytes_at_once / row_bytes + 1, PKV_MOST_ROWS);
+  int64_t rows_at_once = round_up(bytes_at_once / row_bytes + 1, PKV_MAX_ROWS);
   int64_t first = chunk * job->chunk, past = first + job->chunk;
   if (past > job->num_blocks) past = job->num_blocks;
   for (int64_t row = 0; row < num_rows; row += rows_at_once) {
@@ -152,27 +155,27 @@ static void multiply_chunk(const job *job, int64_t chunk, rounded rows) {
   }
 }
 
-/* A chunk of blocks with a chunk of rows.  Rows that remain of eights, and a last block that has no other, go
- * by themselves. */
+/* A chunk of blocks with a chunk of rows.  The rows beyond a multiple of eight, and an odd last block,
+ * use the other product. */
 static void multiply_many(const job *job, int64_t item, rounded from, char *scratch) {
   const pkv_matrix *matrix = job->matrix;
   int64_t num_chunks = divide_up(job->num_blocks, job->chunk);
   int64_t first = item % num_chunks * job->chunk, row = item / num_chunks * job->chunk_rows;
   int64_t past = job->num_blocks - first < job->chunk ? job->num_blocks : first + job->chunk;
   int64_t end = job->call->num_rows - row < job->chunk_rows ? job->call->num_rows : row + job->chunk_rows;
-  int64_t num_rows = (end - row) / PKV_MOST_ROWS * PKV_MOST_ROWS, num_blocks = (past - first) / 2 * 2;
+  int64_t num_rows = (end - row) / PKV_MAX_ROWS * PKV_MAX_ROWS, num_blocks = (past - first) / 2 * 2;
   int64_t num_groups = job->in_padded / PKV_IN_GROUP;
   int32_t (*sums)[PKV_OUT_BLOCK] = (int32_t (*)[PKV_OUT_BLOCK])scratch;
   job->product->ternary_many((const uint8_t *)matrix->weights + first * num_groups * PKV_GROUP_BYTES,
                              num_groups, num_blocks, (const int8_t *)from.values + row * job->in_padded,
                              job->in_padded, num_rows, sums, sums + num_blocks * num_rows);
-  for (int64_t i = 0; i < num_rows; i += PKV_MOST_ROWS)
+  for (int64_t i = 0; i < num_rows; i += PKV_MAX_ROWS)
     for (int64_t block = 0; block < num_blocks; block++) {
-      int64_t out = (first + block) * PKV_OUT_BLOCK, num_put = matrix->num_out - out;
-      job->product->put_rows(job->call->out + (row + i) * job->call->out_stride + out / job->gating,
-                             job->call->out_stride, sums + block * num_rows + i, from.rows + row + i,
-                             PKV_MOST_ROWS, matrix->scales + out,
-                             num_put < PKV_OUT_BLOCK ? num_put : PKV_OUT_BLOCK, job->call->then);
+      int64_t out = (first + block) * PKV_OUT_BLOCK, num_stored = matrix->num_out - out;
+      job->product->store_rows(job->call->out + (row + i) * job->call->out_stride + out / job->gating,
+                               job->call->out_stride, sums + block * num_rows + i, from.rows + row + i,
+                               PKV_MAX_ROWS, matrix->scales + out,
+                               num_stored < PKV_OUT_BLOCK ? num_stored : PKV_OUT_BLOCK, job->call->epilogue);
     }
   if (num_rows < end - row)
     for (int64_t block = first; block < past; block++) multiply_block(job, block, from, row + num_rows, end);
@@ -196,7 +199,7 @@ static void multiply_chunks(void *context, int32_t worker) {
       multiply_chunk(job, item, rows);
 }
 
-/* The bytes that a worker needs: its sums and indices, and at least what rounding needs. */
+/* The scratch bytes of a worker: its sums and indices, and at least what rounding needs. */
 static int64_t share_out_many(job *job, int32_t num_workers, int64_t least_bytes) {
   int64_t num_chunks = round_up(divide_up(job->num_blocks, MOST_BLOCKS_LOOKED_UP), num_workers);
   job->chunk = round_up(divide_up(job->num_blocks, num_chunks), 2);
@@ -239,7 +242,7 @@ static pkv_status multiply_with(pkv_threads *threads, int32_t num_workers, job *
 }
 
 pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pkv_linear *call) {
-  bool is_gated = call->then == PKV_RELU2_GATE || call->then == PKV_SILU_GATE;
+  bool is_gated = call->epilogue == PKV_RELU2_GATE || call->epilogue == PKV_SILU_GATE;
   if (matrix->num_in < 1 || matrix->num_out < 1 || (is_gated && matrix->num_out % PKV_OUT_BLOCK))
     return PKV_BAD_ARGUMENT;
   job job = {.product = pkv_active_product(), .matrix = matrix, .call = call};
@@ -247,11 +250,11 @@ pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pk
   job.gating = is_gated ? 2 : 1;
   job.in_padded = round_up(matrix->num_in, PKV_IN_GROUP);
   job.num_blocks = divide_up(matrix->num_out, PKV_OUT_BLOCK);
-  /* 127 * most * num_in must not leave 32 bits; 127 is what ternary models are trained with. */
-  job.most = matrix->kind == PKV_TERNARY ? 127 : (int32_t)(INT32_MAX / 128 / matrix->num_in);
-  if (job.most > INT16_MAX) job.most = INT16_MAX;
+  /* 127 * max_int * num_in must fit 32 bits; 127 is what ternary models are trained with. */
+  job.max_int = matrix->kind == PKV_TERNARY ? 127 : (int32_t)(INT32_MAX / 128 / matrix->num_in);
+  if (job.max_int > INT16_MAX) job.max_int = INT16_MAX;
   bool has_sums = matrix->kind != PKV_BFLOAT16_WEIGHTS;
-  if (has_sums && (job.most < 127 || matrix->num_in > INT32_MAX / 512)) return PKV_BAD_ARGUMENT;
+  if (has_sums && (job.max_int < 127 || matrix->num_in > INT32_MAX / 512)) return PKV_BAD_ARGUMENT;
   int32_t num_workers = pkv_threads_claim(threads);
   if (num_workers == 0) return multiply_with(NULL, 1, &job);
   pkv_status status = multiply_with(threads, num_workers, &job);
@@ -271,7 +274,8 @@ static int64_t place_of(int64_t num_groups, int64_t out, int64_t in, int *shift)
 void pkv_pack_ternary(const uint8_t *codes, int64_t num_out, int64_t num_in, uint8_t *packed) {
   int64_t num_groups = divide_up(num_in, PKV_IN_GROUP);
   int64_t num_blocks = divide_up(num_out, PKV_OUT_BLOCK);
-  memset(packed, 0x55, (size_t)(num_blocks * num_groups * PKV_GROUP_BYTES)); /* ones, which are zeros */
+  memset(packed, 0x55,
+         (size_t)(num_blocks * num_groups * PKV_GROUP_BYTES)); /* codes of 1, which is the value 0 */
   for (int64_t out = 0; out < num_out; out++)
     for (int64_t in = 0; in < num_in; in++) {
       int shift;

@@ -1,25 +1,26 @@
 /* What an instruction set provides for products of small integers with activations of 8 bits.
  *
- * Ternary weights, 2 bits each (code = value + 1), lie in blocks of 16 outputs:
+ * Ternary weights, 2 bits each (code = value + 1), are packed in blocks of 16 outputs:
  *
  *   [out / 16][in / 16 groups][64 bytes]      out and in rounded up, with zeros
  *
- * Byte b of a group holds weights of output b / 4, for the inputs 16 * group + 4 * i + b % 4, i = 0 .. 3, in
- * the bits 2i and 2i + 1.  So four inputs, repeated, meet all 16 outputs at once, and no sum goes across a
- * vector.  256 inputs are what 16 bits can add up: 64 pairs of products within [-512, 508].
+ * Byte b of a group holds the weights of output b / 4, for the inputs 16 * group + 4 * i + b % 4, i = 0
+ * .. 3, in the bits 2i and 2i + 1.  So four inputs, repeated, are multiplied with all 16 outputs in one
+ * instruction, and no sum crosses lanes.  16 bits can sum 256 inputs: 64 pairs of products within [-512,
+ * 508].
  *
- * Weights of 8 bits lie as [out / 16][in / 2][16 outputs][2 inputs], and meet activations of 12 to 16 bits:
- * as many as their sums bear.  Weights in bfloat16 lie as [out / 16][in][16 outputs], and meet floats.
+ * Weights of 8 bits are [out / 16][in / 2][16 outputs][2 inputs], and activations then have 12 to 16
+ * bits: as many as 32-bit sums allow.  Weights in bfloat16 are [out / 16][in][16 outputs], and
+ * activations floats.
  *
- * Sums are exact integers: the same bits whatever adds them.
- */
+ * Integer sums are exact: the same bits in any order. */
 #ifndef PKV_BITLINEAR_H
 #define PKV_BITLINEAR_H
 #include <stdbool.h>
 #include <stdint.h>
 
-/* What a row was multiplied by before it was rounded, NaN where it held a NaN or an infinity; and, where
- * weights are codes (values + 1), the sum of its integers, by which each sum is too large. */
+/* The factor of a row before rounding, NaN when it held a NaN or an infinity; and, where weights are
+ * codes (values + 1), the sum of its integers, by which each sum is too large. */
 typedef struct {
   float factor;
   int32_t sum;
@@ -29,16 +30,16 @@ enum {
   PKV_OUT_BLOCK = 16,
   PKV_IN_GROUP = 16,
   PKV_GROUP_BYTES = PKV_OUT_BLOCK * PKV_IN_GROUP / 4,
-  PKV_GROUPS_ADDED = 16, /* in 16 bits, before they are added in 32 */
-  PKV_MOST_ROWS = 8,     /* of a tile */
-  PKV_PAIR_BYTES = 5376, /* of scratch, for two blocks of ternary_many */
+  PKV_GROUPS_ADDED = 16, /* summed in 16 bits, before they are added in 32 */
+  PKV_MAX_ROWS = 8,      /* of a tile */
+  PKV_PAIR_BYTES = 5376, /* bytes of scratch for two blocks of ternary_many */
 };
 
 typedef struct {
   const char *name;
-  int32_t row_tile; /* rows at once: as many as have their sums in registers */
-  /* sums[row][16] of codes times activations, over num_groups groups of weights, for 1 to row_tile rows
-   * that lie row_stride bytes apart. */
+  int32_t row_tile; /* rows at a time: as many as have their sums in registers */
+  /* sums[row][16] of codes times activations, over num_groups groups of weights, for 1 to row_tile rows,
+   * row_stride bytes apart. */
   void (*ternary)(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
                   int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
   /* sums[row][16] of weights [num_in / 2][16 outputs][2 inputs] times activations of 16 bits. */
@@ -46,17 +47,17 @@ typedef struct {
                int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
   /* kernels/linear/activations.h */
   pkv_rounded (*round_row)(void *values, int64_t padded, const float *x, int64_t count, const float *norm,
-                           float eps, int32_t most, bool is_ternary, float *buffer);
-  void (*put_rows)(float *out, int64_t out_stride, int32_t (*sums)[PKV_OUT_BLOCK], const pkv_rounded *rows,
-                   int32_t num_rows, const float *scales, int64_t count, int32_t then);
+                           float eps, int32_t max_int, bool is_ternary, float *buffer);
+  void (*store_rows)(float *out, int64_t out_stride, int32_t (*sums)[PKV_OUT_BLOCK], const pkv_rounded *rows,
+                     int32_t num_rows, const float *scales, int64_t count, int32_t epilogue);
   /* The same for weights in bfloat16, [num_in][16 outputs], and rows of floats. */
   void (*norm_or_copy)(float *to, int64_t padded, const float *x, int64_t count, const float *norm,
                        float eps);
   void (*bfloat16)(const uint16_t *weights, int64_t num_in, const float *rows, int64_t row_stride,
                    int32_t num_rows, float sums[][PKV_OUT_BLOCK]);
-  void (*put_values)(float *out, const float *values, int64_t count, int32_t then);
-  /* NULL, or ternary weights of an even number of blocks, one behind the other, with many rows, a multiple of
-   * 8: sums[block][row][16], with PKV_PAIR_BYTES of scratch, on a cache line, for each two blocks. */
+  void (*store_values)(float *out, const float *values, int64_t count, int32_t epilogue);
+  /* NULL, or ternary weights of an even number of consecutive blocks, with a multiple of 8 rows:
+   * sums[block][row][16].  scratch: PKV_PAIR_BYTES for each two blocks, aligned to a cache line. */
   void (*ternary_many)(const uint8_t *weights, int64_t num_groups, int64_t num_blocks, const int8_t *rows,
                        int64_t row_stride, int64_t num_rows, int32_t (*sums)[PKV_OUT_BLOCK], void *scratch);
 } pkv_product;
@@ -72,7 +73,7 @@ extern const pkv_product pkv_product_avx2;
 extern const pkv_product pkv_product_vnni, pkv_product_vnni_lookups;
 #endif
 
-/* The best of those that are not better than the active kernel. */
+/* The best product that the active kernel's instruction set allows. */
 const pkv_product *pkv_active_product(void);
 
 #endif

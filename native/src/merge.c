@@ -1,8 +1,6 @@
-/* Attention over disjoint parts of the same tokens, brought together: each part counts by the weight that its
- * logarithm of summed exponentials tells.
+/* Merge attention over disjoint parts of the same tokens: each part is weighted by its lse.
  *
- * Source: Ye et al., FlashInfer, MLSys 2025, section 2.2.
- */
+ * Source: Ye et al., FlashInfer, MLSys 2025, section 2.2. */
 #include <math.h>
 #include <stdbool.h>
 #include <string.h>
@@ -10,8 +8,8 @@
 #include "../include/paged_kv.h"
 #include "kernels/kernel.h"
 
-/* One head: parts of lse -inf hold nothing, be their output what it may. */
-static float merge_head(const pkv_kernel *kernel, int32_t num_parts, const pkv_rows *outputs,
+/* One head.  A part with an lse of -inf counts for nothing, whatever its output holds. */
+static float merge_head(const pkv_kernel *kernel, int32_t num_parts, const pkv_tensor *outputs,
                         const float *const *lses, int64_t token, int32_t head, int64_t lse_index, int32_t dim,
                         float *merged) {
   float largest = -INFINITY, values[PKV_MAX_HEAD_DIM];
@@ -24,7 +22,7 @@ static float merge_head(const pkv_kernel *kernel, int32_t num_parts, const pkv_r
     if (lse == -INFINITY) continue;
     double weight = exp((double)lse - largest);
     sum += weight;
-    const pkv_rows *rows = &outputs[part];
+    const pkv_tensor *rows = &outputs[part];
     kernel->widen(values, rows->data + token * rows->token_stride + head * rows->head_stride, dim,
                   rows->dtype);
     for (int32_t d = 0; d < dim; d++) merged[d] += (float)weight * values[d];
@@ -34,8 +32,8 @@ static float merge_head(const pkv_kernel *kernel, int32_t num_parts, const pkv_r
   return (float)(largest + log(sum));
 }
 
-pkv_status pkv_merge_states(int32_t num_parts, const pkv_rows *outputs, const float *const *lses,
-                            int64_t num_tokens, int32_t num_heads, int32_t dim, const pkv_rows *out,
+pkv_status pkv_merge_states(int32_t num_parts, const pkv_tensor *outputs, const float *const *lses,
+                            int64_t num_tokens, int32_t num_heads, int32_t dim, const pkv_tensor *out,
                             float *lse) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel || dim < 8 || dim > PKV_MAX_HEAD_DIM || dim % 8) return PKV_BAD_ARGUMENT;

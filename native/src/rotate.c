@@ -1,12 +1,11 @@
 /* Rotary positions: element i of a head turns with element i + head_dim / 2, by an angle of its token's
- * position.  A prompt's tokens are shared out among the threads.
+ * position.  The tokens of a prompt are split among the threads.
  *
- * Source: Su et al., RoFormer, 2021.
- */
+ * Source: Su et al., RoFormer, 2021. */
 #include <stdatomic.h>
 #include <stdbool.h>
 
-#include "../include/paged_kv.h"
+#include "../include/linear.h"
 #include "threads.h"
 
 enum {
@@ -15,7 +14,7 @@ enum {
 };
 
 typedef struct {
-  const pkv_rows *rows;
+  const pkv_tensor *rows;
   int64_t num_tokens;
   int32_t num_heads;
   int32_t head_dim;
@@ -50,7 +49,7 @@ static void rotate_chunks(void *context, int32_t worker) {
       rotate_token(job, token);
 }
 
-pkv_status pkv_rotate(pkv_threads *threads, const pkv_rows *rows, int64_t num_tokens, int32_t num_heads,
+pkv_status pkv_rotate(pkv_threads *threads, const pkv_tensor *rows, int64_t num_tokens, int32_t num_heads,
                       int32_t head_dim, const int32_t *positions, int64_t num_positions, const float *cosines,
                       const float *sines) {
   for (int64_t token = 0; token < num_tokens; token++)

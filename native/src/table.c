@@ -1,16 +1,15 @@
 /* Block tables and steps: which pages hold a sequence's tokens, and how a whole batch grows at once.
  *
- * Token t of a row lies in its logical page t / page_size at offset t % page_size (cell_of says where).  A
- * step first measures (everything that can be refused is refused here, and nothing has changed), then
- * reserves; commit copies reserved_lens to seq_lens, rollback goes the other way and gives the pages between
- * them back.
+ * Token t of a row is in its logical page t / page_size at offset t % page_size (cell_of finds the
+ * cell).  A step first measures: every refusal is here, and nothing has changed.  Then it reserves.
+ * Commit copies reserved_lens to seq_lens; rollback does the reverse and releases the pages between
+ * them.
  *
- * Copy-on-write: a row whose last page is partly filled and held by others too appends to a copy, which waits
- * in tail_copies until commit. One row is spared: when all who hold the page append to it in this step, the
- * longest of them writes in place, and the others, who end before it, have copies.
+ * Copy-on-write: a row whose last page is partly filled and shared appends to a copy, which waits in
+ * tail_copies until commit.  One row is exempt: when all rows that hold the page append to it in this
+ * step, the longest of them writes in place, because the others, which end before it, have copies.
  *
- * The caller holds the cache's lock: nothing here is thread-safe.
- */
+ * The caller holds the cache's lock: nothing here is thread-safe. */
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,7 +27,7 @@ static int32_t *cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
   return tables->page_ids + row * tables->ring_pages + cell;
 }
 
-/* The first page that a row of this length holds behind its sinks. */
+/* The first page behind the sinks that a row of this length holds. */
 static int64_t first_page_at(const pkv_tables *tables, int64_t seq_len) {
   if (tables->window == 0) return 0;
   int64_t first_seen = seq_len > tables->window ? seq_len - tables->window : 0;
@@ -36,29 +35,30 @@ static int64_t first_page_at(const pkv_tables *tables, int64_t seq_len) {
   return page > tables->sink_pages ? page : tables->sink_pages;
 }
 
-/* The first page behind the sinks that the next token of such a row sees, and so all after it. */
+/* The first page behind the sinks that the next token of a row of this length sees, and with it all
+ * later tokens. */
 static int64_t first_page_seen(const pkv_tables *tables, int64_t seq_len) {
   return first_page_at(tables, tables->window ? seq_len + 1 : seq_len);
 }
 
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* How many pages a step over old_len .. new_len reads. */
+/* How many pages a step from old_len to new_len reads. */
 static int64_t num_pages_seen(const pkv_tables *tables, int64_t old_len, int64_t new_len) {
   int64_t end = pages_for(tables, new_len), first = first_page_seen(tables, old_len);
   return min64(tables->sink_pages, end) + (end > first ? end - first : 0);
 }
 
-/* The row that a key says, which is its own where the key was looked up already. */
-static int64_t row_in(int64_t key) { return key & ((1 << PKV_ROW_BITS) - 1); }
+/* The row in a seq_id's low bits, which the caller knows to be valid. */
+static int64_t row_in(int64_t seq_id) { return seq_id & ((1 << PKV_ROW_BITS) - 1); }
 
-/* The row that a key names, or -1. */
-static int64_t row_of(const pkv_tables *tables, int64_t key) {
-  int64_t row = row_in(key);
-  return key > 0 && row < tables->num_rows && tables->keys[row] == key ? row : -1;
+/* The row of a sequence, or -1. */
+static int64_t row_of(const pkv_tables *tables, int64_t seq_id) {
+  int64_t row = row_in(seq_id);
+  return seq_id > 0 && row < tables->num_rows && tables->seq_ids[row] == seq_id ? row : -1;
 }
 
-int64_t pkv_tables_row(const pkv_tables *tables, int64_t key) { return row_of(tables, key); }
+int64_t pkv_tables_row(const pkv_tables *tables, int64_t seq_id) { return row_of(tables, seq_id); }
 
 static pkv_status refuse(pkv_refusal *refusal, pkv_status status, int64_t index, int64_t asked,
                          int64_t available) {
@@ -66,22 +66,22 @@ static pkv_status refuse(pkv_refusal *refusal, pkv_status status, int64_t index,
   return status;
 }
 
-static bool stands_earlier(const int64_t *keys, int64_t index) {
+static bool stands_earlier(const int64_t *seq_ids, int64_t index) {
   for (int64_t i = 0; i < index; i++)
-    if (keys[i] == keys[index]) return true;
+    if (seq_ids[i] == seq_ids[index]) return true;
   return false;
 }
 
-/* Measure sequence i, and mark its row as reserved, by which a second entry of it is seen. */
-static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *keys, const int64_t *counts,
+/* Measure sequence i, and mark its row as reserved, so that a second entry of it is noticed. */
+static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *seq_ids, const int64_t *counts,
                                    int64_t i, pkv_step_size *size, pkv_refusal *refusal) {
-  int64_t row = row_of(tables, keys[i]);
-  if (row < 0) return refuse(refusal, PKV_STALE_SEQUENCE, i, keys[i], 0);
+  int64_t row = row_of(tables, seq_ids[i]);
+  if (row < 0) return refuse(refusal, PKV_STALE_SEQUENCE, i, seq_ids[i], 0);
   if (counts[i] < 1 || counts[i] > INT32_MAX)
     return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], INT32_MAX);
   int64_t old_len = tables->seq_lens[row], new_len = old_len + counts[i];
   if (tables->reserved_lens[row] != old_len) {
-    pkv_status status = stands_earlier(keys, i) ? PKV_SEQUENCE_TWICE : PKV_SEQUENCE_BUSY;
+    pkv_status status = stands_earlier(seq_ids, i) ? PKV_SEQUENCE_TWICE : PKV_SEQUENCE_BUSY;
     return refuse(refusal, status, i, 0, 0);
   }
   if (tables->window && counts[i] > tables->max_step_tokens)
@@ -97,13 +97,13 @@ static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *keys
 
 /* ---- copy-on-write */
 
-enum { NUM_APPENDERS, LONGEST }; /* what is remembered of a page that is shared */
+enum { NUM_APPENDERS, LONGEST }; /* marks of a shared page */
 
 static int32_t *marks_of(const pkv_tables *tables, int32_t page_id) {
   return tables->page_marks + 2 * (int64_t)page_id;
 }
 
-/* The cell of the page that a row would append to and does not hold alone, or NULL. */
+/* The cell of the page that a row would append to and shares with others, or NULL. */
 static const int32_t *shared_tail(const pkv_pool *pool, const pkv_tables *tables, int64_t row) {
   int32_t seq_len = tables->seq_lens[row];
   if (seq_len % tables->page_size == 0) return NULL;
@@ -111,18 +111,18 @@ static const int32_t *shared_tail(const pkv_pool *pool, const pkv_tables *tables
   return pkv_pool_ref_count(pool, *cell) > 1 ? cell : NULL;
 }
 
-/* Count who appends to each shared page, and find the longest of them (its index + 1); is there such a page?
- */
+/* Count the rows that append to each shared page, and find the longest of them (its index + 1).
+ * Returns: is there such a page? */
 static bool mark_shared_tails(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
-                              const int64_t *keys) {
+                              const int64_t *seq_ids) {
   bool is_any_shared = false;
   for (int64_t i = 0; i < num_seqs; i++) {
-    int64_t row = row_in(keys[i]);
+    int64_t row = row_in(seq_ids[i]);
     const int32_t *cell = shared_tail(pool, tables, row);
     if (!cell) continue;
     is_any_shared = true;
     int32_t *marks = marks_of(tables, *cell);
-    int64_t longest = marks[LONGEST] ? row_in(keys[marks[LONGEST] - 1]) : -1;
+    int64_t longest = marks[LONGEST] ? row_in(seq_ids[marks[LONGEST] - 1]) : -1;
     if (longest < 0 || tables->seq_lens[row] > tables->seq_lens[longest]) marks[LONGEST] = (int32_t)i + 1;
     marks[NUM_APPENDERS]++;
   }
@@ -136,10 +136,10 @@ static bool appends_to_copy(const pkv_pool *pool, const pkv_tables *tables, int6
   return marks[NUM_APPENDERS] != pkv_pool_ref_count(pool, *cell) || marks[LONGEST] != i + 1;
 }
 
-/* By cells, which are as they were when the pages were marked. */
-static void unmark_tails(const pkv_tables *tables, int64_t num_seqs, const int64_t *keys) {
+/* By cells, which have not changed since the pages were marked. */
+static void unmark_tails(const pkv_tables *tables, int64_t num_seqs, const int64_t *seq_ids) {
   for (int64_t i = 0; i < num_seqs; i++) {
-    int64_t row = row_in(keys[i]);
+    int64_t row = row_in(seq_ids[i]);
     if (tables->seq_lens[row] % tables->page_size == 0) continue;
     int32_t *marks = marks_of(tables, *cell_of(tables, row, tables->seq_lens[row] / tables->page_size));
     marks[NUM_APPENDERS] = marks[LONGEST] = 0;
@@ -147,35 +147,35 @@ static void unmark_tails(const pkv_tables *tables, int64_t num_seqs, const int64
 }
 
 static int64_t count_copies(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
-                            const int64_t *keys) {
-  if (!mark_shared_tails(pool, tables, num_seqs, keys)) return 0;
+                            const int64_t *seq_ids) {
+  if (!mark_shared_tails(pool, tables, num_seqs, seq_ids)) return 0;
   int64_t num_copies = 0;
-  for (int64_t i = 0; i < num_seqs; i++) num_copies += appends_to_copy(pool, tables, i, row_in(keys[i]));
-  unmark_tails(tables, num_seqs, keys);
+  for (int64_t i = 0; i < num_seqs; i++) num_copies += appends_to_copy(pool, tables, i, row_in(seq_ids[i]));
+  unmark_tails(tables, num_seqs, seq_ids);
   return num_copies;
 }
 
 /* ---- steps */
 
 pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
-                            const int64_t *keys, const int64_t *counts, pkv_step_size *size,
+                            const int64_t *seq_ids, const int64_t *counts, pkv_step_size *size,
                             pkv_refusal *refusal) {
   pkv_status status = PKV_OK;
   int64_t num_marked = 0;
   *size = (pkv_step_size){0, 0, 0, 0, 0};
   while (num_marked < num_seqs && status == PKV_OK) {
-    status = measure_sequence(tables, keys, counts, num_marked, size, refusal);
+    status = measure_sequence(tables, seq_ids, counts, num_marked, size, refusal);
     num_marked += status == PKV_OK;
   }
   for (int64_t i = 0; i < num_marked; i++) {
-    int64_t row = row_in(keys[i]);
+    int64_t row = row_in(seq_ids[i]);
     tables->reserved_lens[row] = tables->seq_lens[row];
   }
   if (status != PKV_OK) return status;
-  /* positions, and whatever else counts tokens, are int32 */
+  /* positions, and all counts of tokens, are int32 */
   if (size->num_tokens > INT32_MAX || size->num_pages > INT32_MAX)
     return refuse(refusal, PKV_BAD_ARGUMENT, -1, size->num_tokens, INT32_MAX);
-  size->num_copies = count_copies(pool, tables, num_seqs, keys);
+  size->num_copies = count_copies(pool, tables, num_seqs, seq_ids);
   size->num_new_pages += size->num_copies;
   int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 3 * num_seqs + size->num_pages;
   num_int32 += 2 * size->num_copies;
@@ -197,7 +197,7 @@ static void place_tokens(const pkv_tables *tables, const int32_t *page_ids, int6
   }
 }
 
-/* One array after the other, the widest first. */
+/* The plan's arrays follow each other, the widest elements first. */
 static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs, const pkv_step_size *size) {
   pkv_plan plan = {.slot_mapping = (int64_t *)memory,
                    .batch = {.num_seqs = num_seqs,
@@ -239,7 +239,8 @@ static pkv_status acquire_pages(pkv_pool *pool, const pkv_tables *tables, int64_
   return PKV_OK;
 }
 
-/* Take what a row needs: a copy of its tail, if it must append to one, and pages up to new_len. */
+/* Reserve what a row needs: a copy of its tail, when it appends to a shared page, and pages up to
+ * new_len. */
 static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t row, bool on_copy,
                               int32_t new_len) {
   int32_t *copy = &tables->tail_copies[row];
@@ -259,7 +260,7 @@ static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t 
 /* Write the pages that a row's step reads, in logical order: the sinks', then those from `first` on. */
 static int64_t list_pages(const pkv_tables *tables, int64_t row, int64_t first, int64_t end,
                           int32_t *page_ids) {
-  if (first == 0) { /* the whole row, and in order */
+  if (first == 0) { /* the whole row is in order */
     memcpy(page_ids, cell_of(tables, row, 0), (size_t)end * sizeof *page_ids);
     return end;
   }
@@ -271,12 +272,12 @@ static int64_t list_pages(const pkv_tables *tables, int64_t row, int64_t first, 
 
 static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan);
 
-static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int64_t *keys,
+static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int64_t *seq_ids,
                             const int64_t *counts, bool any_copies, pkv_plan *plan) {
   pkv_batch batch = plan->batch;
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
   for (int64_t i = 0; i < batch.num_seqs; i++) {
-    int64_t row = row_in(keys[i]);
+    int64_t row = row_in(seq_ids[i]);
     int32_t old_len = tables->seq_lens[row], new_len = old_len + (int32_t)counts[i];
     bool on_copy = any_copies && appends_to_copy(pool, tables, i, row);
     pkv_status status = reserve_row(pool, tables, row, on_copy, new_len);
@@ -288,8 +289,7 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
     int64_t first_page = first_page_seen(tables, old_len), end_page = pages_for(tables, new_len);
     int32_t first = batch.qo_indptr[i], *page_ids = batch.kv_indices + batch.kv_indptr[i];
     int64_t num_pages = list_pages(tables, row, first_page, end_page, page_ids);
-    /* New tokens from the sinks on see all pages; behind them, those between sinks and window are left out.
-     */
+    /* New tokens from the sinks on see all pages; later ones skip the pages between sinks and window. */
     int64_t skipped = first_page > tables->sink_pages ? first_page - tables->sink_pages : 0;
     if (on_copy) {
       int32_t *tail = page_ids + old_len / tables->page_size - skipped;
@@ -307,16 +307,16 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
   return PKV_OK;
 }
 
-pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *keys,
+pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *seq_ids,
                          const int64_t *counts, pkv_plan *plan, int64_t plan_bytes, pkv_step_size *size,
                          pkv_refusal *refusal) {
-  pkv_status status = pkv_step_measure(pool, tables, num_seqs, keys, counts, size, refusal);
+  pkv_status status = pkv_step_measure(pool, tables, num_seqs, seq_ids, counts, size, refusal);
   if (status != PKV_OK) return status;
   if (size->plan_bytes > plan_bytes) return PKV_PLAN_TOO_SMALL;
   *plan = lay_out(tables, (char *)(plan + 1), num_seqs, size);
-  if (size->num_copies) mark_shared_tails(pool, tables, num_seqs, keys);
-  status = plan_rows(pool, tables, keys, counts, size->num_copies > 0, plan);
-  if (size->num_copies) unmark_tails(tables, num_seqs, keys);
+  if (size->num_copies) mark_shared_tails(pool, tables, num_seqs, seq_ids);
+  status = plan_rows(pool, tables, seq_ids, counts, size->num_copies > 0, plan);
+  if (size->num_copies) unmark_tails(tables, num_seqs, seq_ids);
   plan->is_open = status == PKV_OK;
   return status;
 }
@@ -337,7 +337,7 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
       tables->tail_copies[row] = -1;
     }
     tables->seq_lens[row] = (int32_t)new_len;
-    /* What has left the window goes now and not before, so that the step could be rolled back. */
+    /* Pages that have left the window are released only now, so that the step could be rolled back. */
     pkv_status status =
         release_pages(pool, tables, row, first_page_at(tables, old_len), first_page_at(tables, new_len));
     if (status != PKV_OK) return status;
@@ -346,7 +346,7 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
 }
 
 static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
-  /* Backwards, so that the free list is as it was before the step. */
+  /* In reverse, so that the free list is as it was before the step. */
   for (int64_t i = plan->batch.num_seqs - 1; i >= 0; i--) {
     int32_t row = plan->rows[i], *copy = &tables->tail_copies[row];
     int64_t num_held = pages_for(tables, tables->seq_lens[row]);
@@ -400,28 +400,29 @@ static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t 
   return PKV_OK;
 }
 
-/* Do the keys name the rows that come next, in their order? */
-static bool name_the_next_rows(const pkv_tables *tables, int64_t count, const int64_t *keys) {
+/* Are the rows of these seq_ids the next free ones, in order? */
+static bool name_the_next_rows(const pkv_tables *tables, int64_t count, const int64_t *seq_ids) {
   int32_t row = tables->free_row >= 0 ? tables->free_row : tables->num_rows;
   for (int64_t i = 0; i < count; i++, row = next_row(tables, row))
-    if (row >= tables->max_sequences || keys[i] < 0 || keys[i] >> PKV_ROW_BITS == 0 || row_in(keys[i]) != row)
+    if (row >= tables->max_sequences || seq_ids[i] < 0 || seq_ids[i] >> PKV_ROW_BITS == 0 ||
+        row_in(seq_ids[i]) != row)
       return false;
   return true;
 }
 
-pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, const int64_t *keys,
+pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, const int64_t *seq_ids,
                           int32_t from) {
-  if (from >= 0 && (!is_row(tables, from) || tables->keys[from] == 0)) return PKV_STALE_SEQUENCE;
+  if (from >= 0 && (!is_row(tables, from) || tables->seq_ids[from] == 0)) return PKV_STALE_SEQUENCE;
   if (from >= 0 && is_busy(tables, from)) return PKV_SEQUENCE_BUSY;
   if (count > tables->max_sequences - tables->num_sequences) return PKV_OUT_OF_SEQUENCES;
-  if (!name_the_next_rows(tables, count, keys)) return PKV_BAD_ARGUMENT;
+  if (!name_the_next_rows(tables, count, seq_ids)) return PKV_BAD_ARGUMENT;
   for (int64_t i = 0; i < count; i++) {
-    int32_t row = (int32_t)row_in(keys[i]);
+    int32_t row = (int32_t)row_in(seq_ids[i]);
     if (row == tables->num_rows)
       tables->num_rows++;
     else
       tables->free_row = tables->next_free[row];
-    tables->keys[row] = keys[i];
+    tables->seq_ids[row] = seq_ids[i];
     tables->tail_copies[row] = -1;
     tables->num_sequences++;
     if (from >= 0 && share_pages(pool, tables, from, row) != PKV_OK) return PKV_INVARIANT;
@@ -429,12 +430,12 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
   return PKV_OK;
 }
 
-pkv_status pkv_tables_remove(pkv_pool *pool, pkv_tables *tables, int64_t key) {
-  int32_t row = (int32_t)row_of(tables, key);
+pkv_status pkv_tables_remove(pkv_pool *pool, pkv_tables *tables, int64_t seq_id) {
+  int32_t row = (int32_t)row_of(tables, seq_id);
   if (row < 0) return PKV_STALE_SEQUENCE;
   pkv_status status = pkv_tables_reset(pool, tables, row);
   if (status != PKV_OK) return status;
-  tables->keys[row] = 0;
+  tables->seq_ids[row] = 0;
   tables->next_free[row] = tables->free_row;
   tables->free_row = row;
   tables->num_sequences--;
@@ -477,7 +478,7 @@ int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
   return num_tokens;
 }
 
-/* Count the references that the tables explain, by page. */
+/* Count the references of the tables to each page. */
 static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, int32_t *references) {
   for (int64_t row = 0; row < tables->num_rows; row++) {
     int64_t seq_len = tables->seq_lens[row], reserved_len = tables->reserved_lens[row];
@@ -496,17 +497,18 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
   return PKV_OK;
 }
 
-/* Each row is in use, under a key of its own row, or on the list once, and empty. */
+/* Each row is in use, by a seq_id of this row, or on the list once, and empty. */
 static pkv_status check_rows(const pkv_tables *tables) {
   int32_t num_used = 0, num_listed = 0;
   for (int32_t row = 0; row < tables->num_rows; row++) {
-    int64_t key = tables->keys[row];
-    if (key < 0 || (key > 0 && row_in(key) != row)) return PKV_INVARIANT;
-    if (key == 0 && tables->reserved_lens[row]) return PKV_INVARIANT;
-    num_used += key > 0;
+    int64_t seq_id = tables->seq_ids[row];
+    if (seq_id < 0 || (seq_id > 0 && row_in(seq_id) != row)) return PKV_INVARIANT;
+    if (seq_id == 0 && tables->reserved_lens[row]) return PKV_INVARIANT;
+    num_used += seq_id > 0;
   }
   for (int32_t row = tables->free_row; row >= 0; row = tables->next_free[row])
-    if (row >= tables->num_rows || tables->keys[row] || ++num_listed > tables->num_rows) return PKV_INVARIANT;
+    if (row >= tables->num_rows || tables->seq_ids[row] || ++num_listed > tables->num_rows)
+      return PKV_INVARIANT;
   bool is_whole = num_used == tables->num_sequences && num_used + num_listed == tables->num_rows;
   return is_whole && tables->num_rows <= tables->max_sequences ? PKV_OK : PKV_INVARIANT;
 }

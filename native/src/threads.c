@@ -3,19 +3,18 @@
  *   team      the workers; it grows to the largest num_workers of a job, and ends with the last handle
  *   handle    a pkv_threads: how many of the team its jobs may use, and scratch memory of its own
  *
- *   job_number counts jobs; a worker waits until it is not the one it did last
- *   num_working is how many workers are at it; the caller, who works too, then waits until it is 0
- *   is_open says that the job may be joined: until the caller finds nothing left to do
- *   claimed: a handle from claim to release, the team while a job of several workers runs
+ *   job_number   counts jobs; a worker waits until it differs from the number of its last job
+ *   num_working  workers in the job; the caller, who works too, then waits until it is 0
+ *   is_open      workers may join the job: until the caller finds no piece left
+ *   claimed      a handle from claim to release, the team while a job of several workers runs
  *
- * A waiting thread spins for SPIN_NS, and then sleeps: a model has a hundred short jobs for a token, one
- * right after the other, and waking up takes 10 to 100 us.  No job waits for a worker to wake up: work is
- * taken in pieces, so what a late worker would have done is done when it comes, and the job is closed.
+ * A waiting thread spins for SPIN_NS, then sleeps: a model has a hundred short jobs per token, one right
+ * after the other, and a wake-up takes 10 to 100 us.  No job waits for a worker to wake up: work is
+ * taken in pieces, so by the time a late worker comes, its share is done and the job is closed.
  *
- * A job that finds the team claimed is computed by its caller alone, so no job waits for another one. Workers
- * start at the first job that has work for two.  A forked child has none of them: there, the team is empty
- * again.
- */
+ * When the team is claimed, the caller of another job computes it alone, so no job waits for another
+ * one.  Workers start at the first job with work for two.  A forked child has none of them: there, the
+ * team is empty again. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
@@ -28,22 +27,22 @@
 enum { SPIN_NS = 100000, LOOKS_PER_CLOCK = 32 };
 
 struct pkv_threads {
-  int32_t num_threads; /* the caller counted in */
+  int32_t num_threads; /* the caller included */
   atomic_flag claimed;
-  atomic_uint forks; /* the process's count of forks when `claimed` was last meaningful */
+  atomic_uint forks; /* the process's count of forks when `claimed` was last valid */
   void *scratch;     /* of the job that has claimed the handle, kept for the next one */
   size_t scratch_bytes;
 };
 
 static struct {
   atomic_flag claimed;
-  pthread_mutex_t lock;                          /* guards what follows */
-  pthread_cond_t job_is_there[PKV_MOST_THREADS]; /* by worker: only those of the job are woken */
+  pthread_mutex_t lock;                         /* guards what follows */
+  pthread_cond_t job_is_there[PKV_MAX_THREADS]; /* per worker: only those of the job are woken */
   pthread_cond_t job_is_done;
-  pthread_t ids[PKV_MOST_THREADS]; /* by worker, from 1; the caller is worker 0 */
-  int32_t num_started;             /* workers that run, the caller not counted */
-  atomic_ullong job_number;        /* changed under the lock, as is num_working; read without */
-  int32_t num_workers;             /* of the job; workers beyond it sleep on */
+  pthread_t ids[PKV_MAX_THREADS]; /* per worker, from 1; the caller is worker 0 */
+  int32_t num_started;            /* running workers, without the caller */
+  atomic_ullong job_number;       /* written under the lock, as is num_working; read without */
+  int32_t num_workers;            /* of the job; workers beyond it sleep on */
   atomic_int num_working;
   bool is_open;
   bool is_ending;
@@ -56,10 +55,10 @@ static pthread_mutex_t handles_lock = PTHREAD_MUTEX_INITIALIZER; /* guards num_h
 static int64_t num_handles;
 static pthread_once_t is_set_up = PTHREAD_ONCE_INIT;
 
-/* No worker, nothing claimed: at first, and again in a forked child. */
+/* No worker, nothing claimed: initially, and again in a forked child. */
 static void set_up_team(void) {
   pthread_mutex_init(&team.lock, NULL);
-  for (int32_t i = 0; i < PKV_MOST_THREADS; i++) pthread_cond_init(&team.job_is_there[i], NULL);
+  for (int32_t i = 0; i < PKV_MAX_THREADS; i++) pthread_cond_init(&team.job_is_there[i], NULL);
   pthread_cond_init(&team.job_is_done, NULL);
   atomic_flag_clear(&team.claimed);
   team.num_started = 0;
@@ -90,7 +89,7 @@ static void end_team(void) {
 }
 
 pkv_status pkv_threads_create(int32_t num_threads, pkv_threads **out) {
-  if (num_threads < 1 || num_threads > PKV_MOST_THREADS) return PKV_BAD_ARGUMENT;
+  if (num_threads < 1 || num_threads > PKV_MAX_THREADS) return PKV_BAD_ARGUMENT;
   pthread_once(&is_set_up, set_up);
   pkv_threads *threads = calloc(1, sizeof *threads);
   if (!threads) return PKV_OUT_OF_MEMORY;
@@ -127,7 +126,7 @@ static int64_t now_ns(void) {
   return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Until there is another job than last_job, or for a while. */
+/* Spin until there is another job than last_job, for a while. */
 static void spin_for_a_job(uint64_t last_job) {
   for (int64_t end = now_ns() + SPIN_NS; now_ns() < end;)
     for (int i = 0; i < LOOKS_PER_CLOCK; i++, pause_briefly())
@@ -183,7 +182,7 @@ void *pkv_threads_scratch(pkv_threads *threads, size_t num_bytes) {
   return threads->scratch;
 }
 
-/* A system that gives no more threads is no error: fewer do the work. */
+/* A system that gives no more threads is no error: fewer workers do the job. */
 static void start_workers(int32_t num_workers) {
   while (team.num_started < num_workers - 1) {
     int32_t index = team.num_started + 1;

@@ -1,32 +1,32 @@
-/* Who computes which rows of a call, and how a block too long for that is cut. */
+/* How a call's rows are split among threads, and how an item too long for that is split further. */
 #include "work.h"
 
 #include <stdbool.h>
 #include <stddef.h>
 
-#include "sight.h"
+#include "visibility.h"
 #include "kernels/kernel.h"
 
 enum {
-  ROW_BYTES_PER_BLOCK = 128 << 10, /* a block's accumulators: a share of the second-level cache */
-  BLOCKS_PER_WORKER = 4,           /* enough to share them out evenly */
-  PIECES_PER_WORKER = 16,          /* of cut blocks: at the end nobody waits longer than for one */
-  SPANS_WORTH_A_PIECE = 4,         /* of a group of heads, where everybody has one */
+  ROW_BYTES_PER_ITEM = 128 << 10, /* an item's accumulators: a share of the L2 cache */
+  ITEMS_PER_WORKER = 4,           /* enough to balance the load */
+  PIECES_PER_WORKER = 16,         /* of split items: at the end, threads wait for one piece at most */
+  SPANS_WORTH_A_PIECE = 4,        /* of a group of heads, when there is a group for each worker */
 };
 
-/* Blocks of so many heads, and the rows whose accumulated values take about ROW_BYTES_PER_BLOCK. */
-static extent extent_of(const pkv_pages *pages, int32_t num_q_heads, int32_t num_kv_heads) {
-  extent extent = {.num_kv_heads = num_kv_heads, .num_q_heads = num_q_heads};
-  extent.q_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim);
-  extent.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
+/* Items of so many heads, and of as many rows as have ROW_BYTES_PER_ITEM of accumulated values. */
+static item_shape shape_of(const pkv_pages *pages, int32_t num_q_heads, int32_t num_kv_heads) {
+  item_shape item_shape = {.num_kv_heads = num_kv_heads, .num_q_heads = num_q_heads};
+  item_shape.q_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim);
+  item_shape.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
   /* Maxima and sums, padded so that accumulators are aligned. */
-  extent.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + extent.value_floats;
-  int64_t rows = ROW_BYTES_PER_BLOCK / (extent.value_floats * (int64_t)sizeof(float));
-  extent.num_rows = rows < 1 ? 1 : rows > MAX_ROWS_PER_BLOCK ? MAX_ROWS_PER_BLOCK : (int32_t)rows;
-  return extent;
+  item_shape.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + item_shape.value_floats;
+  int64_t rows = ROW_BYTES_PER_ITEM / (item_shape.value_floats * (int64_t)sizeof(float));
+  item_shape.num_rows = rows < 1 ? 1 : rows > MAX_ROWS_PER_ITEM ? MAX_ROWS_PER_ITEM : (int32_t)rows;
+  return item_shape;
 }
 
-/* The largest number of equal groups of heads that is no more than `most`. */
+/* The largest number of equal groups of heads that is at most `most`. */
 static int32_t num_groups_of(int32_t num_heads, int32_t most) {
   int32_t num_groups = most < num_heads ? most : num_heads;
   while (num_heads % num_groups) num_groups--;
@@ -38,14 +38,14 @@ work pkv_work_of(const pkv_pages *pages, const pkv_batch *batch, int32_t num_q_h
   int32_t num_heads = pages->num_kv_heads, num_groups = num_groups_of(num_heads, num_workers);
   work work = {
       .batch = batch, .num_workers = num_workers, .num_kv_heads = num_heads, .span_tokens = span_tokens};
-  work.all_heads = extent_of(pages, num_q_heads, num_heads);
-  work.some_heads = extent_of(pages, num_q_heads / num_groups, num_heads / num_groups);
+  work.all_heads = shape_of(pages, num_q_heads, num_heads);
+  work.some_heads = shape_of(pages, num_q_heads / num_groups, num_heads / num_groups);
   work.some_heads.num_rows = work.all_heads.num_rows;
-  work.one_head = extent_of(pages, num_q_heads / num_heads, 1);
+  work.one_head = shape_of(pages, num_q_heads / num_heads, 1);
   return work;
 }
 
-/* What a row block costs is counted in the tokens that it meets. */
+/* The cost of some rows: the tokens that they read. */
 static int64_t cost_of(const pkv_batch *batch, int32_t seq, int32_t first_row, int32_t num_rows) {
   int64_t met = num_seen(batch, seq, first_row + num_rows - 1);
   if (batch->window && met > (int64_t)batch->window + batch->num_sink_tokens)
@@ -60,31 +60,31 @@ int64_t pkv_cost_of_work(const pkv_batch *batch) {
   return total;
 }
 
-/* Are so many rows of a sequence cut by heads of keys and values too?  Where that makes enough blocks for
- * everybody: each key is read for more rows at a time then. */
-static bool goes_by_head(const work *work, int32_t num_rows) {
+/* Is a prompt split by kv heads too?  Yes when that makes enough items for all workers: each key is then
+ * read for more rows at a time. */
+static bool splits_by_head(const work *work, int32_t num_rows) {
   int32_t most = work->one_head.num_rows;
-  int64_t num_blocks = ((int64_t)num_rows + most - 1) / most * work->num_kv_heads;
+  int64_t num_items = ((int64_t)num_rows + most - 1) / most * work->num_kv_heads;
   return most > work->all_heads.num_rows && num_rows > work->all_heads.num_rows &&
-         num_blocks >= BLOCKS_PER_WORKER * work->num_workers;
+         num_items >= ITEMS_PER_WORKER * work->num_workers;
 }
 
-/* What a piece is to cost, or less. */
+/* The cost of a piece, at most. */
 static int64_t cost_of_piece(const work *work, int64_t total) {
   return total / (PIECES_PER_WORKER * work->num_workers) + 1;
 }
 
-/* `left` is what is still to be done of `total` when a block begins: it is cut where somebody would be idle
- * before it ends, or for being more than a fair share of all. */
+/* Is an item split?  `left` is the cost of what follows when the item begins: split it when it would end
+ * after the others are idle, or when it is more than a fair share of `total`. */
 static bool is_cut(const work *work, int64_t total, int64_t left, int64_t cost, int32_t num_spans) {
   int64_t num_workers = work->num_workers;
-  bool is_short = cost <= left / (2 * num_workers) && cost <= total / (BLOCKS_PER_WORKER * num_workers);
+  bool is_short = cost <= left / (2 * num_workers) && cost <= total / (ITEMS_PER_WORKER * num_workers);
   bool has_parts = num_spans > 1 || work->some_heads.num_kv_heads < work->num_kv_heads;
   return num_workers > 1 && has_parts && !is_short && cost > cost_of_piece(work, total);
 }
 
-/* Of a group of heads of a block that is cut.  Where there is a group for everybody, pieces are long: their
- * states are merged at the end, when others have nothing left to do. */
+/* Pieces per group of heads of a split item.  When there is a group for each worker, pieces are long:
+ * their states are merged at the end, when the other workers have nothing left to do. */
 static int32_t num_pieces_of(const work *work, int64_t total, int64_t cost, int32_t num_spans) {
   int32_t num_groups = work->num_kv_heads / work->some_heads.num_kv_heads;
   int32_t shortest = num_groups < work->num_workers ? 1 : SPANS_WORTH_A_PIECE;
@@ -94,49 +94,50 @@ static int32_t num_pieces_of(const work *work, int64_t total, int64_t cost, int3
   return (int32_t)(num_pieces < most ? num_pieces : most);
 }
 
-/* Add a block of these rows and all their heads, in groups of heads, in pieces. */
-static void add_blocks(work_size *size, block *blocks, block next, int32_t num_kv_heads, int32_t num_spans,
-                       bool is_by_itself) {
-  for (; next.first_head < num_kv_heads; next.first_head += next.extent->num_kv_heads) {
-    next.first_piece = size->num_blocks;
+/* Add an item of these rows for all kv heads: one per group of heads and piece. */
+static void add_items(work_size *size, work_item *items, work_item next, int32_t num_kv_heads,
+                      int32_t num_spans, bool is_by_itself) {
+  for (; next.first_head < num_kv_heads; next.first_head += next.item_shape->num_kv_heads) {
+    next.first_piece = size->num_items;
     next.first_partial = size->num_partials;
-    for (int32_t i = 0; i < next.num_pieces; i++, size->num_blocks++) {
+    for (int32_t i = 0; i < next.num_pieces; i++, size->num_items++) {
       next.first_span = (int32_t)((int64_t)num_spans * i / next.num_pieces);
       next.end_span = (int32_t)((int64_t)num_spans * (i + 1) / next.num_pieces);
       bool is_first = next.first_head == 0 && i == 0, is_last = i == next.num_pieces - 1;
       next.new_rows = WRITTEN_BY_OTHERS;
       if (!is_by_itself && is_first) next.new_rows = WRITTEN_BEFORE_ALL;
       if (is_by_itself && is_last) next.new_rows = WRITTEN_BY_ITSELF; /* the newest token's */
-      if (blocks) blocks[size->num_blocks] = next;
+      if (items) items[size->num_items] = next;
     }
     if (next.num_pieces > 1)
-      size->num_partials += (int64_t)num_spans * next.num_rows * next.extent->state_floats;
+      size->num_partials += (int64_t)num_spans * next.num_rows * next.item_shape->state_floats;
   }
 }
 
-work_size pkv_cut_work(const work *work, block *blocks) {
+work_size pkv_cut_work(const work *work, work_item *items) {
   const pkv_batch *batch = work->batch;
   work_size size = {0, 0, 0};
   int64_t total = pkv_cost_of_work(batch), left = 0;
   for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
-    bool is_by_head = goes_by_head(work, num_rows_of(batch, seq));
-    const extent *extent = is_by_head ? &work->one_head : &work->all_heads;
+    bool is_by_head = splits_by_head(work, num_rows_of(batch, seq));
+    const item_shape *item_shape = is_by_head ? &work->one_head : &work->all_heads;
     int32_t num_rows = 0;
     for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += num_rows) {
       num_rows = batch->qo_indptr[seq + 1] - row;
-      if (num_rows > extent->num_rows) num_rows = extent->num_rows;
+      if (num_rows > item_shape->num_rows) num_rows = item_shape->num_rows;
       int32_t num_spans = spans_of(batch, work->span_tokens, seq, row, num_rows).count;
       int64_t cost = cost_of(batch, seq, row, num_rows);
-      block next = {.extent = extent, .seq = seq, .first_row = row, .num_rows = num_rows, .num_pieces = 1};
+      work_item next = {
+          .item_shape = item_shape, .seq = seq, .first_row = row, .num_rows = num_rows, .num_pieces = 1};
       left += cost;
       if (!is_by_head && is_cut(work, total, left, cost, num_spans)) {
-        next.extent = &work->some_heads;
+        next.item_shape = &work->some_heads;
         next.num_pieces = num_pieces_of(work, total, cost, num_spans);
       }
       bool is_alone = !is_by_head && num_rows == num_rows_of(batch, seq);
       bool is_by_itself = is_alone && (next.num_pieces == 1 || num_rows == 1);
       if (!is_by_itself) size.num_before += num_rows;
-      add_blocks(&size, blocks, next, work->num_kv_heads, num_spans, is_by_itself);
+      add_items(&size, items, next, work->num_kv_heads, num_spans, is_by_itself);
     }
   }
   return size;

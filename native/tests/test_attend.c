@@ -37,8 +37,8 @@ static pkv_pages plain_pages(void) {
                      .head_dim_v = HEAD_DIM};
 }
 
-static pkv_rows dense(float *rows, int num_heads) {
-  return (pkv_rows){(char *)rows, num_heads * HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+static pkv_tensor dense(float *rows, int num_heads) {
+  return (pkv_tensor){(char *)rows, num_heads * HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
 }
 
 static pkv_attention attention_of(int num_q_heads, float sm_scale) {
@@ -125,7 +125,7 @@ static void shared_pages_are_copied_once(pkv_pages pages) {
   plan.copied_from = from;
   plan.copied_to = to;
   float row[HEADS * HEAD_DIM] = {0};
-  pkv_rows rows = dense(row, HEADS);
+  pkv_tensor rows = dense(row, HEADS);
   float *original = (float *)(pages.k + 2 * pages.k_page_stride);
   float *copy = (float *)(pages.k + 3 * pages.k_page_stride);
   size_t last = (size_t)pages.k_page_stride / sizeof(float) - 1; /* of the last token's values */

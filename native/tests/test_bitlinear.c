@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "paged_kv.h"
+#include "linear.h"
 
 enum { MOST_OUT = 50, MOST_IN = 1100, MOST_ROWS = 19 };
 
@@ -46,12 +46,16 @@ static void ternary_sums_are_exact(pkv_threads *threads, int64_t num_rows, int64
                        .num_in = num_in,
                        .kind = PKV_TERNARY,
                        .bits = 2};
-  pkv_linear call = {
-      .x = x, .x_stride = num_in, .num_rows = num_rows, .out = out, .out_stride = num_out, .then = PKV_STORE};
+  pkv_linear call = {.x = x,
+                     .x_stride = num_in,
+                     .num_rows = num_rows,
+                     .out = out,
+                     .out_stride = num_out,
+                     .epilogue = PKV_STORE};
   for (int64_t i = 0; i < num_rows * num_out; i++) out[i] = NAN;
   assert(pkv_multiply(threads, &matrix, &call) == PKV_OK);
   assert(memcmp(out, expected, (size_t)(num_rows * num_out) * sizeof *out) == 0);
-  call.then = PKV_ADD;
+  call.epilogue = PKV_ADD;
   assert(pkv_multiply(threads, &matrix, &call) == PKV_OK);
   for (int64_t i = 0; i < num_rows * num_out; i++) assert(out[i] == 2 * expected[i]);
   free(packed);

@@ -14,11 +14,11 @@ enum {
   BLOCK = 2 * PAGE_SIZE * HEAD_DIM * 4
 };
 
-static int64_t row_keys[ROWS];
+static int64_t row_ids[ROWS];
 static int32_t next_free[ROWS];
 static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[2 * NUM_PAGES];
 static int32_t tail_copies[ROWS] = {-1, -1, -1};
-static pkv_tables tables = {.keys = row_keys,
+static pkv_tables tables = {.seq_ids = row_ids,
                             .next_free = next_free,
                             .free_row = -1,
                             .page_ids = page_ids,
@@ -39,56 +39,57 @@ static pkv_plan *const plan = &memory.plan;
 static pkv_step_size size;
 static pkv_refusal refusal;
 
-static int64_t key(int64_t row) { return (7 + row) << PKV_ROW_BITS | row; }
+static int64_t seq_id(int64_t row) { return (7 + row) << PKV_ROW_BITS | row; }
 
-static pkv_status measure(pkv_pool *pool, int64_t num_seqs, const int64_t *keys, const int64_t *counts) {
-  return pkv_step_measure(pool, &tables, num_seqs, keys, counts, &size, &refusal);
+static pkv_status measure(pkv_pool *pool, int64_t num_seqs, const int64_t *seq_ids, const int64_t *counts) {
+  return pkv_step_measure(pool, &tables, num_seqs, seq_ids, counts, &size, &refusal);
 }
 
-static pkv_status open_step(pkv_pool *pool, int64_t num_seqs, const int64_t *keys, const int64_t *counts) {
-  return pkv_step_open(pool, &tables, num_seqs, keys, counts, plan, (int64_t)sizeof memory, &size, &refusal);
+static pkv_status open_step(pkv_pool *pool, int64_t num_seqs, const int64_t *seq_ids, const int64_t *counts) {
+  return pkv_step_open(pool, &tables, num_seqs, seq_ids, counts, plan, (int64_t)sizeof memory, &size,
+                       &refusal);
 }
 
 static void rows_are_given_and_taken_back(pkv_pool *pool) {
   int32_t rows[ROWS + 1];
-  int64_t keys[ROWS] = {key(0), key(1), key(2)};
+  int64_t seq_ids[ROWS] = {seq_id(0), seq_id(1), seq_id(2)};
   assert(pkv_tables_next_rows(&tables, ROWS + 1, rows) == ROWS && rows[0] == 0 && rows[2] == 2);
-  assert(pkv_tables_add(pool, &tables, 1, keys + 1, -1) == PKV_BAD_ARGUMENT); /* row 0 comes first */
-  assert(pkv_tables_add(pool, &tables, 2, keys, 2) == PKV_STALE_SEQUENCE);
-  assert(pkv_tables_add(pool, &tables, ROWS, keys, -1) == PKV_OK && tables.num_sequences == ROWS);
+  assert(pkv_tables_add(pool, &tables, 1, seq_ids + 1, -1) == PKV_BAD_ARGUMENT); /* row 0 comes first */
+  assert(pkv_tables_add(pool, &tables, 2, seq_ids, 2) == PKV_STALE_SEQUENCE);
+  assert(pkv_tables_add(pool, &tables, ROWS, seq_ids, -1) == PKV_OK && tables.num_sequences == ROWS);
   assert(pkv_tables_next_rows(&tables, 1, rows) == 0);
-  assert(pkv_tables_remove(pool, &tables, keys[1]) == PKV_OK);
-  assert(pkv_tables_remove(pool, &tables, keys[1]) == PKV_STALE_SEQUENCE);
-  assert(pkv_tables_remove(pool, &tables, keys[0]) == PKV_OK);
+  assert(pkv_tables_remove(pool, &tables, seq_ids[1]) == PKV_OK);
+  assert(pkv_tables_remove(pool, &tables, seq_ids[1]) == PKV_STALE_SEQUENCE);
+  assert(pkv_tables_remove(pool, &tables, seq_ids[0]) == PKV_OK);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   assert(pkv_tables_next_rows(&tables, ROWS, rows) == 2 && rows[0] == 0 && rows[1] == 1);
-  assert(pkv_tables_row(&tables, keys[0]) == -1 && pkv_tables_row(&tables, keys[2]) == 2);
+  assert(pkv_tables_row(&tables, seq_ids[0]) == -1 && pkv_tables_row(&tables, seq_ids[2]) == 2);
   next_free[1] = 0; /* a circle */
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
   next_free[1] = -1;
-  assert(pkv_tables_add(pool, &tables, 2, keys, -1) == PKV_OK);
+  assert(pkv_tables_add(pool, &tables, 2, seq_ids, -1) == PKV_OK);
 }
 
 static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
-  int64_t keys[2] = {key(2), key(0)};
+  int64_t seq_ids[2] = {seq_id(2), seq_id(0)};
   int64_t counts[2] = {17, 3};
-  assert(measure(pool, 2, keys, counts) == PKV_OK);
+  assert(measure(pool, 2, seq_ids, counts) == PKV_OK);
   assert(size.num_tokens == 20 && size.num_pages == 3 && size.num_new_pages == 3);
   assert(reserved_lens[2] == 0);
   assert(size.plan_bytes == (int64_t)sizeof(pkv_plan) + 20 * 8 + (20 + 3 + 3 + 2 + 2 + 2 + 3) * 4);
-  assert(open_step(pool, 2, keys, counts) == PKV_OK);
+  assert(open_step(pool, 2, seq_ids, counts) == PKV_OK);
   assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   assert(plan->slot_mapping[16] == (int64_t)page_ids[2 * RING + 1] * PAGE_SIZE);
   assert(plan->rows[0] == 2 && plan->rows[1] == 0 && plan->positions[19] == 2);
-  assert(measure(pool, 1, keys, counts) == PKV_SEQUENCE_BUSY);
+  assert(measure(pool, 1, seq_ids, counts) == PKV_SEQUENCE_BUSY);
   assert(pkv_tables_reset(pool, &tables, 2) == PKV_SEQUENCE_BUSY);
   assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
 
-  assert(pkv_step_open(pool, &tables, 2, keys, counts, plan, size.plan_bytes - 1, &size, &refusal) ==
+  assert(pkv_step_open(pool, &tables, 2, seq_ids, counts, plan, size.plan_bytes - 1, &size, &refusal) ==
          PKV_PLAN_TOO_SMALL);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && reserved_lens[2] == 0);
-  assert(open_step(pool, 2, keys, counts) == PKV_OK);
+  assert(open_step(pool, 2, seq_ids, counts) == PKV_OK);
   assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
   assert(pkv_step_commit(pool, &tables, plan) == PKV_STEP_CLOSED);
   assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK); /* which does nothing by now */
@@ -107,32 +108,32 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
                      .head_dim_v = HEAD_DIM};
   float k[20 * HEAD_DIM], v[20 * HEAD_DIM], k_back[20 * HEAD_DIM], v_back[20 * HEAD_DIM];
   for (int i = 0; i < 20 * HEAD_DIM; i++) k[i] = (float)i, v[i] = (float)-i;
-  pkv_rows k_rows = {(char *)k, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
-  pkv_rows v_rows = {(char *)v, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+  pkv_tensor k_rows = {(char *)k, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+  pkv_tensor v_rows = {(char *)v, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
   assert(pkv_append(&pages, 20, plan->slot_mapping, &k_rows, &v_rows) == PKV_OK);
   assert(pkv_gather(&pages, 20, plan->slot_mapping, k_back, v_back) == PKV_OK);
   assert(memcmp(k, k_back, sizeof k) == 0 && memcmp(v, v_back, sizeof v) == 0);
 }
 
 static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
-  int64_t keys[3] = {key(1), key(0), key(1)};
+  int64_t seq_ids[3] = {seq_id(1), seq_id(0), seq_id(1)};
   int64_t counts[3] = {1, 1, 1};
-  assert(measure(pool, 3, keys, counts) == PKV_SEQUENCE_TWICE);
+  assert(measure(pool, 3, seq_ids, counts) == PKV_SEQUENCE_TWICE);
   assert(refusal.index == 2 && reserved_lens[1] == 0 && reserved_lens[0] == 3);
-  keys[2] = -1;
-  assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
-  keys[2] = key(ROWS);
-  assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
-  keys[2] = (int64_t)99 << PKV_ROW_BITS; /* row 0 under another serial */
-  assert(measure(pool, 3, keys, counts) == PKV_STALE_SEQUENCE);
+  seq_ids[2] = -1;
+  assert(measure(pool, 3, seq_ids, counts) == PKV_STALE_SEQUENCE);
+  seq_ids[2] = seq_id(ROWS);
+  assert(measure(pool, 3, seq_ids, counts) == PKV_STALE_SEQUENCE);
+  seq_ids[2] = (int64_t)99 << PKV_ROW_BITS; /* row 0 under another serial */
+  assert(measure(pool, 3, seq_ids, counts) == PKV_STALE_SEQUENCE);
   counts[0] = RING * PAGE_SIZE + 1;
-  assert(measure(pool, 2, keys, counts) == PKV_SEQUENCE_TOO_LONG);
+  assert(measure(pool, 2, seq_ids, counts) == PKV_SEQUENCE_TOO_LONG);
   assert(refusal.index == 0 && refusal.asked == 65 && refusal.available == 64);
   counts[0] = 2 * PAGE_SIZE + 1;
-  assert(measure(pool, 2, keys, counts) == PKV_OUT_OF_PAGES);
+  assert(measure(pool, 2, seq_ids, counts) == PKV_OUT_OF_PAGES);
   assert(refusal.asked == 3 && refusal.available == 2);
   counts[0] = (int64_t)INT32_MAX + 1;
-  assert(measure(pool, 2, keys, counts) == PKV_BAD_ARGUMENT);
+  assert(measure(pool, 2, seq_ids, counts) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_reset(pool, &tables, -1) == PKV_BAD_ARGUMENT);
 }
 
@@ -151,15 +152,15 @@ static void a_stray_write_into_the_tables_is_found(pkv_pool *pool) {
 
 /* Row 2 has 17 tokens in two pages, row 0 has 3 in one, two pages are free. */
 static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
-  int64_t fork = key(1);
+  int64_t fork = seq_id(1);
   assert(pkv_tables_add(pool, &tables, 1, &fork, 2) == PKV_OUT_OF_SEQUENCES);
   assert(pkv_tables_remove(pool, &tables, fork) == PKV_OK);
   assert(pkv_tables_add(pool, &tables, 1, &fork, 2) == PKV_OK && pkv_pool_num_free(pool) == 2);
   assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 20);
-  int64_t keys[2] = {key(1), key(2)}, counts[2] = {1, 1};
+  int64_t seq_ids[2] = {seq_id(1), seq_id(2)}, counts[2] = {1, 1};
   /* Both who hold the page append: they are equally long, so the first one writes in place. */
-  assert(measure(pool, 2, keys, counts) == PKV_OK && size.num_copies == 1);
-  assert(open_step(pool, 2, keys, counts) == PKV_OK);
+  assert(measure(pool, 2, seq_ids, counts) == PKV_OK && size.num_copies == 1);
+  assert(open_step(pool, 2, seq_ids, counts) == PKV_OK);
   assert(plan->num_copies == 1 && plan->copied_from[0] == page_ids[2 * RING + 1]);
   assert(tail_copies[1] == -1 && tail_copies[2] == plan->copied_to[0]);
   assert(plan->batch.kv_indices[1] == page_ids[RING + 1] && plan->batch.kv_indices[3] == plan->copied_to[0]);
@@ -167,8 +168,8 @@ static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
   assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && tail_copies[2] == -1);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 2);
   /* One of the two: it gets a copy, and after commit each has a page of its own. */
-  assert(measure(pool, 1, keys, counts) == PKV_OK && size.num_copies == 1);
-  assert(open_step(pool, 1, keys, counts) == PKV_OK);
+  assert(measure(pool, 1, seq_ids, counts) == PKV_OK && size.num_copies == 1);
+  assert(open_step(pool, 1, seq_ids, counts) == PKV_OK);
   assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
   assert(page_ids[RING] == page_ids[2 * RING] && page_ids[RING + 1] != page_ids[2 * RING + 1]);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 1);

@@ -59,7 +59,7 @@ static void what_is_no_number_of_threads_is_refused(void) {
   pkv_threads *threads = NULL;
   assert(pkv_threads_create(0, &threads) == PKV_BAD_ARGUMENT);
   assert(pkv_threads_create(-1, &threads) == PKV_BAD_ARGUMENT);
-  assert(pkv_threads_create(PKV_MOST_THREADS + 1, &threads) == PKV_BAD_ARGUMENT);
+  assert(pkv_threads_create(PKV_MAX_THREADS + 1, &threads) == PKV_BAD_ARGUMENT);
   pkv_threads_destroy(NULL);
   assert(pkv_threads_claim(NULL) == 0);
 }

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../src/sight.h"
+#include "../src/visibility.h"
 #include "../src/work.h"
 
 enum { MOST_SEQS = 6, MOST_ROWS = 4096, MOST_BLOCKS = 1 << 16 };
@@ -40,31 +40,35 @@ static void draw(calls *calls) {
   }
 }
 
-static int32_t spans_met_by(const work *work, const block *block) {
-  return spans_of(work->batch, work->span_tokens, block->seq, block->first_row, block->num_rows).count;
+static int32_t spans_met_by(const work *work, const work_item *work_item) {
+  return spans_of(work->batch, work->span_tokens, work_item->seq, work_item->first_row, work_item->num_rows)
+      .count;
 }
 
 /* The pieces of a block follow each other, and their spans too. */
-static void pieces_make_a_block(const work *work, const block *blocks, int64_t first, int64_t *partials) {
-  const block *block = &blocks[first];
-  int32_t spans = spans_met_by(work, block), met = 0;
-  for (int32_t i = 0; i < block->num_pieces; i++) {
-    assert(block[i].first_row == block->first_row && block[i].num_pieces == block->num_pieces);
-    assert(block[i].first_span == met && (spans == 0 || block[i].end_span > met));
-    met = block[i].end_span;
-    assert((block[i].new_rows == WRITTEN_BEFORE_ALL) <= (i == 0));
+static void pieces_make_a_block(const work *work, const work_item *items, int64_t first, int64_t *partials) {
+  const work_item *work_item = &items[first];
+  int32_t spans = spans_met_by(work, work_item), met = 0;
+  for (int32_t i = 0; i < work_item->num_pieces; i++) {
+    assert(work_item[i].first_row == work_item->first_row &&
+           work_item[i].num_pieces == work_item->num_pieces);
+    assert(work_item[i].first_span == met && (spans == 0 || work_item[i].end_span > met));
+    met = work_item[i].end_span;
+    assert((work_item[i].new_rows == WRITTEN_BEFORE_ALL) <= (i == 0));
     /* Who writes new rows is the only one to read them. */
-    if (block[i].new_rows == WRITTEN_BY_ITSELF)
-      assert(i + 1 == block->num_pieces && (i == 0 || block->num_rows == 1) &&
-             block->num_rows == num_rows_of(work->batch, block->seq));
-    if (block->num_pieces > 1) assert(block[i].first_piece == first && block[i].first_partial == *partials);
+    if (work_item[i].new_rows == WRITTEN_BY_ITSELF)
+      assert(i + 1 == work_item->num_pieces && (i == 0 || work_item->num_rows == 1) &&
+             work_item->num_rows == num_rows_of(work->batch, work_item->seq));
+    if (work_item->num_pieces > 1)
+      assert(work_item[i].first_piece == first && work_item[i].first_partial == *partials);
   }
   assert(met == spans);
-  if (block->num_pieces > 1) *partials += (int64_t)spans * block->num_rows * block->extent->state_floats;
+  if (work_item->num_pieces > 1)
+    *partials += (int64_t)spans * work_item->num_rows * work_item->item_shape->state_floats;
 }
 
 static void everything_is_done_once(void) {
-  static block blocks[MOST_BLOCKS];
+  static work_item items[MOST_BLOCKS];
   static int32_t heads_met[MOST_ROWS], heads_written[MOST_ROWS];
   for (int round = 0; round < 4000; round++) {
     calls calls;
@@ -73,32 +77,32 @@ static void everything_is_done_once(void) {
     pkv_pages pages = {.num_kv_heads = num_kv_heads, .head_dim = 64, .head_dim_v = 64, .page_size = 64};
     work work = pkv_work_of(&pages, &calls.batch, num_kv_heads * group, 256, num_workers);
     work_size counted = pkv_cut_work(&work, NULL);
-    assert(counted.num_blocks <= MOST_BLOCKS);
-    work_size size = pkv_cut_work(&work, blocks);
-    assert(size.num_blocks == counted.num_blocks && size.num_partials == counted.num_partials);
+    assert(counted.num_items <= MOST_BLOCKS);
+    work_size size = pkv_cut_work(&work, items);
+    assert(size.num_items == counted.num_items && size.num_partials == counted.num_partials);
     memset(heads_met, 0, sizeof heads_met);
     memset(heads_written, 0, sizeof heads_written);
     int64_t partials = 0, num_before = 0;
-    for (int64_t i = 0; i < size.num_blocks; i++) {
-      if (blocks[i].new_rows == WRITTEN_BY_OTHERS) continue;
-      int32_t num_heads = blocks[i].extent->num_kv_heads;
-      if (blocks[i].new_rows == WRITTEN_BEFORE_ALL) {
-        num_before += blocks[i].num_rows;
+    for (int64_t i = 0; i < size.num_items; i++) {
+      if (items[i].new_rows == WRITTEN_BY_OTHERS) continue;
+      int32_t num_heads = items[i].item_shape->num_kv_heads;
+      if (items[i].new_rows == WRITTEN_BEFORE_ALL) {
+        num_before += items[i].num_rows;
         num_heads = num_kv_heads;
       }
-      for (int32_t row = 0; row < blocks[i].num_rows; row++)
-        heads_written[blocks[i].first_row + row] += num_heads;
+      for (int32_t row = 0; row < items[i].num_rows; row++)
+        heads_written[items[i].first_row + row] += num_heads;
     }
     assert(num_before == size.num_before);
-    for (int64_t i = 0; i < size.num_blocks; i += blocks[i].num_pieces) {
-      const block *block = &blocks[i];
-      assert(block->num_rows >= 1 && block->num_rows <= block->extent->num_rows);
-      assert(block->first_head + block->extent->num_kv_heads <= num_kv_heads);
-      pieces_make_a_block(&work, blocks, i, &partials);
-      assert(num_workers > 1 || block->num_pieces == 1);
-      for (int32_t row = block->first_row; row < block->first_row + block->num_rows; row++) {
-        assert(row >= calls.qo_indptr[block->seq] && row < calls.qo_indptr[block->seq + 1]);
-        heads_met[row] += block->extent->num_kv_heads;
+    for (int64_t i = 0; i < size.num_items; i += items[i].num_pieces) {
+      const work_item *work_item = &items[i];
+      assert(work_item->num_rows >= 1 && work_item->num_rows <= work_item->item_shape->num_rows);
+      assert(work_item->first_head + work_item->item_shape->num_kv_heads <= num_kv_heads);
+      pieces_make_a_block(&work, items, i, &partials);
+      assert(num_workers > 1 || work_item->num_pieces == 1);
+      for (int32_t row = work_item->first_row; row < work_item->first_row + work_item->num_rows; row++) {
+        assert(row >= calls.qo_indptr[work_item->seq] && row < calls.qo_indptr[work_item->seq + 1]);
+        heads_met[row] += work_item->item_shape->num_kv_heads;
       }
     }
     assert(partials == size.num_partials);
@@ -109,7 +113,7 @@ static void everything_is_done_once(void) {
 
 /* What is taken last is short, where blocks are long; and many short ones are left whole. */
 static void nobody_waits_long(void) {
-  static block blocks[MOST_BLOCKS];
+  static work_item items[MOST_BLOCKS];
   static const int32_t batches[] = {1, 2, 3, 8, 16, 64};
   for (int i = 0; i < 6; i++)
     for (int32_t num_workers = 2; num_workers <= 4; num_workers++) {
@@ -119,12 +123,12 @@ static void nobody_waits_long(void) {
       pkv_batch batch = {.num_seqs = count, .seq_lens = lens, .qo_indptr = indptr};
       pkv_pages pages = {.num_kv_heads = 8, .head_dim = 128, .head_dim_v = 128, .page_size = 64};
       work work = pkv_work_of(&pages, &batch, 32, 256, num_workers);
-      work_size size = pkv_cut_work(&work, blocks);
+      work_size size = pkv_cut_work(&work, items);
       int64_t spans_of_all = (int64_t)count * 32;
       for (int32_t last = 0; last < num_workers; last++)
-        assert((blocks[last].end_span - blocks[last].first_span) * blocks[last].extent->num_kv_heads <=
+        assert((items[last].end_span - items[last].first_span) * items[last].item_shape->num_kv_heads <=
                8 * (spans_of_all / (8 * num_workers) + 1));
-      if (count == 64) assert(size.num_blocks == 64 && size.num_partials == 0);
+      if (count == 64) assert(size.num_items == 64 && size.num_partials == 0);
     }
 }
 

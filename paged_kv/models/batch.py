@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .._binding import integer
-from ..block_table import MOST_TOKENS
+from ..block_table import MAX_TOKENS
 from ..cache import PagedKVCache
 from ..errors import (
     ArgumentError,
@@ -130,7 +130,7 @@ class Admission:
     @classmethod
     def pages_of(cls, cache: PagedKVCache) -> "Admission":
         page_size = cache.page_size
-        most = MOST_TOKENS if cache.window is None else cache.max_sequence_pages * page_size
+        most = MAX_TOKENS if cache.window is None else cache.max_sequence_pages * page_size
         return cls(
             cache.stats().num_pages,
             lambda num_tokens: -(-min(num_tokens, most) // page_size),

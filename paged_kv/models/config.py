@@ -20,8 +20,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 DEFAULT_POSITIONS = 2048
 #: Of head_dim: pages take no others.
-HEAD_DIM_MULTIPLE, MOST_HEAD_DIM = 8, 256
-MOST_WIDTH = 2**20
+HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 8, 256
+MAX_WIDTH = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class BitNetConfig:
         integer("num_hidden_layers", self.num_hidden_layers, 1, 2**16)
         integer("max_position_embeddings", self.max_position_embeddings, 1)
         for name, most in (
-            ("hidden_size", MOST_WIDTH),
-            ("intermediate_size", MOST_WIDTH),
+            ("hidden_size", MAX_WIDTH),
+            ("intermediate_size", MAX_WIDTH),
             ("num_attention_heads", 2**16),
             ("num_key_value_heads", 2**16),
-            ("head_dim", MOST_HEAD_DIM),
+            ("head_dim", MAX_HEAD_DIM),
         ):
             integer(name, getattr(self, name), 1, most)
         for name in ("intermediate_size", "head_dim"):
@@ -101,7 +101,7 @@ class BitNetConfig:
             raise ArgumentError(f"{fields.where}: the model has biases, which are not there")
         vocab_size = fields.integer("vocab_size", 1)
         num_heads = fields.integer("num_attention_heads", 1, 2**16)
-        hidden = fields.integer("hidden_size", 1, MOST_WIDTH)
+        hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
         quantization = fields.fields("quantization_config")
         linear_class = quantization.plain().get("linear_class", "bitlinear")
         theta = rope if "rope_theta" in rope else fields
@@ -110,11 +110,11 @@ class BitNetConfig:
             return cls(
                 vocab_size=vocab_size,
                 hidden_size=hidden,
-                intermediate_size=fields.integer("intermediate_size", 1, MOST_WIDTH),
+                intermediate_size=fields.integer("intermediate_size", 1, MAX_WIDTH),
                 num_hidden_layers=fields.integer("num_hidden_layers", 1, 2**16),
                 num_attention_heads=num_heads,
                 num_key_value_heads=fields.integer("num_key_value_heads", 1, 2**16, num_heads),
-                head_dim=fields.integer("head_dim", 1, MOST_HEAD_DIM, hidden // num_heads),
+                head_dim=fields.integer("head_dim", 1, MAX_HEAD_DIM, hidden // num_heads),
                 max_position_embeddings=fields.integer(
                     "max_position_embeddings", 1, default=DEFAULT_POSITIONS
                 ),

@@ -12,7 +12,7 @@ from .._binding import integer
 from ..errors import ArgumentError
 
 #: No configuration is longer; an index of a thousand shards is 10 MB.
-MOST_BYTES = 100 << 20
+MAX_BYTES = 100 << 20
 
 
 class _Required:
@@ -43,8 +43,8 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object of a file.  Raises: ArgumentError that names it; OSError when it is not there."""
-    if path.stat().st_size > MOST_BYTES:
-        raise ArgumentError(f"{path} has {path.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read")
+    if path.stat().st_size > MAX_BYTES:
+        raise ArgumentError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read")
     return json_object(path.read_bytes(), str(path))
 
 

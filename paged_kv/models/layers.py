@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._binding import DTYPE_CODES, check, ffi, int32_pointer, lib, shared_threads
-from ..arrays import array_of, set_rows
+from ..arrays import array_of, fill_tensor
 from ..errors import ArgumentError
 from .matrix import ADD, RELU2_GATE, SILU_GATE, Matrix
 from .ternary import FloatArray
@@ -116,8 +116,8 @@ class Rotation:
             raise ArgumentError(f"{len(heads)} tokens have {len(positions)} positions; give one for each")
         if not len(heads):
             return
-        rows = ffi.new("pkv_rows *")
-        set_rows(rows, described)
+        rows = ffi.new("pkv_tensor *")
+        fill_tensor(rows, described)
         for _ in range(2):
             tables = self._tables
             pointers = [ffi.from_buffer("float[]", table) for table in tables]
@@ -205,7 +205,7 @@ class BitNetAttentionLayer:
         v = heads[:, num_rotated:]
         attended = buffers.rows("attended", num_tokens, self.o.num_in)
         kv.attend(layer, q, k, v, out=attended.reshape(num_tokens, self.num_q_heads, self.head_dim))
-        return self.o(attended, norm=self.sub_norm, eps=self.eps, out=x, then=ADD)
+        return self.o(attended, norm=self.sub_norm, eps=self.eps, out=x, epilogue=ADD)
 
 
 class BitNetBlock:
@@ -241,7 +241,7 @@ class BitNetBlock:
             )
         self.attention, self.gate_up, self.down = attention, gate_up, down
         self.post_attention_norm, self.ffn_sub_norm = post_attention_norm, ffn_sub_norm
-        self.then = ACTIVATIONS[activation]
+        self.epilogue = ACTIVATIONS[activation]
 
     def __call__(
         self, x: FloatArray, rotation: Rotation, kv: KVStep, layer: int, buffers: Buffers
@@ -250,8 +250,8 @@ class BitNetBlock:
         eps = self.attention.eps
         self.attention(x, rotation, kv, layer, buffers)
         gated = buffers.rows("gated", len(x), self.down.num_in)
-        self.gate_up(x, norm=self.post_attention_norm, eps=eps, out=gated, then=self.then)
-        return self.down(gated, norm=self.ffn_sub_norm, eps=eps, out=x, then=ADD)
+        self.gate_up(x, norm=self.post_attention_norm, eps=eps, out=gated, epilogue=self.epilogue)
+        return self.down(gated, norm=self.ffn_sub_norm, eps=eps, out=x, epilogue=ADD)
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:

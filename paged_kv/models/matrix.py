@@ -83,7 +83,7 @@ class Matrix(Uncopyable):
         norm: FloatArray | None = None,
         eps: float = 0.0,
         out: FloatArray | None = None,
-        then: int = STORE,
+        epilogue: int = STORE,
     ) -> FloatArray:
         """Map float32 [tokens, num_in] to [tokens, num_out], half as wide when gated.
 
@@ -91,7 +91,7 @@ class Matrix(Uncopyable):
         out : where it goes, or what it is added to (ADD); its rows may be parts of wider ones
         Raises: ArgumentError.
         """
-        width = self.num_out if then in (STORE, ADD) else self.num_out // 2
+        width = self.num_out if epilogue in (STORE, ADD) else self.num_out // 2
         if out is None:
             out = np.empty((len(x), width), np.float32)
         _require_rows("x", x, (len(x), self.num_in))
@@ -104,7 +104,7 @@ class Matrix(Uncopyable):
         call.x, call.x_stride, call.num_rows = _address(x), x.strides[0] // 4, len(x)
         call.norm = _address(norm) if norm is not None else ffi.NULL
         call.eps = eps
-        call.out, call.out_stride, call.then = _address(out), out.strides[0] // 4, then
+        call.out, call.out_stride, call.epilogue = _address(out), out.strides[0] // 4, epilogue
         check(lib.pkv_multiply(self._threads, self._matrix, call), "multiply")
         return out
 

@@ -28,7 +28,7 @@ OTHER_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "BOOL": 1},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
-MOST_HEADER_BYTES = 100 << 20
+MAX_HEADER_BYTES = 100 << 20
 
 
 class TensorFile(Mapping[str, NDArray[Any]]):
@@ -42,7 +42,7 @@ class TensorFile(Mapping[str, NDArray[Any]]):
         self._bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         size = len(self._bytes)
         (header_bytes,) = struct.unpack("<Q", self._bytes[:8].tobytes()) if size >= 8 else (0,)
-        if not 2 <= header_bytes <= min(size - 8, MOST_HEADER_BYTES):
+        if not 2 <= header_bytes <= min(size - 8, MAX_HEADER_BYTES):
             raise ArgumentError(f"{path} is no safetensors file: its header would have {header_bytes} bytes")
         self._data = self._bytes[8 + header_bytes :]
         try:

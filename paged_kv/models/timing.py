@@ -19,7 +19,7 @@ from .ternary import FloatArray
 
 
 @dataclass
-class Clock:
+class Stopwatch:
     """Seconds that were spent, as far as a timed thing counted them."""
 
     seconds: float = 0.0
@@ -28,7 +28,7 @@ class Clock:
 class TimedStep:
     """A step whose appending and attending is timed."""
 
-    def __init__(self, step: Any, clock: Clock) -> None:
+    def __init__(self, step: Any, clock: Stopwatch) -> None:
         self._step, self._clock = step, clock
 
     @property
@@ -60,7 +60,7 @@ class TimedStep:
 class TimedCache:
     """A cache whose steps are TimedSteps; everything else is the cache's."""
 
-    def __init__(self, cache: Any, clock: Clock) -> None:
+    def __init__(self, cache: Any, clock: Stopwatch) -> None:
         self._cache, self._clock = cache, clock
 
     def __getattr__(self, name: str) -> Any:
@@ -73,7 +73,7 @@ class TimedCache:
 class TimedMatrix(Matrix):
     """A matrix whose calls are timed; its weights are those of another."""
 
-    def __init__(self, matrix: Matrix, clock: Clock) -> None:
+    def __init__(self, matrix: Matrix, clock: Stopwatch) -> None:
         self.__dict__ |= matrix.__dict__
         self._clock = clock
 
@@ -85,7 +85,7 @@ class TimedMatrix(Matrix):
 
 
 @contextmanager
-def timed_matrices(model: BitNetModel, clock: Clock) -> Iterator[None]:
+def timed_matrices(model: BitNetModel, clock: Stopwatch) -> Iterator[None]:
     """Within the block, the clock counts what the model's matrices take."""
     places: list[tuple[Any, str]] = [
         (block.attention, name) for block in model.blocks for name in ("qkv", "o")
@@ -119,7 +119,7 @@ def timed_step(
     model: BitNetModel, step: Any, ids: NDArray[Any], rows: NDArray[Any]
 ) -> tuple[StepTimes, FloatArray]:
     """One forward pass over a step, which is committed: its times, and its logits."""
-    weights, attention = Clock(), Clock()
+    weights, attention = Stopwatch(), Stopwatch()
     begin = time.perf_counter()
     with timed_matrices(model, weights), TimedStep(step, attention) as timed:
         kv: KVStep = timed

@@ -86,7 +86,7 @@ def test_every_kernel_gives_the_same_bits(num_rows, rng):
     try:
         for kernel in paged_kv.kernels().available:
             _binding.select_kernel(kernel)
-            results.append([m(x, norm=norm, then=then) for m in maps for then in (0, RELU2_GATE)])
+            results.append([m(x, norm=norm, epilogue=epilogue) for m in maps for epilogue in (0, RELU2_GATE)])
     finally:
         _binding.select_kernel(before)
     for result in results[1:]:
@@ -143,12 +143,12 @@ def test_what_comes_out_is_added_or_gated(kernel, rng):
     matrix, plain = ternary_matrix(weight, rows(rng, 48)), None
     plain = matrix(x)
     out = rows(rng, 6, 48)
-    np.testing.assert_array_equal(matrix(x, out=out.copy(), then=ADD), out + plain)
+    np.testing.assert_array_equal(matrix(x, out=out.copy(), epilogue=ADD), out + plain)
     blocks = plain.reshape(6, 3, 2, 8)
     gate, up = blocks[:, :, 0].reshape(6, 24), blocks[:, :, 1].reshape(6, 24)
-    np.testing.assert_array_equal(matrix(x, then=RELU2_GATE), np.square(np.maximum(gate, 0)) * up)
+    np.testing.assert_array_equal(matrix(x, epilogue=RELU2_GATE), np.square(np.maximum(gate, 0)) * up)
     silu = gate / (1 + np.exp(-gate.astype(np.float64))) * up
-    np.testing.assert_allclose(matrix(x, then=SILU_GATE), silu, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(matrix(x, epilogue=SILU_GATE), silu, rtol=1e-5, atol=1e-6)
 
 
 def test_norms_are_root_mean_squares(kernel, rng):
@@ -163,8 +163,8 @@ def test_a_nan_touches_its_own_row_only(kernel, rng):
     x = rows(rng, 6, 64)
     x[2, 3], x[4, 0] = np.nan, np.inf
     for matrix in (ternary_matrix(ternary(rng, 32, 64), np.ones(1, "f4")), int8_matrix(rows(rng, 32, 64))):
-        for then in (0, RELU2_GATE):
-            out = matrix(x, then=then)
+        for epilogue in (0, RELU2_GATE):
+            out = matrix(x, epilogue=epilogue)
             assert np.isnan(out[[2, 4]]).all() and np.isfinite(out[[0, 1, 3, 5]]).all()
 
 

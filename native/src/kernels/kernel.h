@@ -1,12 +1,12 @@
-/* What an instruction set provides: four steps of attention on q rows, and the conversions of stored values.
+/* Kernels: what an instruction set provides for attention.
  *
- * A kernel knows neither pages nor sequences.  It gets a run, up to PKV_RUN_TOKENS token addresses that its q
- * rows see, all or the first of them, and folds it into each row's state: per q head the maximum of its
- * scores, the sum of their exponentials and the accumulated values.  Scores are in units of log2, so that
- * exponentials are powers of 2; so are soft_cap, alibi_slopes and sinks.
+ * A kernel knows neither pages nor sequences.  It gets a run, up to PKV_RUN_TOKENS token addresses of
+ * which each q row sees all or the first few, and folds it into each row's state: per q head the maximum
+ * of its scores, the sum of their exponentials and the accumulated values.  Scores are in units of log2,
+ * so that exponentials are powers of 2; so are soft_cap, alibi_slopes and sinks.
  *
- * Prepared q and accumulated values take whole vectors of the widest kernel for each head: pkv_padded(dim).
- */
+ * Prepared q and accumulated values of a head are padded to whole vectors of the widest kernel:
+ * pkv_padded(dim). */
 #ifndef PKV_KERNEL_H
 #define PKV_KERNEL_H
 #include <stdint.h>
@@ -15,8 +15,8 @@ enum { PKV_RUN_TOKENS = 64, PKV_SPAN_TOKENS = 256, PKV_MAX_HEAD_DIM = 256 };
 
 static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
 
-/* Keys of bfloat16 that are met in pairs, two dims at once, by queries of bfloat16: for a run's k_dtype,
- * whose head_dim counts pairs then, and whose q is not scaled. */
+/* A format that kernels with `multiplies_pairs` read besides the pkv_dtypes: keys and queries of
+ * bfloat16, multiplied two dims at a time.  head_dim then counts pairs, and q is not scaled. */
 enum { PKV_BFLOAT16_PAIRS = 16 };
 
 typedef struct {
@@ -25,31 +25,31 @@ typedef struct {
   int32_t v_dtype;
   int32_t head_dim;     /* of keys, a multiple of 8, at most PKV_MAX_HEAD_DIM */
   int32_t head_dim_v;   /* of values */
-  int32_t num_kv_heads; /* one behind the other */
+  int32_t num_kv_heads; /* one after the other */
   int32_t group;        /* q heads that share a kv head */
-  const char *const *k; /* [num_tokens]: the token's row, */
+  const char *const *k; /* [num_tokens]: address of the token's row */
   const char *const *v;
-  int64_t k_offset; /* so many bytes into it the first kv head, */
+  int64_t k_offset; /* bytes from there to the first kv head */
   int64_t v_offset;
   int64_t k_head_stride; /* and from each head to the next */
   int64_t v_head_stride;
-  int64_t k_stride; /* bytes from each token to the next; 0 where they are not evenly spaced */
+  int64_t k_stride; /* bytes between tokens; 0: tokens are not evenly spaced */
   int64_t v_stride;
-  int32_t is_near;           /* the tokens were read a moment ago: nothing need be asked of memory */
-  const char *const *k_next; /* [num_next]: what is read after the last head: these tokens' keys, */
-  int64_t next_offset;       /* so many bytes into them */
+  int32_t is_resident;       /* another row block has just read these tokens: prefetch nothing */
+  const char *const *k_next; /* [num_next]: the rows that are read after the last head's, to prefetch */
+  int64_t next_offset;       /* bytes from there to the head that comes next */
   int32_t num_next;
-  int32_t num_rows;          /* of q, of consecutive positions, that see these tokens */
+  int32_t num_rows;          /* q rows, of consecutive positions, that see these tokens */
   const int32_t *num_seen;   /* [num_rows]: how many of them, from the first on, at least 1; NULL: all */
-  int64_t q_stride;          /* floats from one to the next */
-  int64_t state_stride;      /* floats from a row's state to the next row's */
-  float scale;               /* of scores, where q was not scaled; else 1 */
+  int64_t q_stride;          /* floats between rows */
+  int64_t state_stride;      /* floats between the states of rows */
+  float scale;               /* of scores, where q is not scaled; else 1 */
   float soft_cap;            /* 0: none */
   const float *alibi_slopes; /* [num_kv_heads * group], NULL: none */
-  const float *distances;    /* [num_tokens]: position minus the first q row's; counts with slopes */
+  const float *distances;    /* [num_tokens]: position minus the first q row's; read with slopes */
 } pkv_run;
 
-/* The state of some q heads of one row: softmax seen so far. */
+/* The softmax of some q heads of one row, over the runs folded so far. */
 typedef struct {
   float *maximum;     /* [heads], -inf before the first run */
   float *sum;         /* [heads], of 2^(score - maximum) */
@@ -59,25 +59,25 @@ typedef struct {
 /* Fold a run into the states of its heads' groups, of each row. */
 typedef void pkv_fold(const pkv_run *run, const float *q, pkv_state state);
 
-/* All folds of a kernel give the same bits: which one runs is a matter of speed (pkv_choose_fold). */
+/* All folds of a kernel give the same bits; pkv_choose_fold picks the fastest. */
 typedef enum { PKV_STREAM, PKV_COMPUTE, PKV_NUM_FOLDS } pkv_fold_kind;
 
 typedef struct {
   const char *name;
-  pkv_fold *folds[PKV_NUM_FOLDS]; /* NULL: the kernel has none of that kind, but it has compute */
-  int32_t multiplies_pairs;       /* runs may have keys in pairs, a multiple of 16 of them */
-  /* One head of q times scale, from dtype, padded with zeros. */
+  pkv_fold *folds[PKV_NUM_FOLDS]; /* PKV_STREAM may be NULL */
+  int32_t multiplies_pairs;       /* runs may hold keys in pairs, a multiple of 16 of them */
+  /* One head of q, times scale, padded with zeros. */
   void (*prepare_q)(float *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim);
-  /* Fold `later`, the state over tokens that come after, into `state`. */
+  /* Merge `later`, the state over tokens that come after, into `state`. */
   void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v);
-  /* One head: out = accumulated / (sum and the sink's weight), as dtype; 0 where that is 0.  `sink` may be
-   * NULL, and so may `lse`, which takes the natural logarithm of the sum. */
+  /* One head: out = accumulated / (sum + the sink's weight), as dtype; 0 where the sum is 0.  `sink` may
+   * be NULL, and so may `lse`, which takes the natural logarithm of the sum. */
   void (*finish)(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v,
                  float *lse);
-  /* float32 to what is stored and back; count is a multiple of 8. */
+  /* float32 to a stored dtype and back; count is a multiple of 8. */
   void (*narrow)(char *stored, const float *values, int64_t count, int32_t dtype);
   void (*widen)(float *values, const char *stored, int64_t count, int32_t dtype);
-  /* Copy lines of 64 bytes to where a line begins, without keeping them in a cache where that can be said. */
+  /* Copy whole cache lines to an aligned address with streaming stores, where the CPU has them. */
   void (*copy_past_caches)(char *to, const char *from, int64_t num_bytes);
 } pkv_kernel;
 
@@ -101,8 +101,8 @@ pkv_fold pkv_compute_avx512bf16;
 /* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available. */
 const pkv_kernel *pkv_active_kernel(void);
 
-/* The fold that is fastest for a run of this k_dtype, when num_queries (rows times heads of a group) read
- * each key and the pages come from a cache or not.  Measured on Zen 4, on both sides of these numbers. */
+/* The fastest fold for keys of this k_dtype, each read by num_queries (rows times heads of a group),
+ * from pages in cache or in memory. */
 pkv_fold *pkv_choose_fold(const pkv_kernel *kernel, int32_t k_dtype, int32_t num_queries, int32_t is_cached);
 
 #endif

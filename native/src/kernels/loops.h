@@ -1,12 +1,12 @@
-/* How the kernels' small functions and their loops over a tile are compiled. */
+/* Macros for the kernels' small functions and their unrolled loops. */
 #ifndef PKV_LOOPS_H
 #define PKV_LOOPS_H
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
 
-/* A loop that is unrolled.  gcc keeps an array in memory where it unrolls the loop over it of its own accord,
- * and later; clang where it is told to. */
+/* A loop that is unrolled early.  gcc keeps an array in memory when it unrolls the loop over it on its
+ * own, which is later; clang does when it is told to unroll. */
 #ifdef __clang__
 #define EACH(i, count) for (int i = 0; i < (count); i++)
 #else

@@ -1,4 +1,4 @@
-/* The verbs in AVX2 with FMA and F16C. */
+/* Vector functions of AVX2 with FMA and F16C. */
 #include <immintrin.h>
 #include <math.h>
 #include <stddef.h>
@@ -7,7 +7,7 @@
 #include "../../../include/paged_kv.h"
 #include "../kernel.h"
 
-#define WRITES_PAST_CACHES
+#define HAS_STREAMING_STORES
 enum { WIDTH = 8, TILE_SUMS = 8 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
@@ -17,25 +17,25 @@ static inline vec vec_fma(vec a, vec b, vec c) {
   return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
-/* One float, everywhere. */
+/* Broadcast one float. */
 static inline vec vec_all(const float *x) { return (vec)_mm256_broadcast_ss(x); }
 
-/* The same vector, which stays in a register: gcc would load it again for each multiply-add. */
-static inline vec vec_kept(vec x) {
+/* Keeps a vector in a register: gcc would load it again for each multiply-add. */
+static inline vec vec_in_register(vec x) {
   __asm__("" : "+x"(x));
   return x;
 }
 
-/* The sum as a tree: halves onto each other, until one is left. */
+/* The sum as a tree: halves are added until one lane is left. */
 static inline float vec_sum(vec x) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-/* A tile of these at once: the same additions, two, four and then eight vectors at a time.  Of two vectors,
- * one part each stays where it is (a blend), and the others change places: one shuffle for two. */
-#define SUMS_TILES
+/* Sums of a tile: the same additions, on two, four and then eight vectors at a time.  Of two vectors,
+ * one part each stays in place (a blend) and the others change places (a shuffle): one shuffle for two. */
+#define HAS_SUMS
 static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
   __m256 halves[4], quarters[2];
   for (int i = 0; i < 4; i++) {
@@ -51,23 +51,23 @@ static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
   _mm256_storeu_ps(sums, _mm256_add_ps(even, odd));
 }
 
-/* The largest.  Lanes are all NaN, or none is. */
-static inline float vec_largest(vec x) {
+/* The largest lane.  Either all lanes are NaN, or none is. */
+static inline float vec_maximum(vec x) {
   __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 /* The larger of each lane; b where one is NaN. */
-#define TAKES_LARGER
-static inline vec vec_larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+#define HAS_MAX
+static inline vec vec_max(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
 
 /* Is any lane of a comparison true? */
 static inline int vec_any(ivec mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
 
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
-/* In one shuffle; but where memory is waited for, what is widened as it is loaded takes less time. */
+/* One shuffle; in loops that wait for memory, widening in the load is faster. */
 static inline vec vec_from_bfloat16(halves x) {
 #ifdef COMPUTE
   const __m256i to_high = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8,
@@ -84,7 +84,7 @@ static inline halves vec_to_float16(vec x) {
   return (halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-/* The low 16 bits of each, which has no others. */
+/* The low 16 bits of each lane, whose high bits are zero. */
 static inline halves vec_low_halves(ivec bits) {
   __m256i x = (__m256i)bits;
   return (halves)_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

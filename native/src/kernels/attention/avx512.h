@@ -1,4 +1,4 @@
-/* The verbs in AVX-512 (F, BW, DQ, VL), as all CPUs have had them since Skylake-SP. */
+/* Vector functions of AVX-512 (F, BW, DQ, VL), which all CPUs with AVX-512 have since Skylake-SP. */
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
@@ -11,7 +11,7 @@
 #include "../../../include/paged_kv.h"
 #include "../kernel.h"
 
-#define WRITES_PAST_CACHES
+#define HAS_STREAMING_STORES
 enum { WIDTH = 16, TILE_SUMS = 16 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
@@ -21,25 +21,25 @@ static inline vec vec_fma(vec a, vec b, vec c) {
   return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
-#ifdef MULTIPLIES_PAIRS
-/* c + a * b of both halves of each lane, pairs of bfloat16, one after the other as the CPU has it. */
+#ifdef HAS_PAIRS
+/* c + a * b for both bfloat16 halves of each lane, one after the other, as the CPU does. */
 static inline vec vec_fma_pairs(vec a, vec b, vec c) {
   return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
 #endif
 
-/* One float, everywhere. */
+/* Broadcast one float. */
 static inline vec vec_all(const float *x) { return (vec)_mm512_set1_ps(*x); }
 
-/* The same vector, which stays in a register: gcc would load it again for each multiply-add. */
-static inline vec vec_kept(vec x) {
-#ifndef PKV_EMULATED /* there it has none */
+/* Keeps a vector in a register: gcc would load it again for each multiply-add. */
+static inline vec vec_in_register(vec x) {
+#ifndef PKV_EMULATED /* emulated vectors have no register */
   __asm__("" : "+v"(x));
 #endif
   return x;
 }
 
-/* The sum as a tree: halves onto each other, until one is left. */
+/* The sum as a tree: halves are added until one lane is left. */
 static inline float vec_sum(vec x) {
   __m256 low = _mm512_castps512_ps256((__m512)x);
   __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1));
@@ -49,9 +49,10 @@ static inline float vec_sum(vec x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-/* A tile of these at once: the same additions, two, four, eight and then sixteen vectors at a time.  Of two
- * vectors, one part each stays where it is (a blend), and the others change places: one shuffle for two. */
-#define SUMS_TILES
+/* Sums of a tile: the same additions, on two, four, eight and then sixteen vectors at a time.  Of two
+ * vectors, one part each stays in place (a blend) and the others change places (a shuffle): one shuffle
+ * for two. */
+#define HAS_SUMS
 static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
   const __m512i quarters_swapped =
       _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
@@ -74,8 +75,8 @@ static inline void vec_sums(const vec x[TILE_SUMS], float sums[TILE_SUMS]) {
   _mm512_storeu_ps(sums, _mm512_add_ps(even, odd));
 }
 
-/* The largest.  Lanes are all NaN, or none is. */
-static inline float vec_largest(vec x) {
+/* The largest lane.  Either all lanes are NaN, or none is. */
+static inline float vec_maximum(vec x) {
   __m256 low = _mm512_castps512_ps256((__m512)x);
   __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1));
   __m256 eight = _mm256_max_ps(low, high);
@@ -85,22 +86,22 @@ static inline float vec_largest(vec x) {
 }
 
 /* The last eight values of a row, zeros behind. */
-#define LOADS_PARTS
+#define HAS_PARTIAL_LOADS
 static inline vec vec_load_part(const float *from) { return (vec)_mm512_maskz_loadu_ps(0xff, from); }
 static inline halves halves_load_part(const char *from) {
   return (halves)_mm256_maskz_loadu_epi16(0xff, from);
 }
 
 /* The larger of each lane; b where one is NaN. */
-#define TAKES_LARGER
-static inline vec vec_larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+#define HAS_MAX
+static inline vec vec_max(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 
 /* Is any lane of a comparison true? */
 static inline int vec_any(ivec mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
 
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
-/* In one shuffle; but where memory is waited for, what is widened as it is loaded takes less time. */
+/* One shuffle; in loops that wait for memory, widening in the load is faster. */
 static inline vec vec_from_bfloat16(halves x) {
 #ifdef COMPUTE
   const __m512i to_high = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0,
@@ -117,8 +118,8 @@ static inline halves vec_to_float16(vec x) {
   return (halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-/* The high 16 bits of each: every second of 32, at once. */
-#define TAKES_HIGH_HALVES
+/* The high 16 bits of each lane: every second of 32 halves, in one shuffle. */
+#define HAS_HIGH_HALVES
 static inline halves vec_high_halves(ivec bits) {
   const __m512i odd = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019,
                                         0x1f001d, 0, 0, 0, 0, 0, 0, 0, 0);

@@ -1,8 +1,8 @@
 /* The kernel for AVX-512 with BF16, which multiplies pairs of bfloat16: Cooper Lake and Zen 4 on.
  *
- * Products of bfloat16 are exact in float32, and summed there: so scores are as near as by multiply-adds of
- * widened keys, but that what is below 2^-126 counts as 0. */
-#define MULTIPLIES_PAIRS
+ * Products of bfloat16 are exact in float32 and summed in float32, so scores are as accurate as with
+ * multiply-adds of widened keys, except that results below 2^-126 become 0. */
+#define HAS_PAIRS
 #include "avx512.h"
 
 #include "vec.h"

@@ -1,5 +1,5 @@
 /* The compute fold of avx512bf16.c: the same bits. */
-#define MULTIPLIES_PAIRS
+#define HAS_PAIRS
 #define COMPUTE
 #include "avx512.h"
 

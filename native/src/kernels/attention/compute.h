@@ -1,13 +1,12 @@
-/* How rows are met that lie in a cache, or by so many queries that they soon do: as fast as they can be
- * multiplied.
+/* Scores and weighted sums when arithmetic is the limit: pages are in cache, or many queries reuse them.
  *
- * A cache is read in any order, so that nothing is touched first.  What comes next is asked for all the same:
- * it may lie in a farther cache, and a neighbour may have taken its place.  With each line that is met goes a
- * request for the same line of the row that will be met in its stead, of values while keys are met and of the
- * next keys while values are.  That takes no bookkeeping, so that the loops are little but multiply-adds.
+ * Cached rows can be read in any order, so nothing is touched first.  What comes next is prefetched all
+ * the same: it may be in a farther cache, or evicted by a neighbour.  For each cache line it reads, a
+ * loop prefetches the same line of the row that comes next: V while it scores K, the next head's K while
+ * it sums V.  That takes no bookkeeping, so the loops are little but multiply-adds.
  *
- * Each loop is a function of its own, to which a compiler gives all registers: inlined into each other, they
- * keep addresses in memory or, worse, in vectors. */
+ * Each loop is a function of its own, so that the compiler gives it all registers: inlined into each
+ * other, they keep addresses in memory or, worse, in vectors. */
 
 enum { LINE_BYTES = 64 };
 
@@ -15,38 +14,38 @@ ALWAYS_INLINE int64_t bytes_of(int64_t count, int32_t dtype) { return count * st
 
 ALWAYS_INLINE int values_per_line(int32_t dtype) { return LINE_BYTES / stored_bytes(1, dtype); }
 
-ALWAYS_INLINE void ask(const char *line) { __builtin_prefetch(line, 0, 2); }
+ALWAYS_INLINE void prefetch_line(const char *line) { __builtin_prefetch(line, 0, 2); }
 
-/* An address in a register, for gcc would have one for each of the sums that are made of it. */
-ALWAYS_INLINE const char *kept(const char *address) {
+/* Keeps an address in a register: gcc would recompute it for each of the sums that are made of it. */
+ALWAYS_INLINE const char *in_register(const char *address) {
   __asm__("" : "+r"(address));
   return address;
 }
 
-/* The row to ask for while token t is met: the last one again where there are fewer of them. */
-ALWAYS_INLINE const char *row_ahead(const head_rows *ahead, int64_t t) {
+/* The row to prefetch while token t is read: the last one again where `ahead` has fewer rows. */
+ALWAYS_INLINE const char *prefetched_row(const head_rows *ahead, int64_t t) {
   int64_t last = ahead->count - 1;
   return ahead->rows[t < last ? t : last] + ahead->offset;
 }
 
 /* ---- scores */
 
-/* sums += q * keys, of `count` dims from d on. */
-ALWAYS_INLINE void meet_keys(const char *const *k, int32_t dtype, const float *const *q, int num_queries,
-                             int num_tokens, int64_t d, int count, vec *sums) {
+/* sums += q * keys, over `count` dims from d on. */
+ALWAYS_INLINE void dot_keys(const char *const *k, int32_t dtype, const float *const *q, int num_queries,
+                            int num_tokens, int64_t d, int count, vec *sums) {
   vec some[4];
   EACH (i, num_queries) some[i] = vec_load(q[i] + d);
   EACH (t, num_tokens) {
     vec key = vec_load_stored(k[t] + bytes_of(d, dtype), 0, count, dtype);
-    EACH (i, num_queries) sums[i * num_tokens + t] = met(some[i], key, sums[i * num_tokens + t], dtype);
+    EACH (i, num_queries) sums[i * num_tokens + t] = dot_step(some[i], key, sums[i * num_tokens + t], dtype);
   }
 }
 
-/* Scores of num_queries and num_tokens keys, whose rows begin `offset` behind these; each one's row to ask
- * for is to_next away. */
-ALWAYS_INLINE void score_tile(const char *const *rows, int64_t offset, int64_t dim, int32_t dtype, bool asks,
-                              int64_t to_next, const float *const *q, int num_queries, int num_tokens,
-                              float *scores) {
+/* Score num_tokens keys for num_queries.  Rows begin `offset` bytes behind the addresses; the row to
+ * prefetch with each begins prefetch_offset bytes behind it. */
+ALWAYS_INLINE void score_tile(const char *const *rows, int64_t offset, int64_t dim, int32_t dtype,
+                              bool prefetches, int64_t prefetch_offset, const float *const *q,
+                              int num_queries, int num_tokens, float *scores) {
   const int line = values_per_line(dtype);
   int64_t d = 0;
   vec sums[TILE_SUMS] = {};
@@ -55,16 +54,17 @@ ALWAYS_INLINE void score_tile(const char *const *rows, int64_t offset, int64_t d
   if (num_queries == 1)
     EACH (t, num_tokens) {
       sums[t] = score_row(*q, k[t], (int32_t)dim, dtype);
-      for (int64_t i = 0; asks && i < dim; i += line) ask(k[t] + to_next + bytes_of(i, dtype));
+      for (int64_t i = 0; prefetches && i < dim; i += line)
+        prefetch_line(k[t] + prefetch_offset + bytes_of(i, dtype));
     }
   else {
     for (; d + line <= dim; d += line) {
       EACH (t, num_tokens)
-        if (asks) ask(k[t] + (to_next + bytes_of(d, dtype)));
-      EACH (i, line / WIDTH) meet_keys(k, dtype, q, num_queries, num_tokens, d + i * WIDTH, WIDTH, sums);
+        if (prefetches) prefetch_line(k[t] + (prefetch_offset + bytes_of(d, dtype)));
+      EACH (i, line / WIDTH) dot_keys(k, dtype, q, num_queries, num_tokens, d + i * WIDTH, WIDTH, sums);
     }
-    for (; d + WIDTH <= dim; d += WIDTH) meet_keys(k, dtype, q, num_queries, num_tokens, d, WIDTH, sums);
-    if (HAS_PART && d < dim) meet_keys(k, dtype, q, num_queries, num_tokens, d, PART, sums);
+    for (; d + WIDTH <= dim; d += WIDTH) dot_keys(k, dtype, q, num_queries, num_tokens, d, WIDTH, sums);
+    if (HAS_PART && d < dim) dot_keys(k, dtype, q, num_queries, num_tokens, d, PART, sums);
   }
   float added[TILE_SUMS];
   sum_tile(sums, num_queries * num_tokens, added);
@@ -72,8 +72,8 @@ ALWAYS_INLINE void score_tile(const char *const *rows, int64_t offset, int64_t d
     memcpy(scores + i * PKV_RUN_TOKENS, added + i * num_tokens, (size_t)num_tokens * sizeof *added);
 }
 
-/* Scores of num_queries (1, 2 or 4) and all keys, a tile at a time.  The rows to ask for are the values of
- * the same tokens: as far from each key as from the first. */
+/* Score all keys for num_queries (1, 2 or 4), a tile at a time.  The rows to prefetch are the values of
+ * the same tokens: as far from each key as the first is. */
 ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_rows *ahead,
                               const float *const *queries, int num_queries, float scores[][PKV_RUN_TOKENS]) {
   const int step = TILE_SUMS / num_queries;
@@ -81,130 +81,133 @@ ALWAYS_INLINE void score_keys(const head_rows *keys, int32_t dtype, const head_r
   EACH (i, num_queries) q[i] = queries[i];
   const char *const *rows = keys->rows;
   int64_t offset = keys->offset, dim = keys->dim, count = keys->count, t = 0;
-  int64_t to_next = ahead ? ahead->rows[0] + ahead->offset - (rows[0] + offset) : 0;
+  int64_t prefetch_offset = ahead ? ahead->rows[0] + ahead->offset - (rows[0] + offset) : 0;
   for (; t + step <= count; t += step)
-    score_tile(rows + t, offset, dim, dtype, ahead, to_next, q, num_queries, step, scores[0] + t);
+    score_tile(rows + t, offset, dim, dtype, ahead, prefetch_offset, q, num_queries, step, scores[0] + t);
   for (; t < count; t++)
-    score_tile(rows + t, offset, dim, dtype, ahead, to_next, q, num_queries, 1, scores[0] + t);
+    score_tile(rows + t, offset, dim, dtype, ahead, prefetch_offset, q, num_queries, 1, scores[0] + t);
 }
 
-/* Two functions for so many queries: one that asks for rows ahead, and one for when there are none. */
-#define SCORES(name, dtype, num_queries)                                                             \
-  NOINLINE void name(const head_rows *keys, const float *const *q, float scores[][PKV_RUN_TOKENS]) { \
-    score_keys(keys, dtype, NULL, q, num_queries, scores);                                           \
-  }                                                                                                  \
-  NOINLINE void name##_asking(const head_rows *keys, const head_rows *ahead, const float *const *q,  \
-                              float scores[][PKV_RUN_TOKENS]) {                                      \
-    if (!ahead) __builtin_unreachable();                                                             \
-    score_keys(keys, dtype, ahead, q, num_queries, scores);                                          \
+/* Two functions per number of queries: one that prefetches the rows of `ahead`, one that does not. */
+#define SCORE_FUNCTIONS(name, dtype, num_queries)                                                        \
+  NOINLINE void name(const head_rows *keys, const float *const *q, float scores[][PKV_RUN_TOKENS]) {     \
+    score_keys(keys, dtype, NULL, q, num_queries, scores);                                               \
+  }                                                                                                      \
+  NOINLINE void name##_prefetching(const head_rows *keys, const head_rows *ahead, const float *const *q, \
+                                   float scores[][PKV_RUN_TOKENS]) {                                     \
+    if (!ahead) __builtin_unreachable();                                                                 \
+    score_keys(keys, dtype, ahead, q, num_queries, scores);                                              \
   }
-#define SCORES_OF(name, dtype) \
-  SCORES(name##_of_1, dtype, 1) SCORES(name##_of_2, dtype, 2) SCORES(name##_of_4, dtype, 4)
-SCORES_OF(score_float32, PKV_FLOAT32)
-SCORES_OF(score_float16, PKV_FLOAT16)
-SCORES_OF(score_bfloat16, PKV_BFLOAT16)
-#ifdef MULTIPLIES_PAIRS
-SCORES_OF(score_pairs, PKV_BFLOAT16_PAIRS)
+#define SCORE_FUNCTIONS_OF(name, dtype)  \
+  SCORE_FUNCTIONS(name##_of_1, dtype, 1) \
+  SCORE_FUNCTIONS(name##_of_2, dtype, 2) SCORE_FUNCTIONS(name##_of_4, dtype, 4)
+SCORE_FUNCTIONS_OF(score_float32, PKV_FLOAT32)
+SCORE_FUNCTIONS_OF(score_float16, PKV_FLOAT16)
+SCORE_FUNCTIONS_OF(score_bfloat16, PKV_BFLOAT16)
+#ifdef HAS_PAIRS
+SCORE_FUNCTIONS_OF(score_pairs, PKV_BFLOAT16_PAIRS)
 #endif
 
 #define OF(name, num_queries) \
   ((num_queries) == 4 ? name##_of_4 : (num_queries) == 2 ? name##_of_2 : name##_of_1)
-#define OF_ASKING(name, num_queries) \
-  ((num_queries) == 4 ? name##_of_4_asking : (num_queries) == 2 ? name##_of_2_asking : name##_of_1_asking)
-#define SCORE(name) \
-  ahead ? OF_ASKING(name, num_queries)(keys, ahead, q, scores) : OF(name, num_queries)(keys, q, scores)
+#define OF_PREFETCHING(name, num_queries)         \
+  ((num_queries) == 4   ? name##_of_4_prefetching \
+   : (num_queries) == 2 ? name##_of_2_prefetching \
+                        : name##_of_1_prefetching)
+#define CALL_SCORE(name) \
+  ahead ? OF_PREFETCHING(name, num_queries)(keys, ahead, q, scores) : OF(name, num_queries)(keys, q, scores)
 
-ALWAYS_INLINE void score_some(const head_rows *keys, const head_rows *ahead, const float *const *q,
-                              int num_queries, float scores[][PKV_RUN_TOKENS]) {
+ALWAYS_INLINE void score(const head_rows *keys, const head_rows *ahead, const float *const *q,
+                         int num_queries, float scores[][PKV_RUN_TOKENS]) {
   if (ahead && !ahead->count) ahead = NULL;
   switch (keys->dtype) {
-    case PKV_FLOAT32: SCORE(score_float32); break;
-    case PKV_FLOAT16: SCORE(score_float16); break;
-    case PKV_BFLOAT16: SCORE(score_bfloat16); break;
-#ifdef MULTIPLIES_PAIRS
-    case PKV_BFLOAT16_PAIRS: SCORE(score_pairs); break;
+    case PKV_FLOAT32: CALL_SCORE(score_float32); break;
+    case PKV_FLOAT16: CALL_SCORE(score_float16); break;
+    case PKV_BFLOAT16: CALL_SCORE(score_bfloat16); break;
+#ifdef HAS_PAIRS
+    case PKV_BFLOAT16_PAIRS: CALL_SCORE(score_pairs); break;
 #endif
   }
 }
 
 /* ---- softmax */
 
-/* Turn the `padded` scores of some queries into weights, side by side: the steps for one wait for each other.
- * What there is one of for each query is in a vector, a lane each. */
-ALWAYS_INLINE void weigh_tile(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                              float *const *maximum, float *const *sum, float *shrink) {
+/* Turn the `padded` scores of some queries into weights, side by side, since the steps for one query
+ * depend on each other.  Maxima, sums and factors are lanes of one vector, a lane per query. */
+ALWAYS_INLINE void softmax_tile(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
+                                float *const *maximum, float *const *sum, float *rescale) {
   vec most[4], largest = {}, before = {};
   EACH (i, num_queries) {
     most[i] = (vec){} + *maximum[i];
     before[i] = *maximum[i];
   }
   for (int32_t t = 0; t < padded; t += WIDTH)
-    EACH (i, num_queries) most[i] = vec_larger(vec_load(scores[i] + t), most[i]);
-  EACH (i, num_queries) largest[i] = vec_largest(most[i]);
+    EACH (i, num_queries) most[i] = vec_max(vec_load(scores[i] + t), most[i]);
+  EACH (i, num_queries) largest[i] = vec_maximum(most[i]);
   /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
   vec subtracted = vec_select((ivec)(largest == -__builtin_inff()), (vec){}, largest);
   vec powers = vec_exp2(before - subtracted);
   float added[4], each[4];
   EACH (i, num_queries) each[i] = subtracted[i];
-  weigh_some(scores, padded, num_queries, each, added);
+  exponentiate(scores, padded, num_queries, each, added);
   EACH (i, num_queries) {
     *maximum[i] = largest[i];
-    shrink[i] = powers[i];
+    rescale[i] = powers[i];
     *sum[i] = *sum[i] * powers[i] + added[i];
   }
 }
 
-#define WEIGHS(name, num_queries)                                                           \
+#define SOFTMAX(name, num_queries)                                                          \
   NOINLINE void name(float scores[][PKV_RUN_TOKENS], int32_t padded, float *const *maximum, \
-                     float *const *sum, float *shrink) {                                    \
-    weigh_tile(scores, padded, num_queries, maximum, sum, shrink);                          \
+                     float *const *sum, float *rescale) {                                   \
+    softmax_tile(scores, padded, num_queries, maximum, sum, rescale);                       \
   }
-WEIGHS(weigh_1, 1)
-WEIGHS(weigh_2, 2)
-WEIGHS(weigh_4, 4)
+SOFTMAX(softmax_1, 1)
+SOFTMAX(softmax_2, 2)
+SOFTMAX(softmax_4, 4)
 
-ALWAYS_INLINE void weigh_queries(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                                 float *const *maximum, float *const *sum, float *shrink) {
+ALWAYS_INLINE void softmax_queries(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
+                                   float *const *maximum, float *const *sum, float *rescale) {
   switch (num_queries) {
-    case 4: weigh_4(scores, padded, maximum, sum, shrink); break;
-    case 2: weigh_2(scores, padded, maximum, sum, shrink); break;
-    case 1: weigh_1(scores, padded, maximum, sum, shrink); break;
+    case 4: softmax_4(scores, padded, maximum, sum, rescale); break;
+    case 2: softmax_2(scores, padded, maximum, sum, rescale); break;
+    case 1: softmax_1(scores, padded, maximum, sum, rescale); break;
   }
 }
 
-/* Weights are 0 beyond the tokens that are seen. */
-ALWAYS_INLINE void weigh(const pkv_run *run, const queries *queries, float scores[][PKV_RUN_TOKENS],
-                         float *shrink) {
+/* Weights are 0 beyond the tokens that are visible. */
+ALWAYS_INLINE void softmax(const pkv_run *run, const queries *queries, float scores[][PKV_RUN_TOKENS],
+                           float *rescale) {
   for (int i = 0, tile; i < queries->count; i += tile) {
-    tile = tile_of(queries->count - i);
+    tile = tile_size(queries->count - i);
     int32_t padded = 0;
     for (int j = i; j < i + tile; j++)
       if (queries->num_seen[j] > padded) padded = queries->num_seen[j];
     padded = (padded + WIDTH - 1) / WIDTH * WIDTH;
     for (int j = i; j < i + tile; j++) {
-      if (is_adjusted(run)) adjust(run, queries->head[j], queries->row[j], scores[j]);
+      if (transforms_scores(run)) transform_scores(run, queries->head[j], queries->row[j], scores[j]);
       for (int32_t t = queries->num_seen[j]; t < padded; t++) scores[j][t] = -__builtin_inff();
     }
-    weigh_queries(scores + i, padded, tile, queries->maximum + i, queries->sum + i, shrink + i);
+    softmax_queries(scores + i, padded, tile, queries->maximum + i, queries->sum + i, rescale + i);
   }
 }
 
 /* ---- values */
 
-/* Accumulate num_vectors vectors of dims from d on, for num_queries; `count` values are in each. */
+/* Accumulate num_vectors vectors, from dim d on, for num_queries; each holds `count` values. */
 ALWAYS_INLINE void value_tile(const head_rows *values, int32_t dtype, const head_rows *ahead,
-                              float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
+                              float weights[][PKV_RUN_TOKENS], const float *rescale, int num_queries,
                               int64_t d, int num_vectors, int count, float *const *accumulated) {
   const int line = values_per_line(dtype);
   const char *const *rows = values->rows;
   int64_t offset = values->offset + bytes_of(d, dtype), num_tokens = values->count;
   vec sums[TILE_SUMS];
   EACH (i, num_queries)
-    EACH (j, num_vectors) sums[i * num_vectors + j] = vec_load(accumulated[i] + d + j * WIDTH) * shrink[i];
+    EACH (j, num_vectors) sums[i * num_vectors + j] = vec_load(accumulated[i] + d + j * WIDTH) * rescale[i];
   for (int64_t t = 0; t < num_tokens; t++) {
-    const char *row = kept(rows[t] + offset);
-    const char *next = ahead ? kept(row_ahead(ahead, t) + bytes_of(d, dtype)) : NULL;
-    for (int i = 0; ahead && i < num_vectors * WIDTH; i += line) ask(next + bytes_of(i, dtype));
+    const char *row = in_register(rows[t] + offset);
+    const char *next = ahead ? in_register(prefetched_row(ahead, t) + bytes_of(d, dtype)) : NULL;
+    for (int i = 0; ahead && i < num_vectors * WIDTH; i += line) prefetch_line(next + bytes_of(i, dtype));
     EACH (j, num_vectors) {
       vec value = vec_load_stored(row, j * WIDTH, count, dtype);
       EACH (i, num_queries)
@@ -216,85 +219,86 @@ ALWAYS_INLINE void value_tile(const head_rows *values, int32_t dtype, const head
 }
 
 ALWAYS_INLINE void accumulate_values(const head_rows *values, int32_t dtype, const head_rows *ahead,
-                                     float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
+                                     float weights[][PKV_RUN_TOKENS], const float *rescale, int num_queries,
                                      float *const *accumulated) {
   const int step = TILE_SUMS / num_queries > 8 ? 8 : TILE_SUMS / num_queries;
   int64_t d = 0, dim = values->dim;
   for (; d + step * WIDTH <= dim; d += step * WIDTH)
-    value_tile(values, dtype, ahead, weights, shrink, num_queries, d, step, WIDTH, accumulated);
+    value_tile(values, dtype, ahead, weights, rescale, num_queries, d, step, WIDTH, accumulated);
   for (; d + WIDTH <= dim; d += WIDTH)
-    value_tile(values, dtype, ahead, weights, shrink, num_queries, d, 1, WIDTH, accumulated);
+    value_tile(values, dtype, ahead, weights, rescale, num_queries, d, 1, WIDTH, accumulated);
   if (HAS_PART && d < dim)
-    value_tile(values, dtype, NULL, weights, shrink, num_queries, d, 1, PART, accumulated);
+    value_tile(values, dtype, NULL, weights, rescale, num_queries, d, 1, PART, accumulated);
 }
 
-#define ACCUMULATES(name, dtype, num_queries)                                                       \
-  NOINLINE void name(const head_rows *values, float weights[][PKV_RUN_TOKENS], const float *shrink, \
-                     float *const *accumulated) {                                                   \
-    accumulate_values(values, dtype, NULL, weights, shrink, num_queries, accumulated);              \
-  }                                                                                                 \
-  NOINLINE void name##_asking(const head_rows *values, const head_rows *ahead,                      \
-                              float weights[][PKV_RUN_TOKENS], const float *shrink,                 \
-                              float *const *accumulated) {                                          \
-    if (!ahead) __builtin_unreachable();                                                            \
-    accumulate_values(values, dtype, ahead, weights, shrink, num_queries, accumulated);             \
+#define ACCUMULATE_FUNCTIONS(name, dtype, num_queries)                                               \
+  NOINLINE void name(const head_rows *values, float weights[][PKV_RUN_TOKENS], const float *rescale, \
+                     float *const *accumulated) {                                                    \
+    accumulate_values(values, dtype, NULL, weights, rescale, num_queries, accumulated);              \
+  }                                                                                                  \
+  NOINLINE void name##_prefetching(const head_rows *values, const head_rows *ahead,                  \
+                                   float weights[][PKV_RUN_TOKENS], const float *rescale,            \
+                                   float *const *accumulated) {                                      \
+    if (!ahead) __builtin_unreachable();                                                             \
+    accumulate_values(values, dtype, ahead, weights, rescale, num_queries, accumulated);             \
   }
-#define ACCUMULATES_OF(name, dtype) \
-  ACCUMULATES(name##_of_1, dtype, 1) ACCUMULATES(name##_of_2, dtype, 2) ACCUMULATES(name##_of_4, dtype, 4)
-ACCUMULATES_OF(accumulate_float32, PKV_FLOAT32)
-ACCUMULATES_OF(accumulate_float16, PKV_FLOAT16)
-ACCUMULATES_OF(accumulate_bfloat16, PKV_BFLOAT16)
+#define ACCUMULATE_FUNCTIONS_OF(name, dtype)  \
+  ACCUMULATE_FUNCTIONS(name##_of_1, dtype, 1) \
+  ACCUMULATE_FUNCTIONS(name##_of_2, dtype, 2) ACCUMULATE_FUNCTIONS(name##_of_4, dtype, 4)
+ACCUMULATE_FUNCTIONS_OF(accumulate_float32, PKV_FLOAT32)
+ACCUMULATE_FUNCTIONS_OF(accumulate_float16, PKV_FLOAT16)
+ACCUMULATE_FUNCTIONS_OF(accumulate_bfloat16, PKV_BFLOAT16)
 
-#define ACCUMULATE(name)                                                            \
-  ahead ? OF_ASKING(name, num_queries)(values, ahead, weights, shrink, accumulated) \
-        : OF(name, num_queries)(values, weights, shrink, accumulated)
+#define CALL_ACCUMULATE(name)                                                             \
+  ahead ? OF_PREFETCHING(name, num_queries)(values, ahead, weights, rescale, accumulated) \
+        : OF(name, num_queries)(values, weights, rescale, accumulated)
 
-ALWAYS_INLINE void accumulate_some(const head_rows *values, const head_rows *ahead,
-                                   float weights[][PKV_RUN_TOKENS], const float *shrink, int num_queries,
-                                   float *const *accumulated) {
+ALWAYS_INLINE void accumulate(const head_rows *values, const head_rows *ahead,
+                              float weights[][PKV_RUN_TOKENS], const float *rescale, int num_queries,
+                              float *const *accumulated) {
   if (ahead && !ahead->count) ahead = NULL;
   switch (values->dtype) {
-    case PKV_FLOAT32: ACCUMULATE(accumulate_float32); break;
-    case PKV_FLOAT16: ACCUMULATE(accumulate_float16); break;
-    case PKV_BFLOAT16: ACCUMULATE(accumulate_bfloat16); break;
+    case PKV_FLOAT32: CALL_ACCUMULATE(accumulate_float32); break;
+    case PKV_FLOAT16: CALL_ACCUMULATE(accumulate_float16); break;
+    case PKV_BFLOAT16: CALL_ACCUMULATE(accumulate_bfloat16); break;
   }
 }
 
-/* ---- one row that sees all its tokens: a step of decode */
+/* ---- one row that sees all tokens of the run: decode */
 
-/* Some heads of a group, from `head` of the run on.  Asks for `now`, the values, and for `next`, keys. */
+/* Some heads of a group, from `head` of the run on.  Prefetches `now`, the values, and `next`, keys. */
 ALWAYS_INLINE void fold_heads(const pkv_run *run, int32_t head, int num_heads, const head_rows *keys,
                               const head_rows *values, const head_rows *now, const head_rows *next,
                               const float *q, pkv_state state) {
   float scores[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   const float *queries[4];
-  float *maximum[4], *sum[4], *accumulated[4], shrink[4];
+  float *maximum[4], *sum[4], *accumulated[4], rescale[4];
   EACH (i, num_heads) {
     queries[i] = q + i * pkv_padded(keys->dim);
     maximum[i] = state.maximum + i;
     sum[i] = state.sum + i;
     accumulated[i] = state.accumulated + i * pkv_padded(values->dim);
   }
-  score_some(keys, now, queries, num_heads, scores);
+  score(keys, now, queries, num_heads, scores);
   int32_t padded = (keys->count + WIDTH - 1) / WIDTH * WIDTH;
   EACH (i, num_heads) {
-    if (is_adjusted(run)) adjust(run, head + i, 0, scores[i]);
+    if (transforms_scores(run)) transform_scores(run, head + i, 0, scores[i]);
     for (int32_t t = keys->count; t < padded; t++) scores[i][t] = -__builtin_inff();
   }
-  weigh_queries(scores, padded, num_heads, maximum, sum, shrink);
-  accumulate_some(values, next, scores, shrink, num_heads, accumulated);
+  softmax_queries(scores, padded, num_heads, maximum, sum, rescale);
+  accumulate(values, next, scores, rescale, num_heads, accumulated);
 }
 
-/* A head's group: nobody need ask who sees what. */
+/* A kv head's group of q heads, without looking at what each row sees. */
 static void fold_row(const pkv_run *run, int32_t kv_head, const head_rows *keys, const head_rows *values,
                      const head_rows *next_keys, const float *q, pkv_state state) {
   for (int32_t i = 0, tile; i < run->group; i += tile) {
     int32_t head = kv_head * run->group + i;
     pkv_state own = {state.maximum + i, state.sum + i, state.accumulated + i * pkv_padded(values->dim)};
     const float *own_q = q + i * pkv_padded(keys->dim);
-    bool is_near = i || run->is_near;
-    const head_rows *now = is_near ? NULL : values, *next = is_near ? NULL : next_keys;
-    tile = tile_of(run->group - i);
+    bool is_resident = i || run->is_resident;
+    const head_rows *now = is_resident ? NULL : values, *next = is_resident ? NULL : next_keys;
+    tile = tile_size(run->group - i);
     switch (tile) {
       case 4: fold_heads(run, head, 4, keys, values, now, next, own_q, own); break;
       case 2: fold_heads(run, head, 2, keys, values, now, next, own_q, own); break;

@@ -1,5 +1,5 @@
 /* Stored values to float32 and back: rounded to nearest even, saturated, copied past the caches. */
-/* Finite values beyond `largest` become it; inf and NaN pass.  Rounding cannot carry what is left to inf. */
+/* Clamp finite values to +-largest; inf and NaN pass.  Rounding cannot carry the rest to inf. */
 ALWAYS_INLINE vec saturate(vec x, float largest) {
   ivec magnitude = (ivec)x & 0x7fffffff, sign = (ivec)x & ~0x7fffffff;
   ivec limit = (ivec)((vec){} + largest);
@@ -17,35 +17,37 @@ static halves vec_to_bfloat16(vec x) {
   return vec_high_halves(result);
 }
 
-/* To 16 bits; with `is_tame`, no value is beyond the stored range, inf or NaN. */
-ALWAYS_INLINE void narrow_some(char *stored, vec x, int count, int32_t dtype, bool is_tame) {
+/* Round to 16 bits; is_in_range: no value is beyond the stored range, inf or NaN. */
+ALWAYS_INLINE void narrow_vec(char *stored, vec x, int count, int32_t dtype, bool is_in_range) {
   halves h;
   if (dtype == PKV_FLOAT16)
-    h = vec_to_float16(is_tame ? x : saturate(x, 65504.0f));
-  else if (is_tame)
+    h = vec_to_float16(is_in_range ? x : saturate(x, 65504.0f));
+  else if (is_in_range)
     h = vec_high_halves(rounded_to_bfloat16((ivec)x));
   else
     h = vec_to_bfloat16(saturate(x, 0x1.fep127f));
   memcpy(stored, &h, (size_t)count * 2);
 }
 
-/* Returns how far the magnitudes are from the largest that is stored: below 0 where one is beyond it. */
-ALWAYS_INLINE ivec narrow_all(char *stored, const float *values, int64_t count, int32_t dtype, bool is_tame) {
+/* Returns `largest` minus each magnitude, ORed together: negative where one is beyond it. */
+ALWAYS_INLINE ivec narrow_all(char *stored, const float *values, int64_t count, int32_t dtype,
+                              bool is_in_range) {
   const ivec largest = (ivec)((vec){} + (dtype == PKV_BFLOAT16 ? 0x1.fep127f : 65504.0f));
   ivec room = {};
   for (int64_t i = 0; i < count; i += WIDTH) {
     int some = HAS_PART && count - i < WIDTH ? PART : WIDTH;
-    vec x = vec_kept(some == WIDTH ? vec_load(values + i) : vec_load_part(values + i));
+    vec x = vec_in_register(some == WIDTH ? vec_load(values + i) : vec_load_part(values + i));
     room |= largest - ((ivec)x & 0x7fffffff);
     if (some == WIDTH)
-      narrow_some(stored + 2 * i, x, WIDTH, dtype, is_tame);
+      narrow_vec(stored + 2 * i, x, WIDTH, dtype, is_in_range);
     else
-      narrow_some(stored + 2 * i, x, PART, dtype, is_tame);
+      narrow_vec(stored + 2 * i, x, PART, dtype, is_in_range);
   }
   return room;
 }
 
-/* What is not tame is rare, and takes twice as long: all are taken for tame, and again when one was not. */
+/* Values out of range are rare, and their path takes twice as long: assume none, and convert again when
+ * there was one. */
 ALWAYS_INLINE void narrow_as(char *stored, const float *values, int64_t count, int32_t dtype) {
   if (vec_any(narrow_all(stored, values, count, dtype, true) < 0))
     narrow_all(stored, values, count, dtype, false);
@@ -68,9 +70,9 @@ static void widen(float *values, const char *stored, int64_t count, int32_t dtyp
   }
 }
 
-/* Line by line, so that none is written in parts. */
+/* Whole cache lines, so that the write-combining buffers fill. */
 static void copy_past_caches(char *to, const char *from, int64_t num_bytes) {
-#ifdef WRITES_PAST_CACHES /* whoever includes this has AVX */
+#ifdef HAS_STREAMING_STORES /* defined by headers with AVX */
   for (int64_t i = 0; i < num_bytes; i += 64) {
     __m256i low = _mm256_loadu_si256((const __m256i *)(from + i));
     __m256i high = _mm256_loadu_si256((const __m256i *)(from + i + 32));

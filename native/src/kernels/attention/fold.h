@@ -1,59 +1,59 @@
 /* One run of tokens folded into the states of its q rows: scores, softmax, values, for each kv head. */
-static void score(const head_rows *keys, const head_rows *ahead, const queries *queries,
-                  float scores[][PKV_RUN_TOKENS]) {
+static void score_queries(const head_rows *keys, const head_rows *ahead, const queries *queries,
+                          float scores[][PKV_RUN_TOKENS]) {
   for (int i = 0; i < queries->count; ahead = NULL) {
-    int tile = tile_of(queries->count - i);
-    int32_t most = 0; /* seen by any of the tile */
+    int tile = tile_size(queries->count - i);
+    int32_t most = 0; /* visible to any query of the tile */
     for (int j = i; j < i + tile; j++)
       if (queries->num_seen[j] > most) most = queries->num_seen[j];
     head_rows seen = part_of(keys, 0, most);
     switch (tile) {
-      case 4: score_some(&seen, ahead, queries->q + i, 4, scores + i); break;
-      case 2: score_some(&seen, ahead, queries->q + i, 2, scores + i); break;
-      case 1: score_some(&seen, ahead, queries->q + i, 1, scores + i); break;
+      case 4: score(&seen, ahead, queries->q + i, 4, scores + i); break;
+      case 2: score(&seen, ahead, queries->q + i, 2, scores + i); break;
+      case 1: score(&seen, ahead, queries->q + i, 1, scores + i); break;
     }
     i += tile;
   }
 }
 
-/* The values from token `begin` on that one query sees and the others of its tile do not. */
+/* Values from token `begin` on, visible to one query and not to all of its tile. */
 static void accumulate_rest(const head_rows *values, int32_t begin, int32_t end, float *weights,
                             float *accumulated) {
   const float as_it_is = 1.0f;
   head_rows rest = part_of(values, begin, end);
-  accumulate_some(&rest, NULL, (float (*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
+  accumulate(&rest, NULL, (float (*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
 }
 
-static void accumulate(const head_rows *values, const head_rows *ahead, const queries *queries,
-                       float weights[][PKV_RUN_TOKENS], const float *shrink) {
+static void accumulate_queries(const head_rows *values, const head_rows *ahead, const queries *queries,
+                               float weights[][PKV_RUN_TOKENS], const float *rescale) {
   for (int i = 0; i < queries->count; ahead = NULL) {
-    int tile = tile_of(queries->count - i);
-    int32_t least = values->count; /* seen by all of the tile */
+    int tile = tile_size(queries->count - i);
+    int32_t least = values->count; /* visible to all queries of the tile */
     for (int j = i; j < i + tile; j++)
       if (queries->num_seen[j] < least) least = queries->num_seen[j];
-    head_rows common = part_of(values, 0, least);
+    head_rows shared = part_of(values, 0, least);
     switch (tile) {
-      case 4: accumulate_some(&common, ahead, weights + i, shrink + i, 4, queries->accumulated + i); break;
-      case 2: accumulate_some(&common, ahead, weights + i, shrink + i, 2, queries->accumulated + i); break;
-      case 1: accumulate_some(&common, ahead, weights + i, shrink + i, 1, queries->accumulated + i); break;
+      case 4: accumulate(&shared, ahead, weights + i, rescale + i, 4, queries->accumulated + i); break;
+      case 2: accumulate(&shared, ahead, weights + i, rescale + i, 2, queries->accumulated + i); break;
+      case 1: accumulate(&shared, ahead, weights + i, rescale + i, 1, queries->accumulated + i); break;
     }
     for (int j = i; j < i + tile; j++)
-      if (queries->num_seen[j] > common.count)
-        accumulate_rest(values, common.count, queries->num_seen[j], weights[j], queries->accumulated[j]);
+      if (queries->num_seen[j] > shared.count)
+        accumulate_rest(values, shared.count, queries->num_seen[j], weights[j], queries->accumulated[j]);
     i += tile;
   }
 }
 
 static void fold_queries(const pkv_run *run, const head_rows *keys, const head_rows *values,
                          const head_rows *next_keys, const queries *queries) {
-  float scores[MOST_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
-  float shrink[MOST_QUERIES]; /* by this much, what was accumulated so far */
-  score(keys, run->is_near ? NULL : values, queries, scores);
-  weigh(run, queries, scores, shrink);
-  accumulate(values, run->is_near ? NULL : next_keys, queries, scores, shrink);
+  float scores[MAX_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  float rescale[MAX_QUERIES]; /* factors of what was accumulated before */
+  score_queries(keys, run->is_resident ? NULL : values, queries, scores);
+  softmax(run, queries, scores, rescale);
+  accumulate_queries(values, run->is_resident ? NULL : next_keys, queries, scores, rescale);
 }
 
-/* Fold one head's tokens into the states of its group, of each row. */
+/* Fold one kv head's tokens into the states of its group, of each row. */
 static void fold_head(const pkv_run *run, int32_t kv_head, const head_rows *keys, const head_rows *values,
                       const head_rows *next_keys, const float *q, pkv_state state) {
   int64_t q_step = pkv_padded(run->head_dim), value_step = pkv_padded(run->head_dim_v);
@@ -69,7 +69,7 @@ static void fold_head(const pkv_run *run, int32_t kv_head, const head_rows *keys
       queries.head[count] = kv_head * run->group + head;
       queries.row[count] = row;
       queries.num_seen[count] = num_seen;
-      if (++count < MOST_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
+      if (++count < MAX_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
       queries.count = count;
       fold_queries(run, keys, values, next_keys, &queries);
       count = 0;

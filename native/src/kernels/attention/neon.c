@@ -1,5 +1,5 @@
 /* The kernel for NEON, which every 64-bit ARM has. */
-#define COMPUTE /* four values at a time are multiplied more slowly than they come from memory */
+#define COMPUTE /* with four lanes, arithmetic is the limit even for pages in memory */
 #include "neon.h"
 
 #include "vec.h"

@@ -1,4 +1,4 @@
-/* The verbs in NEON, as every 64-bit ARM has it. */
+/* Vector functions of NEON, which every 64-bit ARM has. */
 #include <arm_neon.h>
 #include <math.h>
 #include <stddef.h>
@@ -16,16 +16,16 @@ static inline vec vec_fma(vec a, vec b, vec c) {
   return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 
-/* One float, everywhere. */
+/* Broadcast one float. */
 static inline vec vec_all(const float *x) { return (vec){*x, *x, *x, *x}; }
 
-static inline vec vec_kept(vec x) { return x; }
+static inline vec vec_in_register(vec x) { return x; }
 
-/* The sum as a tree: halves onto each other, until one is left. */
+/* The sum as a tree: halves are added until one lane is left. */
 static inline float vec_sum(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-/* The largest.  Lanes are all NaN, or none is. */
-static inline float vec_largest(vec x) {
+/* The largest lane.  Either all lanes are NaN, or none is. */
+static inline float vec_maximum(vec x) {
   float low = x[0] > x[2] ? x[0] : x[2], high = x[1] > x[3] ? x[1] : x[3];
   return low > high ? low : high;
 }
@@ -41,5 +41,5 @@ static inline vec vec_from_float16(halves x) { return (vec)vcvt_f32_f16((float16
 
 static inline halves vec_to_float16(vec x) { return (halves)vcvt_f16_f32((float32x4_t)x); }
 
-/* The low 16 bits of each, which has no others. */
+/* The low 16 bits of each lane, whose high bits are zero. */
 static inline halves vec_low_halves(ivec bits) { return (halves)vmovn_u32((uint32x4_t)bits); }

@@ -1,5 +1,5 @@
 /* The portable kernel: the one to read first, and the one that runs anywhere. */
-#define COMPUTE /* four values at a time are multiplied more slowly than they come from memory */
+#define COMPUTE /* with four lanes, arithmetic is the limit even for pages in memory */
 #include "portable.h"
 
 #include "vec.h"

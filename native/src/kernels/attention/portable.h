@@ -1,5 +1,5 @@
-/* The verbs in plain C over vectors of four floats: the kernel to read first, and the one that runs anywhere.
- */
+/* Vector functions in plain C, on vectors of four floats: the instruction set to read first, which runs
+ * anywhere. */
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
@@ -14,16 +14,16 @@ typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 
 static inline vec vec_fma(vec a, vec b, vec c) { return a * b + c; }
 
-/* One float, everywhere. */
+/* Broadcast one float. */
 static inline vec vec_all(const float *x) { return (vec){*x, *x, *x, *x}; }
 
-static inline vec vec_kept(vec x) { return x; }
+static inline vec vec_in_register(vec x) { return x; }
 
-/* The sum as a tree: halves onto each other, until one is left. */
+/* The sum as a tree: halves are added until one lane is left. */
 static inline float vec_sum(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-/* The largest.  Lanes are all NaN, or none is. */
-static inline float vec_largest(vec x) {
+/* The largest lane.  Either all lanes are NaN, or none is. */
+static inline float vec_maximum(vec x) {
   float low = x[0] > x[2] ? x[0] : x[2], high = x[1] > x[3] ? x[1] : x[3];
   return low > high ? low : high;
 }
@@ -35,8 +35,8 @@ static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
 
 static inline vec vec_from_bfloat16(halves x) { return (vec)(__builtin_convertvector(x, ivec) << 16); }
 
-/* Exponent and fraction move into place; multiplying by 2^112 mends the exponent's bias, of the subnormal
- * too. */
+/* Shift exponent and fraction into place; multiplying by 2^112 corrects the exponent's bias, of
+ * subnormals too. */
 static inline vec vec_from_float16(halves x) {
   ivec bits = __builtin_convertvector(x, ivec);
   ivec magnitude = bits & 0x7fff;
@@ -45,7 +45,7 @@ static inline vec vec_from_float16(halves x) {
   return (vec)((ivec)value | (is_special & 0x7f800000) | (bits & 0x8000) << 16);
 }
 
-/* The finite ones are within +-65504 here. */
+/* Finite values are within +-65504 here. */
 static inline halves vec_to_float16(vec x) {
   ivec bits = (ivec)x;
   ivec magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
@@ -58,5 +58,5 @@ static inline halves vec_to_float16(vec x) {
   return __builtin_convertvector(((is_special & special) | (~is_special & finite)) | sign, halves);
 }
 
-/* The low 16 bits of each, which has no others. */
+/* The low 16 bits of each lane, whose high bits are zero. */
 static inline halves vec_low_halves(ivec bits) { return __builtin_convertvector(bits, halves); }

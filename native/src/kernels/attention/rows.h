@@ -4,25 +4,25 @@
  *   softmax   m' = max(m, s), p = 2^(s - m') online: what was summed before is rescaled by 2^(m - m')
  *   values    a = a * 2^(m - m') + p v       one chain of multiply-adds over ascending tokens
  *
- * so the number of heads and tokens in a tile changes no bit.  A tile has TILE_SUMS accumulators, enough to hide
- * the latency of a multiply-add.
+ * so the number of heads and tokens in a tile changes no bit.  A tile has TILE_SUMS accumulators, enough to
+ * hide the latency of a multiply-add.
  *
  * Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, algorithm 3.
  */
 enum {
-  MOST_QUERIES = 32
-}; /* that meet a run together, up to four at once with TILE_SUMS / 4 tokens or vectors */
+  MAX_QUERIES = 32
+}; /* that share a run; a tile takes up to four of them, and TILE_SUMS / 4 tokens or vectors */
 
 ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
   return head_dim * (dtype == PKV_FLOAT32 || dtype == PKV_BFLOAT16_PAIRS ? 4 : 2);
 }
 
-/* Rows of one head that several queries meet: where they lie, as what. */
+/* Keys or values of one kv head: their addresses and format. */
 typedef struct {
   const char *const *rows; /* [count] */
-  int64_t offset;          /* from there */
-  const char *first;       /* row of them */
-  int64_t stride;          /* from it to the next; 0: they are not evenly spaced */
+  int64_t offset;          /* added to each address */
+  const char *first;       /* address of the first row */
+  int64_t stride;          /* bytes between rows; 0: rows are not evenly spaced */
   int32_t count;
   int32_t dim;
   int32_t dtype;
@@ -33,38 +33,39 @@ static head_rows head_rows_of(const char *const *rows, int64_t offset, int64_t s
   return (head_rows){rows, offset, count ? rows[0] + offset : NULL, stride, count, dim, dtype};
 }
 
-/* Those from `begin` up to `end`. */
+/* Rows `begin` to `end` - 1. */
 static head_rows part_of(const head_rows *all, int32_t begin, int32_t end) {
   return head_rows_of(all->rows + begin, all->offset, all->stride, end - begin, all->dim, all->dtype);
 }
 
 /* ---- scores */
 
-/* sum + q * key, of dims or, where a kernel knows them, of pairs of dims: one after the other. */
-ALWAYS_INLINE vec met(vec q, vec key, vec sum, int32_t dtype) {
-#ifdef MULTIPLIES_PAIRS
+/* sum + q * key, of one dim per lane or, in kernels with pairs, of two, one after the other. */
+ALWAYS_INLINE vec dot_step(vec q, vec key, vec sum, int32_t dtype) {
+#ifdef HAS_PAIRS
   if (dtype == PKV_BFLOAT16_PAIRS) return vec_fma_pairs(q, key, sum);
 #endif
   (void)dtype;
   return vec_fma(q, key, sum);
 }
 
-/* One query and one key: to be summed. */
+/* q . key as a vector of partial sums. */
 ALWAYS_INLINE vec score_row(const float *q, const char *key, int32_t dim, int32_t dtype) {
   vec sum = {};
   int32_t d = 0;
   for (; d + 8 * WIDTH <= dim; d += 8 * WIDTH)
     EACH (j, 8)
-      sum = met(vec_load(q + d + j * WIDTH), vec_load_stored(key, d + j * WIDTH, WIDTH, dtype), sum, dtype);
+      sum = dot_step(vec_load(q + d + j * WIDTH), vec_load_stored(key, d + j * WIDTH, WIDTH, dtype), sum,
+                     dtype);
   for (; d + WIDTH <= dim; d += WIDTH)
-    sum = met(vec_load(q + d), vec_load_stored(key, d, WIDTH, dtype), sum, dtype);
-  if (HAS_PART && d < dim) sum = met(vec_load(q + d), vec_load_stored(key, d, PART, dtype), sum, dtype);
+    sum = dot_step(vec_load(q + d), vec_load_stored(key, d, WIDTH, dtype), sum, dtype);
+  if (HAS_PART && d < dim) sum = dot_step(vec_load(q + d), vec_load_stored(key, d, PART, dtype), sum, dtype);
   return sum;
 }
 
-/* The sums of each vector. */
+/* Sum each vector. */
 ALWAYS_INLINE void sum_tile(vec *sums, int count, float *to) {
-#ifdef SUMS_TILES
+#ifdef HAS_SUMS
   if (count == TILE_SUMS) {
     vec_sums(sums, to);
     return;
@@ -75,9 +76,10 @@ ALWAYS_INLINE void sum_tile(vec *sums, int count, float *to) {
 
 /* ---- softmax */
 
-/* Turn the `padded` scores of num_queries into weights; `added`: to each one's sum. */
-ALWAYS_INLINE void weigh_some(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                              const float *subtracted, float *added) {
+/* Turn the `padded` scores of num_queries into weights, 2^(score - subtracted), and sum them into
+ * `added`. */
+ALWAYS_INLINE void exponentiate(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
+                                const float *subtracted, float *added) {
   vec sums[4] = {};
   for (int32_t t = 0; t < padded; t += WIDTH)
     EACH (i, num_queries) {
@@ -88,24 +90,23 @@ ALWAYS_INLINE void weigh_some(float scores[][PKV_RUN_TOKENS], int32_t padded, in
   EACH (i, num_queries) added[i] = vec_sum(sums[i]);
 }
 
-/* Queries that meet the run: the q heads of a group, of each row. */
+/* The queries of a run: the q heads of a group, of each row. */
 typedef struct {
   int count;
-  const float *q[MOST_QUERIES];
-  float *maximum[MOST_QUERIES];
-  float *sum[MOST_QUERIES];
-  float *accumulated[MOST_QUERIES];
-  int32_t head[MOST_QUERIES]; /* of the run */
-  int32_t row[MOST_QUERIES];
-  int32_t num_seen[MOST_QUERIES];
+  const float *q[MAX_QUERIES];
+  float *maximum[MAX_QUERIES];
+  float *sum[MAX_QUERIES];
+  float *accumulated[MAX_QUERIES];
+  int32_t head[MAX_QUERIES]; /* q head within the run */
+  int32_t row[MAX_QUERIES];
+  int32_t num_seen[MAX_QUERIES];
 } queries;
 
-/* So many queries are met at once where so many are left. */
-ALWAYS_INLINE int tile_of(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+/* How many of `left` queries the next tile takes. */
+ALWAYS_INLINE int tile_size(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
-/* What a call asks of scores beyond what q was multiplied by: scale them, bend them, let them fall with
- * distance. */
-static void adjust(const pkv_run *run, int32_t head, int32_t row, float *scores) {
+/* Scale, soft cap and slope: what a call does to scores after the dot product. */
+static void transform_scores(const pkv_run *run, int32_t head, int32_t row, float *scores) {
   const float *slope = run->alibi_slopes ? run->alibi_slopes + head : NULL;
   for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
     vec s = vec_load(scores + t) * run->scale;
@@ -115,6 +116,6 @@ static void adjust(const pkv_run *run, int32_t head, int32_t row, float *scores)
   }
 }
 
-ALWAYS_INLINE bool is_adjusted(const pkv_run *run) {
+ALWAYS_INLINE bool transforms_scores(const pkv_run *run) {
   return run->scale != 1 || run->soft_cap > 0 || run->alibi_slopes;
 }

@@ -1,18 +1,18 @@
 /* Two states of the same heads, over earlier and later tokens, merged into one. */
 static float exp2_of(float x) { return vec_exp2((vec){} + x)[0]; }
 
-/* By how much each of two sums shrinks when they are brought to their common maximum. */
+/* Two maxima brought to the larger one: the factors that rescale the sums of each. */
 typedef struct {
   float maximum, ours, theirs;
-} common;
+} rescaling;
 
-static common in_common(float a, float b) {
+static rescaling to_common_maximum(float a, float b) {
   float largest = a > b ? a : b;
   float subtracted = largest == -__builtin_inff() ? 0.0f : largest;
-  return (common){largest, exp2_of(a - subtracted), exp2_of(b - subtracted)};
+  return (rescaling){largest, exp2_of(a - subtracted), exp2_of(b - subtracted)};
 }
 
-/* The first `count` of them; zeros behind. */
+/* The first `count` lanes; zeros behind. */
 ALWAYS_INLINE vec vec_load_first(const float *from, int count) {
   float floats[WIDTH] = {0};
   if (count == WIDTH) return vec_load(from);
@@ -28,7 +28,7 @@ static void merge(pkv_state state, pkv_state later, int32_t num_heads, int32_t h
   for (int32_t first = 0; first < num_heads; first += WIDTH) {
     int count = num_heads - first < WIDTH ? num_heads - first : WIDTH;
     vec a = vec_load_first(state.maximum + first, count), b = vec_load_first(later.maximum + first, count);
-    vec largest = vec_larger(a, b);
+    vec largest = vec_max(a, b);
     vec subtracted = vec_select((ivec)(largest == -__builtin_inff()), (vec){}, largest);
     vec ours = vec_exp2(a - subtracted), theirs = vec_exp2(b - subtracted);
     vec_store_first(state.maximum + first, largest, count);

@@ -1,7 +1,7 @@
 /* Vector functions that are the same for every instruction set, written with those of its own header.
  *
- * Attention is written once.  An instruction set's header (portable.h is the one to read first) defines WIDTH,
- * TILE_SUMS, the vector types and a dozen vec_ functions; its .c file includes that header and then
+ * Attention is written once.  An instruction set's header (portable.h is the one to read first) defines
+ * WIDTH, TILE_SUMS, the vector types and a dozen vec_ functions; its .c file includes that header and then
  *
  *   vec.h         loads, exp2, tanh
  *   rows.h        the rows of one kv head, and the queries that read them
@@ -12,11 +12,11 @@
  *   convert.h     stored values to float32 and back
  *   finish.h      a state to a row of the output
  *
- * Everything is static: a function that is compiled for a newer CPU must not be the copy that the linker keeps
- * for all.
+ * Everything is static: a function that is compiled for a newer CPU must not be the copy that the linker
+ * keeps for all.
  *
- * Dims are multiples of 8.  Where a vector is wider, the last one of a row may be half full (PART), with zeros
- * behind: prepared q and accumulated values have room for it.
+ * Dims are multiples of 8.  Where a vector is wider, the last one of a row may be half full (PART), with
+ * zeros behind: prepared q and accumulated values have room for it.
  */
 #include <stdbool.h>
 
@@ -24,7 +24,7 @@
 
 enum {
   HAS_PART = WIDTH > 8,
-  PART = WIDTH > 8 ? 8 : WIDTH, /* values in the last vector of a row of 8, 24, 40, ... */
+  PART = WIDTH > 8 ? 8 : WIDTH, /* values in the last vector of a row of 8, 24, 40, ... values */
 };
 
 ALWAYS_INLINE vec vec_load(const float *from) {
@@ -39,7 +39,9 @@ ALWAYS_INLINE vec vec_select(ivec mask, vec yes, vec no) {
   return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
-#ifndef LOADS_PARTS /* a verb of those that are wider than eight; the others have whole vectors only */
+#ifndef HAS_PARTIAL_LOADS /* defined by headers whose vectors are wider than 8; the others have whole \
+                           * vectors only                                                             \
+                           */
 ALWAYS_INLINE vec vec_load_part(const float *from) { return vec_load(from); }
 ALWAYS_INLINE halves halves_load_part(const char *from) {
   halves x;
@@ -48,24 +50,24 @@ ALWAYS_INLINE halves halves_load_part(const char *from) {
 }
 #endif
 
-#ifndef TAKES_LARGER
+#ifndef HAS_MAX
 /* The larger of each lane; b where one is NaN. */
-ALWAYS_INLINE vec vec_larger(vec a, vec b) { return vec_select((ivec)(a > b), a, b); }
+ALWAYS_INLINE vec vec_max(vec a, vec b) { return vec_select((ivec)(a > b), a, b); }
 #endif
 
-#ifndef TAKES_HIGH_HALVES
+#ifndef HAS_HIGH_HALVES
 ALWAYS_INLINE halves vec_high_halves(ivec bits) { return vec_low_halves((bits >> 16) & 0xffff); }
 #endif
 
 /* `count` values, WIDTH or PART; zeros behind. */
-ALWAYS_INLINE vec vec_load_some(const float *from, int count) {
+ALWAYS_INLINE vec vec_load_n(const float *from, int count) {
   return count == WIDTH ? vec_load(from) : vec_load_part(from);
 }
 
-/* `count` stored values from element i of a row on; of pairs, so many, as they are. */
+/* `count` stored values, from element i of a row on.  A pair of bfloat16 is one element and stays as it
+ * is. */
 ALWAYS_INLINE vec vec_load_stored(const char *row, int32_t i, int count, int32_t dtype) {
-  if (dtype == PKV_FLOAT32 || dtype == PKV_BFLOAT16_PAIRS)
-    return vec_load_some((const float *)row + i, count);
+  if (dtype == PKV_FLOAT32 || dtype == PKV_BFLOAT16_PAIRS) return vec_load_n((const float *)row + i, count);
   halves x;
   if (count == WIDTH)
     memcpy(&x, row + 2 * i, sizeof x);
@@ -74,8 +76,8 @@ ALWAYS_INLINE vec vec_load_stored(const char *row, int32_t i, int count, int32_t
   return dtype == PKV_BFLOAT16 ? vec_from_bfloat16(x) : vec_from_float16(x);
 }
 
-/* 2^x for x <= 0; 0 below 2^-125.  NaN stays NaN.
- * The polynomial interpolates 2^x on [-1/2, 1/2] at Chebyshev's points, relative error 3e-9. */
+/* 2^x for x <= 0; 0 below 2^-125.  NaN stays NaN. The polynomial interpolates 2^x on [-1/2, 1/2] at
+ * Chebyshev points, relative error 3e-9. */
 ALWAYS_INLINE vec vec_exp2(vec x) {
   const float to_integer = 0x1.8p23f; /* adding it leaves the nearest integer in the low bits */
   vec shifted = x + to_integer;
@@ -86,14 +88,14 @@ ALWAYS_INLINE vec vec_exp2(vec x) {
   p = vec_fma(p, f, (vec){} + 0x1.ebfbe0p-3f);
   p = vec_fma(p, f, (vec){} + 0x1.62e430p-1f);
   p = vec_fma(p, f, (vec){} + 1.0f);
-  /* Multiplied, not added to the exponent: garbage times NaN is NaN still. */
+  /* Multiply rather than add to the exponent: garbage times NaN is NaN still. */
   vec power = vec_from_bits(((ivec)shifted << 23) + (127 << 23));
   return (vec)((ivec)(p * power) & ~(ivec)(x < -125.0f));
 }
 
-/* tanh, times `factor`, of x / factor: x bent so that it stays within +-factor.
- * Below 0.625 an odd polynomial (interpolated at Chebyshev's points, relative error 6e-10) is added to x
- * itself, so that nothing is lost where the factor is large; above, (1 - t) / (1 + t) with t = e^(-2 |y|). */
+/* factor * tanh(x / factor). Below 0.625 an odd polynomial (interpolated at Chebyshev points, relative
+ * error 6e-10) is added to x itself, so that a large factor loses nothing; above, (1 - t) / (1 + t) with
+ * t = e^(-2 |y|). */
 ALWAYS_INLINE vec vec_soft_cap(vec x, float factor) {
   vec y = x / factor, z = y * y;
   ivec sign = (ivec)y & ~0x7fffffff;

@@ -1,23 +1,22 @@
-/* Rows before and after a product: norm and rounding, scaling and gating; and the product with weights in
- * bfloat16, which needs no rounding.  Written once, compiled for each instruction set.
+/* Rows before and after a product: norm and rounding, scaling and gating; and the product with weights
+ * in bfloat16, which needs no rounding.  Written once, compiled for each instruction set.
  *
- * All of it is elementwise, or adds in one order, with no multiply-add fused: the same bits everywhere, but
- * for SiLU's exponential, which is the C library's.
- */
+ * All of it is elementwise or adds in one order, without fused multiply-add: the same bits everywhere,
+ * except for SiLU's exponential, which is the C library's. */
 #include <math.h>
 #include <stdbool.h>
 #include <string.h>
 
-#include "../../../include/paged_kv.h"
+#include "../../../include/linear.h"
 #include "../../bitlinear.h"
 #include "../loops.h"
 
-/* Rows are met sixteen values at a time, in two vectors: gcc keeps wider ones in memory. */
+/* Sixteen values at a time, in two vectors: gcc keeps wider ones in memory. */
 enum { LANES = 8, STEP = 2 * LANES };
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
 
-/* Added in one order: lane i has every sixteenth value, then halves onto each other. */
+/* Sums in one order: lane i adds every sixteenth value, then halves are added until one lane is left. */
 static float sum_of_squares(const float *x, int64_t count) {
   lanes low = {}, high = {}, a, b;
   int64_t i = 0;
@@ -54,7 +53,7 @@ static int32_t largest_bits(const float *x, int64_t count) {
   return largest;
 }
 
-/* The nearest integer, of halves the even one: adding 1.5 * 2^23 leaves it in the low bits. */
+/* The nearest integer, ties to even: adding 1.5 * 2^23 leaves it in the low bits. */
 static inline int32_t nearest(float x) {
   float shifted = x + 0x1.8p23f;
   int32_t bits;
@@ -76,9 +75,9 @@ static void round_to_shorts(int16_t *restrict to, const float *restrict x, int64
   for (int64_t i = 0; i < count; i++) to[i] = (int16_t)nearest(x[i] * factor);
 }
 
-/* Round a row to integers, of 1 byte or 2, zeros behind; `buffer` takes a row of floats. */
+/* Round a row to integers of 1 or 2 bytes, zeros behind; `buffer` holds a row of floats. */
 static pkv_rounded round_row(void *to, int64_t padded, const float *x, int64_t count, const float *norm,
-                             float eps, int32_t most, bool is_ternary, float *buffer) {
+                             float eps, int32_t max_int, bool is_ternary, float *buffer) {
   if (norm) {
     norm_row(buffer, x, norm, count, eps);
     x = buffer;
@@ -91,7 +90,7 @@ static pkv_rounded round_row(void *to, int64_t padded, const float *x, int64_t c
   if (!is_number) return (pkv_rounded){NAN, 0};
   float largest;
   memcpy(&largest, &bits, sizeof largest);
-  pkv_rounded rounded = {(float)most / (largest < 1e-5f ? 1e-5f : largest), 0};
+  pkv_rounded rounded = {(float)max_int / (largest < 1e-5f ? 1e-5f : largest), 0};
   if (is_ternary)
     rounded.sum = round_to_bytes(to, x, count, rounded.factor);
   else
@@ -99,16 +98,16 @@ static pkv_rounded round_row(void *to, int64_t padded, const float *x, int64_t c
   return rounded;
 }
 
-/* Put 16 values of a row, of which `count` are outputs, where they go. */
-static inline void put_values(float *restrict out, const float *restrict values, int64_t count,
-                              int32_t then) {
-  switch (then) {
+/* Store 16 values of a row, of which `count` are outputs. */
+static inline void store_values(float *restrict out, const float *restrict values, int64_t count,
+                                int32_t epilogue) {
+  switch (epilogue) {
     case PKV_STORE: memcpy(out, values, (size_t)count * sizeof *values); break;
     case PKV_ADD:
       for (int64_t i = 0; i < count; i++) out[i] += values[i];
       break;
-    case PKV_RELU2_GATE: { /* eight gates, and the eight that they gate */
-      /* In vectors of ours: gcc unrolls the loop first, into branches that nothing can foretell. */
+    case PKV_RELU2_GATE: { /* eight gates, and the eight values that they gate */
+      /* In explicit vectors: gcc would unroll the loop first, into unpredictable branches. */
       lanes gates, gated;
       memcpy(&gates, values, sizeof gates);
       memcpy(&gated, values + LANES, sizeof gated);
@@ -123,15 +122,15 @@ static inline void put_values(float *restrict out, const float *restrict values,
   }
 }
 
-/* Scale 16 sums of each row, and put them. */
-static void put_rows(float *restrict out, int64_t out_stride, int32_t (*restrict sums)[PKV_OUT_BLOCK],
-                     const pkv_rounded *restrict rows, int32_t num_rows, const float *restrict scales,
-                     int64_t count, int32_t then) {
+/* Scale 16 sums of each row, and store them. */
+static void store_rows(float *restrict out, int64_t out_stride, int32_t (*restrict sums)[PKV_OUT_BLOCK],
+                       const pkv_rounded *restrict rows, int32_t num_rows, const float *restrict scales,
+                       int64_t count, int32_t epilogue) {
   for (int32_t row = 0; row < num_rows; row++, out += out_stride) {
     float values[PKV_OUT_BLOCK];
     for (int i = 0; i < PKV_OUT_BLOCK; i++)
       values[i] = (float)(sums[row][i] - rows[row].sum) / rows[row].factor * scales[i];
-    put_values(out, values, count, then);
+    store_values(out, values, count, epilogue);
   }
 }
 
@@ -146,7 +145,7 @@ static void norm_or_copy(float *restrict to, int64_t padded, const float *restri
   memset(to + count, 0, (size_t)(padded - count) * sizeof *to);
 }
 
-/* Written as a loop: gcc takes a conversion of vectors through memory. */
+/* A loop, because gcc converts vectors through memory. */
 static inline void widen_lanes(lanes *to, const uint16_t *stored) {
   int32_t bits[LANES];
   for (int i = 0; i < LANES; i++) bits[i] = (int32_t)((uint32_t)stored[i] << 16);
@@ -172,7 +171,7 @@ ALWAYS_INLINE void bfloat16_rows(const uint16_t *weights, int64_t num_in, const 
   EACH (r, num_rows) memcpy(sums[r], totals[r], sizeof totals[r]);
 }
 
-/* Each sum is one chain over the inputs, nothing fused: the same bits everywhere. */
+/* Each sum is one chain over the inputs, without fused multiply-add: the same bits everywhere. */
 static void bfloat16(const uint16_t *weights, int64_t num_in, const float *rows, int64_t row_stride,
                      int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
   for (; num_rows > 0; num_rows -= 4, sums += 4, rows = (const float *)((const char *)rows + 4 * row_stride))

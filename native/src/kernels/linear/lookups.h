@@ -1,44 +1,42 @@
-/* Ternary products of many rows on CPUs that look words up beside multiplying.
+/* Ternary products of many rows on CPUs that run table lookups beside multiply-adds.
  *
- * Zen 4 has two ports that multiply bytes and two that look words up (vpermw), one of them both:
- * multiply-adds alone leave half of the lookups idle.  Three inputs of a row meet three weights in one of 27
- * ways.  The sums of all ways are a table in one vector, where 32 outputs look theirs up at once: 96 products
- * an instruction, to a multiply-add's 64.  Of seven groups of inputs three are looked up, twelve inputs at a
- * time, beside four that are multiplied:
+ * Zen 4 has two ports for vpdpbusd and two for vpermw, one of them shared: multiply-adds alone leave
+ * half of the vpermw throughput idle.  Three inputs of a row and three ternary weights have 27 sums.
+ * One vector holds them as a table, from which 32 outputs each look up their sum: 96 products per
+ * instruction, where a multiply-add has 64.  Of seven groups of inputs three are looked up, twelve
+ * inputs at a time, beside four that are multiplied:
  *
- *   a chunk of inputs    | looked up: 3 p groups | multiplied: 4 p groups | a rest, multiplied |
+ *   a chunk of inputs    | looked up: 3 p groups | multiplied: 4 p groups | the rest, multiplied |
  *   a portion of it      12 inputs looked up, 16 multiplied: 8 rows x 32 outputs = 32 vpermw, 64 vpdpbusd
  *
- * Weights and rows are laid out in portions first.  What is looked up is the integer that multiplying gives:
- * sums are the same bits.
- */
+ * Weights and rows are repacked into portions first.  A lookup gives the integer that multiplying gives:
+ * sums have the same bits. */
 #ifndef PKV_LOOKUPS_H
 #define PKV_LOOKUPS_H
 
 enum {
-  MOST_PERIODS = 3, /* the tables of 8 rows are 24 KiB then, nearly all of a first cache */
-  CHUNK_GROUPS = 7 * MOST_PERIODS,
-  MOST_PORTIONS = 4 * (MOST_PERIODS - 1) + 6, /* with the largest rest; more than 4 * MOST_PERIODS */
-  WORDS = 32,                                 /* of a vector */
+  MAX_PERIODS = 3, /* the tables of 8 rows then take 24 KiB, most of an L1 cache */
+  CHUNK_GROUPS = 7 * MAX_PERIODS,
+  MOST_PORTIONS = 4 * (MAX_PERIODS - 1) + 6, /* with the largest rest; more than 4 * MAX_PERIODS */
+  WORDS = 32,                                /* bytes of a vector */
 };
 
-/* Of two blocks of weights: the group that is multiplied, and numbers below 27 for the triples of twelve
- * inputs 0 1 2, 4 5 6, 8 9 10 and 3 7 11, each quarter of a vector four outputs of one block, then of the
- * other. */
+/* Two blocks of weights: the group that is multiplied, and table indices below 27 for the triples 0 1 2,
+ * 4 5 6, 8 9 10 and 3 7 11 of twelve inputs; each quarter of a vector has four outputs of one block,
+ * then of the other. */
 typedef struct {
   uint8_t multiplied[2][PKV_GROUP_BYTES];
   uint16_t ways[4][WORDS];
 } weight_portion;
 _Static_assert(sizeof(weight_portion[MOST_PORTIONS]) == PKV_PAIR_BYTES, "scratch of ternary_many");
 
-/* Of eight rows: inputs that are multiplied, and for each triple the sums of all ways. */
+/* Eight rows: the inputs that are multiplied, and for each triple its table of 27 sums. */
 typedef struct {
   int8_t multiplied[ROWS][PKV_IN_GROUP];
   int16_t sums[4][ROWS][WORDS];
 } row_portion;
 
-/* What is added stays in the order that is written: gcc would do all lookups first, and run out of registers.
- */
+/* Keeps additions in the order of the source: gcc would do all lookups first, and run out of registers. */
 #ifdef PKV_EMULATED
 #define IN_ORDER(x) (void)(x)
 #else
@@ -51,7 +49,7 @@ ALWAYS_INLINE __m512i codes_of(const uint8_t *group, int quarter) {
                           _mm512_set1_epi8(3));
 }
 
-/* A chunk of two blocks. */
+/* Repack a chunk of two blocks. */
 static __attribute__((noinline)) void lay_out_weights(weight_portion *portions, const uint8_t *first,
                                                       const uint8_t *second, int64_t num_periods,
                                                       int64_t num_groups) {
@@ -77,11 +75,11 @@ static __attribute__((noinline)) void lay_out_weights(weight_portion *portions, 
     EACH (b, 2) memcpy(portions->multiplied[b], blocks[b] + group * PKV_GROUP_BYTES, PKV_GROUP_BYTES);
 }
 
-/* Three weights, -1, 0 or 1, as bytes to multiply by: half of their ways in each vector, such that
- * _mm512_packs_epi32 of the products has all in order. */
+/* Three weights, -1, 0 or 1, as bytes to multiply by: half of the 27 combinations in each vector, such
+ * that _mm512_packs_epi32 of the products has them in order. */
 typedef struct {
   __m512i weights[2];
-  __m512i start[2]; /* multiply-adds take one operand without sign: a row's values, larger by 128 */
+  __m512i start[2]; /* multiply-adds take one unsigned operand: a row's values plus 128 */
 } all_ways;
 
 static all_ways ways_of_three(void) {
@@ -99,13 +97,13 @@ static all_ways ways_of_three(void) {
   return ways;
 }
 
-/* A chunk of the r-th row. */
+/* Repack a chunk of row r. */
 static __attribute__((noinline)) void lay_out_row(row_portion *portions, int r, all_ways ways,
                                                   const int8_t *row, int64_t num_periods,
                                                   int64_t num_groups) {
   const __m128i triples = _mm_setr_epi8(0, 1, 2, -1, 4, 5, 6, -1, 8, 9, 10, -1, 3, 7, 11, -1);
   for (int64_t p = 0; p < 4 * num_periods; p++) {
-    uint32_t threes[4]; /* of 16 bytes that are read: inputs to multiply are behind the last twelve */
+    uint32_t threes[4]; /* of the 16 bytes that are loaded: inputs to multiply follow the last twelve */
     __m128i twelve = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(row + 12 * p)), triples);
     _mm_storeu_si128((__m128i *)threes, _mm_xor_si128(twelve, _mm_set1_epi8(-128)));
     EACH (i, 4) {
@@ -143,7 +141,7 @@ ALWAYS_INLINE void add_portion(__m512i (*totals)[2], __m512i *looked_up, const w
   }
 }
 
-/* To sums of 8 rows and two blocks, block_stride rows apart. */
+/* Sums of 8 rows and two blocks, block_stride rows apart. */
 static __attribute__((noinline)) void add_chunk(const weight_portion *weights, const row_portion *rows,
                                                 int64_t num_mixed, int64_t num_portions,
                                                 int32_t (*sums)[PKV_OUT_BLOCK], int64_t block_stride) {
@@ -159,7 +157,7 @@ static __attribute__((noinline)) void add_chunk(const weight_portion *weights, c
   for (; p < num_mixed; p++) add_portion(totals, looked_up, weights + p, rows + p, true);
   for (; p < num_portions; p++) add_portion(totals, looked_up, weights + p, rows + p, false);
   EACH (r, ROWS) {
-    /* In the upper half of 32 bits, then down with its sign. */
+    /* Sign-extend: to the upper half of 32 bits, then shift down. */
     __m512i widened[2] = {_mm512_unpacklo_epi16(looked_up[r], looked_up[r]),
                           _mm512_unpackhi_epi16(looked_up[r], looked_up[r])};
     EACH (b, 2) {
@@ -170,14 +168,14 @@ static __attribute__((noinline)) void add_chunk(const weight_portion *weights, c
   }
 }
 
-/* Of a chunk that starts with group `done`, periods of seven groups. */
+/* A chunk that starts at group `done`, of periods of seven groups. */
 ALWAYS_INLINE int64_t periods_of(int64_t num_groups, int64_t done) {
   int64_t periods = (num_groups - done) / 7;
-  return periods < MOST_PERIODS ? periods : MOST_PERIODS;
+  return periods < MAX_PERIODS ? periods : MAX_PERIODS;
 }
 
-/* Ways are of weights -1, 0 and 1, and codes larger by one: the sum of the inputs that are looked up is what
- * all sums of a row start from. */
+/* Tables have weights -1, 0 and 1, codes are larger by one: every sum of a row starts from the sum of
+ * its looked-up inputs. */
 static void start_sums(const int8_t *row, int64_t num_groups, int32_t (*sums)[PKV_OUT_BLOCK],
                        int64_t num_blocks, int64_t block_stride) {
   int32_t total = 0;

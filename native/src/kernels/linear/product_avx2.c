@@ -1,5 +1,5 @@
-/* Products with ternary weights in AVX2: bytes times bytes, added up in 16 bits for 256 inputs, then in 32.
- */
+/* Products with ternary weights in AVX2: bytes times bytes, summed in 16 bits for 256 inputs, then in
+ * 32. */
 #include <immintrin.h>
 #include <string.h>
 
@@ -7,10 +7,11 @@
 
 enum { PREFETCH_BYTES = 2048, ROWS = 4 };
 
-/* gcc adds up products among themselves first, in more registers than there are: a quarter slower. */
+/* Keeps the order of additions: gcc would add products to each other first, in more registers than there
+ * are, a quarter slower. */
 #define IN_THIS_ORDER(a, b) __asm__("" : "+x"(a), "+x"(b))
 
-/* Four inputs of a row, repeated. */
+/* Broadcast four inputs of a row. */
 ALWAYS_INLINE __m256i four_inputs(const int8_t *x) {
   int32_t four;
   memcpy(&four, x, sizeof four);
@@ -19,8 +20,8 @@ ALWAYS_INLINE __m256i four_inputs(const int8_t *x) {
 
 ALWAYS_INLINE __m256i load(const uint8_t *bytes) { return _mm256_loadu_si256((const __m256i *)bytes); }
 
-/* Add the products of up to PKV_GROUPS_ADDED groups to totals; outputs 0 to 7 and 8 to 15 are the two halves.
- */
+/* Add the products of up to PKV_GROUPS_ADDED groups to totals; outputs 0 to 7 and 8 to 15 are the two
+ * halves. */
 ALWAYS_INLINE void add_groups(const uint8_t *weights, int num_groups, const int8_t *rows, int64_t row_stride,
                               int num_rows, __m256i totals[][2]) {
   const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
@@ -100,5 +101,5 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
   }
 }
 
-const pkv_product pkv_product_avx2 = {"avx2",   ROWS,         ternary,  int8,       round_row,
-                                      put_rows, norm_or_copy, bfloat16, put_values, NULL};
+const pkv_product pkv_product_avx2 = {"avx2",     ROWS,         ternary,  int8,         round_row,
+                                      store_rows, norm_or_copy, bfloat16, store_values, NULL};

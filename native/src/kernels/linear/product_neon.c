@@ -1,9 +1,8 @@
-/* Products with NEON, as every 64-bit ARM has it: bytes times bytes in 16 bits, added up for 256 inputs, then
- * in 32.
+/* Products with NEON, which every 64-bit ARM has: bytes times bytes in 16 bits, summed for 256 inputs,
+ * then in 32.
  *
- * Lane j of a quarter of a group is output j / 4 of four, and input j % 4; what belongs to an output comes
- * together two by two.
- */
+ * Lane j of a quarter of a group is output j / 4 of four, and input j % 4; pairwise additions sum the
+ * lanes of an output. */
 #include <arm_neon.h>
 #include <string.h>
 
@@ -11,7 +10,7 @@
 
 enum { ROWS = 2 };
 
-/* Four bytes of a row, or two shorts, repeated. */
+/* Broadcast four bytes of a row, or two shorts. */
 ALWAYS_INLINE int32x4_t repeated(const void *x) {
   int32_t four;
   memcpy(&four, x, sizeof four);
@@ -68,5 +67,5 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
   }
 }
 
-const pkv_product pkv_product_neon = {"neon",   ROWS,         ternary,  int8,       round_row,
-                                      put_rows, norm_or_copy, bfloat16, put_values, NULL};
+const pkv_product pkv_product_neon = {"neon",     ROWS,         ternary,  int8,         round_row,
+                                      store_rows, norm_or_copy, bfloat16, store_values, NULL};

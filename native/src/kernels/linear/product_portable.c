@@ -1,4 +1,4 @@
-/* Products with ternary weights in plain C: the ones to read first, and those that run anywhere. */
+/* Products with ternary weights in plain C: the ones to read first, which run anywhere. */
 #include <string.h>
 
 #include "activations.h"
@@ -25,5 +25,5 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
     }
 }
 
-const pkv_product pkv_product_portable = {"portable", PKV_MOST_ROWS, ternary,  int8,       round_row,
-                                          put_rows,   norm_or_copy,  bfloat16, put_values, NULL};
+const pkv_product pkv_product_portable = {"portable", PKV_MAX_ROWS, ternary,  int8,         round_row,
+                                          store_rows, norm_or_copy, bfloat16, store_values, NULL};

@@ -1,8 +1,8 @@
-/* Products with AVX-512 VNNI: four bytes times four bytes, or two shorts times two, added in 32 bits at once.
+/* Products with AVX-512 VNNI: four bytes times four bytes, or two shorts times two, summed in 32 bits in
+ * one instruction.
  *
- * A group of weights is one vector, whose lanes are the 16 outputs: nothing is unpacked but by mask and
- * shift, and nothing overflows on the way.
- */
+ * A group of weights is one vector, whose lanes are the 16 outputs: unpacking is a mask and a shift, and
+ * no sum overflows. */
 #ifdef PKV_EMULATED
 #include "emulated.h"
 #else
@@ -14,10 +14,10 @@
 
 enum { PREFETCH_BYTES = 2048, ROWS = 8 };
 
-/* Sums of few rows are each added up in several chains, or every addition would wait for the one before. */
+/* A few rows' sums are split into several chains, or every addition would wait for the one before. */
 #define CHAINS(num_rows) ((num_rows) == 1 ? 4 : (num_rows) <= 4 ? 2 : 1)
 
-/* Four bytes of a row, or two shorts, repeated. */
+/* Broadcast four bytes of a row, or two shorts. */
 ALWAYS_INLINE __m512i repeated(const void *x) {
   int32_t four;
   memcpy(&four, x, sizeof four);
@@ -74,7 +74,7 @@ ALWAYS_INLINE void int8_rows(const int8_t *weights, int64_t num_in, const int16_
 
 #include "lookups.h"
 
-/* A function of its own for each number of rows. */
+/* One function for each number of rows. */
 #define OF_ROWS(call)           \
   switch (num_rows) {           \
     case 1: call(1); break;     \
@@ -102,6 +102,6 @@ static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int
 }
 
 #define PRODUCT(name, many) \
-  {name, ROWS, ternary, int8, round_row, put_rows, norm_or_copy, bfloat16, put_values, many}
+  {name, ROWS, ternary, int8, round_row, store_rows, norm_or_copy, bfloat16, store_values, many}
 const pkv_product pkv_product_vnni = PRODUCT("vnni", NULL);
 const pkv_product pkv_product_vnni_lookups = PRODUCT("vnni with lookups", ternary_many);

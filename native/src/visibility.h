@@ -1,12 +1,12 @@
-/* What rows see of their sequence: a mask, a bit per token, and the spans with anything to be seen.
+/* Which tokens a q row sees: a 64-bit mask per run, and the spans that hold any of them.
  *
- *   row     the i-th of all q rows; those of a sequence are its newest tokens
+ *   row     index among all q rows; those of a sequence are its newest tokens
  *   sees    all tokens up to its own; with a window, the newest of these and the sinks
- *   span    span_tokens tokens, counted from the sequence's first, whatever is seen of them
+ *   span    span_tokens tokens, counted from the sequence's first
  *
- * Kernels and attend.c meet what is seen here, and nothing else. */
-#ifndef PKV_SIGHT_H
-#define PKV_SIGHT_H
+ * Attention visits exactly the tokens that these masks allow. */
+#ifndef PKV_VISIBILITY_H
+#define PKV_VISIBILITY_H
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -17,7 +17,7 @@ static inline int32_t num_rows_of(const pkv_batch *batch, int32_t seq) {
   return batch->qo_indptr[seq + 1] - batch->qo_indptr[seq];
 }
 
-/* How many tokens a row sees, but for its window: all up to its own. */
+/* How many tokens a row sees without a window: all up to its own. */
 static inline int32_t num_seen(const pkv_batch *batch, int32_t seq, int32_t row) {
   if (batch->sees_all) return batch->seq_lens[seq];
   return batch->seq_lens[seq] - (batch->qo_indptr[seq + 1] - 1 - row);
@@ -29,7 +29,7 @@ static inline int32_t window_start(const pkv_batch *batch, int32_t seq, int32_t 
   return batch->window && seen > batch->window ? seen - batch->window : 0;
 }
 
-/* Bits begin .. end - 1, of 64. */
+/* Bits `begin` to `end` - 1, of 64. */
 static inline uint64_t bits_between(int64_t begin, int64_t end) {
   if (begin < 0) begin = 0;
   if (end > 64) end = 64;
@@ -37,7 +37,7 @@ static inline uint64_t bits_between(int64_t begin, int64_t end) {
   return (end == 64 ? ~UINT64_C(0) : (UINT64_C(1) << end) - 1) & ~((UINT64_C(1) << begin) - 1);
 }
 
-/* Which of the tokens start .. end - 1 (64 at most) a row sees. */
+/* The tokens `start` to `end` - 1 (at most 64) that a row sees; bit 0 is `start`. */
 static inline uint64_t visible(const pkv_batch *batch, int32_t seq, int32_t row, int32_t start, int32_t end) {
   int32_t seen = num_seen(batch, seq, row);
   uint64_t before_own = bits_between(0, (seen < end ? seen : end) - start);
@@ -45,7 +45,7 @@ static inline uint64_t visible(const pkv_batch *batch, int32_t seq, int32_t row,
   return before_own & (in_window | bits_between(0, (int64_t)batch->num_sink_tokens - start));
 }
 
-/* The spans of which some rows see anything: those of the sinks, then those from the window of the first row
+/* The spans that some rows see tokens of: the sinks' spans, then those from the window of the first row
  * on. */
 typedef struct {
   int32_t span_tokens;
@@ -67,13 +67,13 @@ static inline span_list spans_of(const pkv_batch *batch, int32_t span_tokens, in
   return spans;
 }
 
-/* The first token of the i-th of them. */
+/* The first token of span i of the list. */
 static inline int32_t start_of_span(span_list spans, int32_t i) {
   int32_t span = i < spans.num_sink_spans ? i : spans.first_window_span + i - spans.num_sink_spans;
   return span * spans.span_tokens;
 }
 
-/* Does a row see a token of the span that begins at `start`, and is it the first such span? */
+/* Does a row see a token of the span that begins at `start`?  And is it the first such span? */
 static inline bool sees_span(const pkv_batch *batch, int32_t span_tokens, int32_t seq, int32_t row,
                              int32_t start) {
   return start < num_seen(batch, seq, row) &&

@@ -1,19 +1,18 @@
-/* Lists of rows and pages that somebody else keeps: held against each other, and made a batch.
+/* Validates a caller's indptr arrays and page ids, and makes them a pkv_batch.
  *
- * Lengths in the last page tell how long sequences are; a batch tells lengths.
- */
+ * A sequence's length follows from its page count and kv_last_page_len. */
 #include <stdbool.h>
 #include <string.h>
 
 #include "../include/paged_kv.h"
 
-static pkv_list_fault refuse(pkv_refusal *refusal, pkv_list_fault fault, int64_t index, int64_t asked,
-                             int64_t available) {
+static pkv_foreign_fault refuse(pkv_refusal *refusal, pkv_foreign_fault fault, int64_t index, int64_t asked,
+                                int64_t available) {
   *refusal = (pkv_refusal){index, asked, available};
   return fault;
 }
 
-/* An indptr begins with 0, never falls, and ends at `end` (or before, if it may). */
+/* Does an indptr begin with 0, never decrease, and end at `end` (or before, when it may)? */
 static bool is_indptr(const int64_t *indptr, int64_t count, int64_t end, bool may_end_before) {
   if (indptr[0] != 0) return false;
   for (int64_t i = 0; i < count; i++)
@@ -21,8 +20,8 @@ static bool is_indptr(const int64_t *indptr, int64_t count, int64_t end, bool ma
   return indptr[count] <= INT32_MAX && (may_end_before ? indptr[count] <= end : indptr[count] == end);
 }
 
-pkv_list_fault pkv_batch_of_lists(const pkv_lists *lists, int32_t *memory, pkv_batch *batch,
-                                  pkv_refusal *refusal) {
+pkv_foreign_fault pkv_batch_of_foreign(const pkv_foreign *lists, int32_t *memory, pkv_batch *batch,
+                                       pkv_refusal *refusal) {
   int64_t num_seqs = lists->num_seqs;
   if (!is_indptr(lists->qo_indptr, num_seqs, lists->num_rows, false))
     return refuse(refusal, PKV_BAD_QO_INDPTR, -1, lists->qo_indptr[num_seqs], lists->num_rows);
@@ -54,5 +53,5 @@ pkv_list_fault pkv_batch_of_lists(const pkv_lists *lists, int32_t *memory, pkv_b
       return refuse(refusal, PKV_MORE_ROWS_THAN_TOKENS, i, num_rows, seq_len);
     batch->seq_lens[i] = (int32_t)seq_len;
   }
-  return PKV_LISTS_OK;
+  return PKV_FOREIGN_OK;
 }
