@@ -39,10 +39,9 @@ typedef struct {
   const pkv_batch *batch;
   const pkv_attention *attention;
   const int64_t *slots; /* [num_tokens], where k and v are written first; NULL: they are written */
-  float scale;          /* of scores, in units of log2, as all that follows */
-  float soft_cap;       /* 0: none */
-  float *slopes;        /* [num_q_heads], NULL: none */
-  float *sinks;         /* [num_q_heads], NULL: none */
+  pkv_layer layer;
+  float scale;  /* of scores, in units of log2 */
+  float *sinks; /* [num_q_heads], in units of log2; NULL: none */
   int32_t num_q_heads;
   bool is_cached;     /* the pages that the call reads */
   bool has_pairs;     /* keys and queries of bfloat16 are multiplied two dims at a time */
@@ -60,13 +59,9 @@ typedef struct {
 
 /* ---- addresses */
 
-/* Elements of a head of q and of K, dims or pairs of them: each takes the place of a float. */
-static int32_t q_dim(const job *job) { return job->pages->head_dim / (job->has_pairs ? 2 : 1); }
-
-static pkv_state state_at(const item_shape *item_shape, float *states, int64_t index) {
-  float *floats = states + index * item_shape->state_floats;
-  return (pkv_state){floats, floats + item_shape->num_q_heads,
-                     floats + item_shape->state_floats - item_shape->value_floats};
+static pkv_state state_at(const item_shape *shape, float *states, int64_t index) {
+  float *floats = states + index * shape->state_floats;
+  return (pkv_state){floats, floats + shape->num_q_heads, floats + shape->state_floats - shape->value_floats};
 }
 
 static pkv_state state_of_head(const job *job, pkv_state state, int32_t q_head) {
@@ -74,10 +69,10 @@ static pkv_state state_of_head(const job *job, pkv_state state, int32_t q_head) 
                      state.accumulated + q_head * pkv_padded(job->pages->head_dim_v)};
 }
 
-static void clear(const item_shape *item_shape, pkv_state state) {
-  for (int32_t h = 0; h < item_shape->num_q_heads; h++) state.maximum[h] = -INFINITY;
-  memset(state.sum, 0, (size_t)item_shape->num_q_heads * sizeof(float));
-  memset(state.accumulated, 0, (size_t)item_shape->value_floats * sizeof(float));
+static void clear(const item_shape *shape, pkv_state state) {
+  for (int32_t h = 0; h < shape->num_q_heads; h++) state.maximum[h] = -INFINITY;
+  memset(state.sum, 0, (size_t)shape->num_q_heads * sizeof(float));
+  memset(state.accumulated, 0, (size_t)shape->value_floats * sizeof(float));
 }
 
 /* The end of the run that begins at token `start`. */
@@ -135,13 +130,13 @@ typedef struct {
   float *span;   /* [rows], of the current span */
 } scratch;
 
-static int64_t scratch_floats(const item_shape *item_shape) {
-  return item_shape->num_rows * (2 * item_shape->state_floats + item_shape->q_floats);
+static int64_t scratch_floats(const item_shape *shape) {
+  return shape->num_rows * (2 * shape->state_floats + shape->q_floats);
 }
 
-static scratch scratch_of(const job *job, const item_shape *item_shape, int32_t worker) {
+static scratch scratch_of(const job *job, const item_shape *shape, int32_t worker) {
   float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
-  int64_t states = item_shape->num_rows * item_shape->state_floats;
+  int64_t states = shape->num_rows * shape->state_floats;
   return (scratch){floats + 2 * states, floats, floats + states};
 }
 
@@ -171,7 +166,7 @@ static void set_tokens(const job *job, pkv_run *run, uint64_t mask, const char *
     run->v = own->v;
     run->k_stride = run->v_stride = 0;
   }
-  if (!job->slopes) return;
+  if (!job->layer.alibi_slopes) return;
   memset(own->distances, 0, sizeof own->distances);
   int32_t i = 0;
   for (uint64_t left = shifted; left; left &= left - 1)
@@ -180,15 +175,13 @@ static void set_tokens(const job *job, pkv_run *run, uint64_t mask, const char *
 }
 
 /* Fold the run into the states of its rows, from kv head `head` on. */
-static void fold_heads(const job *job, const work_item *work_item, pkv_run *run, int32_t head, const float *q,
+static void fold_heads(const job *job, const work_item *item, pkv_run *run, int32_t head, const float *q,
                        pkv_state state) {
-  int32_t own_head = (head - work_item->first_head) * run->group; /* within the item's q and state */
-  run->k_offset = head * run->k_head_stride;
-  run->v_offset = head * run->v_head_stride;
-  if (job->slopes) run->alibi_slopes = job->slopes + head * run->group;
-  pkv_fold *fold =
-      pkv_choose_fold(job->kernel, run->k_dtype, work_item->num_rows * run->group, job->is_cached);
-  fold(run, q + (int64_t)own_head * pkv_padded(run->head_dim), state_of_head(job, state, own_head));
+  const pkv_layer *layer = &job->layer;
+  int32_t own_head = (head - item->first_head) * layer->group; /* within the item's q and state */
+  run->first_head = head;
+  pkv_fold *fold = pkv_choose_fold(job->kernel, layer, item->num_rows * layer->group, job->is_cached);
+  fold(layer, run, q + (int64_t)own_head * pkv_padded(layer->k.dim), state_of_head(job, state, own_head));
 }
 
 /* True when `mask` is `before` plus later tokens only, so that both rows can share one fold, in which
@@ -201,127 +194,111 @@ static bool extends(uint64_t before, uint64_t mask) {
 
 /* The keys of the run that begins at `start`, up to the first gap, to be prefetched.  Returns their
  * number. */
-static int32_t locate_next_keys(const job *job, const work_item *work_item, int32_t start, const char **k) {
-  int32_t row = work_item->first_row + work_item->num_rows - 1,
-          end = num_seen(job->batch, work_item->seq, row);
+static int32_t locate_next_keys(const job *job, const work_item *item, int32_t start, const char **k) {
+  int32_t row = item->first_row + item->num_rows - 1, end = num_seen(job->batch, item->seq, row);
   if (start >= end) return 0;
-  uint64_t mask = visible(job->batch, work_item->seq, row, start, end_of_run(job, start, end));
+  uint64_t mask = visible(job->batch, item->seq, row, start, end_of_run(job, start, end));
   if (mask & (mask + 1)) return 0; /* a gap between sinks and window: not prefetched */
-  locate_tokens(job, work_item->seq, start, mask, k, NULL);
+  locate_tokens(job, item->seq, start, mask, k, NULL);
   return __builtin_popcountll(mask);
 }
 
-static void fold_run_into_rows(const job *job, const work_item *work_item, int32_t start, int32_t end,
+static void fold_run_into_rows(const job *job, const work_item *item, int32_t start, int32_t end,
                                const scratch *scratch, float *states) {
   const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
   uint64_t masks[MAX_ROWS_PER_ITEM], all = 0;
   int32_t num_seen_of[MAX_ROWS_PER_ITEM];
-  for (int32_t row = 0; row < work_item->num_rows; row++) {
-    masks[row] = visible(job->batch, work_item->seq, work_item->first_row + row, start, end);
+  for (int32_t row = 0; row < item->num_rows; row++) {
+    masks[row] = visible(job->batch, item->seq, item->first_row + row, start, end);
     num_seen_of[row] = __builtin_popcountll(masks[row]);
     all |= masks[row];
   }
   if (!all) return;
-  locate_tokens(job, work_item->seq, start, all, k, v);
+  locate_tokens(job, item->seq, start, all, k, v);
   const char *next_k[PKV_RUN_TOKENS];
-  int32_t num_next = locate_next_keys(job, work_item, end, next_k);
+  int32_t num_next = locate_next_keys(job, item, end, next_k);
   bool is_in_page = are_in_page(job, start, end);
-  pkv_run run = {.k_dtype = job->has_pairs ? PKV_BFLOAT16_PAIRS : job->pages->k_dtype,
-                 .v_dtype = job->pages->v_dtype,
-                 .head_dim = q_dim(job),
-                 .head_dim_v = job->pages->head_dim_v,
-                 .k_head_stride = job->pages->k_head_stride,
-                 .v_head_stride = job->pages->v_head_stride,
-                 .scale = job->has_pairs ? job->scale : 1.0f,
-                 .soft_cap = job->soft_cap,
-                 .q_stride = work_item->item_shape->q_floats,
-                 .state_stride = work_item->item_shape->state_floats,
-                 .group = job->num_q_heads / job->pages->num_kv_heads};
+  pkv_run run = {.q_stride = item->shape->q_floats, .state_stride = item->shape->state_floats};
   own_tokens own;
-  int32_t end_head = work_item->first_head + work_item->item_shape->num_kv_heads;
-  for (int32_t head = work_item->first_head; head < end_head; head += run.num_kv_heads) {
+  int32_t end_head = item->first_head + item->shape->num_kv_heads;
+  for (int32_t head = item->first_head; head < end_head; head += run.num_kv_heads) {
     run.is_resident = false;
-    for (int32_t row = 0; row < work_item->num_rows; row += run.num_rows) {
+    for (int32_t row = 0; row < item->num_rows; row += run.num_rows) {
       run.num_rows = 1;
-      while (row + run.num_rows < work_item->num_rows &&
+      while (row + run.num_rows < item->num_rows &&
              extends(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
         run.num_rows++;
       /* All heads in one fold, unless other rows read the same tokens before the next head's. */
-      run.num_kv_heads = run.num_rows == work_item->num_rows ? end_head - head : 1;
+      run.num_kv_heads = run.num_rows == item->num_rows ? end_head - head : 1;
       if (!masks[row]) continue;
       uint64_t mask = masks[row + run.num_rows - 1];
       run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
-      int32_t to_own = num_seen(job->batch, work_item->seq, work_item->first_row + row) - 1 - start;
+      int32_t to_own = num_seen(job->batch, item->seq, item->first_row + row) - 1 - start;
       set_tokens(job, &run, mask, k, v, is_in_page, to_own, &own);
       bool is_last = head + run.num_kv_heads == end_head;
       run.k_next = is_last ? next_k : run.k; /* the same tokens of the next head */
       run.num_next = is_last ? num_next : run.num_tokens;
-      run.next_offset = (is_last ? work_item->first_head : head + 1) * job->pages->k_head_stride;
-      fold_heads(job, work_item, &run, head, scratch->q + row * run.q_stride,
-                 state_at(work_item->item_shape, states, row));
+      run.next_head = is_last ? item->first_head : head + 1;
+      fold_heads(job, item, &run, head, scratch->q + row * run.q_stride, state_at(item->shape, states, row));
       run.is_resident = true;
     }
   }
 }
 
 /* Fold one span, for each row of the item as far as the row sees it. */
-static void fold_span(const job *job, const work_item *work_item, int32_t start, const scratch *scratch,
+static void fold_span(const job *job, const work_item *item, int32_t start, const scratch *scratch,
                       float *states) {
-  for (int32_t row = 0; row < work_item->num_rows; row++)
-    clear(work_item->item_shape, state_at(work_item->item_shape, states, row));
-  int32_t end = num_seen(job->batch, work_item->seq, work_item->first_row + work_item->num_rows - 1);
+  for (int32_t row = 0; row < item->num_rows; row++) clear(item->shape, state_at(item->shape, states, row));
+  int32_t end = num_seen(job->batch, item->seq, item->first_row + item->num_rows - 1);
   if (end > (int64_t)start + job->work.span_tokens) end = start + job->work.span_tokens;
   while (start < end) {
     int32_t run_end = end_of_run(job, start, end);
-    fold_run_into_rows(job, work_item, start, run_end, scratch, states);
+    fold_run_into_rows(job, item, start, run_end, scratch, states);
     start = run_end;
   }
 }
 
 /* Merge a span's states into those of the spans before; the first span that a row sees starts its state. */
-static void merge_span(const job *job, const work_item *work_item, int32_t start, float *states,
-                       float *later) {
-  for (int32_t row = 0; row < work_item->num_rows; row++) {
-    int32_t q_row = work_item->first_row + row;
-    pkv_state state = state_at(work_item->item_shape, states, row),
-              of_span = state_at(work_item->item_shape, later, row);
-    if (!sees_span(job->batch, job->work.span_tokens, work_item->seq, q_row, start)) continue;
-    if (is_first_span(job->batch, job->work.span_tokens, work_item->seq, q_row, start))
-      memcpy(state.maximum, of_span.maximum, (size_t)work_item->item_shape->state_floats * sizeof(float));
+static void merge_span(const job *job, const work_item *item, int32_t start, float *states, float *later) {
+  for (int32_t row = 0; row < item->num_rows; row++) {
+    int32_t q_row = item->first_row + row;
+    pkv_state state = state_at(item->shape, states, row), of_span = state_at(item->shape, later, row);
+    if (!sees_span(job->batch, job->work.span_tokens, item->seq, q_row, start)) continue;
+    if (is_first_span(job->batch, job->work.span_tokens, item->seq, q_row, start))
+      memcpy(state.maximum, of_span.maximum, (size_t)item->shape->state_floats * sizeof(float));
     else
-      job->kernel->merge(state, of_span, work_item->item_shape->num_q_heads, job->pages->head_dim_v);
+      job->kernel->merge(state, of_span, item->shape->num_q_heads, job->pages->head_dim_v);
   }
 }
 
-static int32_t first_q_head(const job *job, const work_item *work_item) {
-  return work_item->first_head * (job->num_q_heads / job->pages->num_kv_heads);
+static int32_t first_q_head(const job *job, const work_item *item) {
+  return item->first_head * (job->num_q_heads / job->pages->num_kv_heads);
 }
 
-static void finish_rows(const job *job, const work_item *work_item, float *states) {
+static void finish_rows(const job *job, const work_item *item, float *states) {
   const pkv_tensor *out = &job->attention->out;
-  for (int64_t row = 0; row < work_item->num_rows; row++)
-    for (int32_t i = 0; i < work_item->item_shape->num_q_heads; i++) {
-      int64_t q_row = work_item->first_row + row, head = first_q_head(job, work_item) + i;
-      pkv_state state = state_of_head(job, state_at(work_item->item_shape, states, row), i);
+  for (int64_t row = 0; row < item->num_rows; row++)
+    for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
+      int64_t q_row = item->first_row + row, head = first_q_head(job, item) + i;
+      pkv_state state = state_of_head(job, state_at(item->shape, states, row), i);
       float *lse = job->attention->lse ? job->attention->lse + q_row * job->num_q_heads + head : NULL;
       job->kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride, out->dtype, state,
                           job->sinks ? job->sinks + head : NULL, job->pages->head_dim_v, lse);
     }
 }
 
-static float *partial_states(const job *job, const work_item *work_item, int32_t span) {
-  return job->partials + work_item->first_partial +
-         (int64_t)span * work_item->num_rows * work_item->item_shape->state_floats;
+static float *partial_states(const job *job, const work_item *item, int32_t span) {
+  return job->partials + item->first_partial + (int64_t)span * item->num_rows * item->shape->state_floats;
 }
 
-static void prepare_rows(const job *job, const work_item *work_item, float *prepared) {
+static void prepare_rows(const job *job, const work_item *item, float *prepared) {
   const pkv_tensor *q = &job->attention->q;
   int32_t head_dim = job->pages->head_dim;
-  for (int64_t row = 0; row < work_item->num_rows; row++)
-    for (int32_t i = 0; i < work_item->item_shape->num_q_heads; i++) {
-      const char *from = q->data + (work_item->first_row + row) * q->token_stride +
-                         (first_q_head(job, work_item) + i) * q->head_stride;
-      float *to = prepared + row * work_item->item_shape->q_floats + i * pkv_padded(q_dim(job));
+  for (int64_t row = 0; row < item->num_rows; row++)
+    for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
+      const char *from = q->data + (item->first_row + row) * q->token_stride +
+                         (first_q_head(job, item) + i) * q->head_stride;
+      float *to = prepared + row * item->shape->q_floats + i * pkv_padded(job->layer.k.dim);
       if (job->has_pairs)
         memcpy(to, from, (size_t)head_dim * sizeof(uint16_t));
       else
@@ -331,16 +308,15 @@ static void prepare_rows(const job *job, const work_item *work_item, float *prep
 
 /* ---- new keys and values */
 
-static void write_rows_of(const job *job, const work_item *work_item, int32_t first_head,
-                          int32_t num_kv_heads) {
+static void write_rows_of(const job *job, const work_item *item, int32_t first_head, int32_t num_kv_heads) {
   pkv_tensor k = job->attention->k, v = job->attention->v;
   pkv_pages pages = *job->pages;
-  k.data += work_item->first_row * k.token_stride + first_head * k.head_stride;
-  v.data += work_item->first_row * v.token_stride + first_head * v.head_stride;
+  k.data += item->first_row * k.token_stride + first_head * k.head_stride;
+  v.data += item->first_row * v.token_stride + first_head * v.head_stride;
   pages.k += first_head * pages.k_head_stride;
   pages.v += first_head * pages.v_head_stride;
   pages.num_kv_heads = num_kv_heads;
-  pkv_write_rows(job->kernel, &pages, work_item->num_rows, job->slots + work_item->first_row, &k, &v, false);
+  pkv_write_rows(job->kernel, &pages, item->num_rows, job->slots + item->first_row, &k, &v, false);
 }
 
 static void write_before_all(void *context, int32_t worker) {
@@ -376,29 +352,26 @@ static void merge_pieces(const job *job, const work_item *first) {
 }
 
 /* Merge spans as they come; a piece that is not the item's first leaves the states of its spans. */
-static void attend_item(const job *job, const work_item *work_item, int32_t worker) {
-  scratch scratch = scratch_of(job, work_item->item_shape, worker);
-  span_list spans =
-      spans_of(job->batch, job->work.span_tokens, work_item->seq, work_item->first_row, work_item->num_rows);
-  if (job->slots && work_item->new_rows == WRITTEN_BY_ITSELF)
-    write_rows_of(job, work_item, work_item->first_head, work_item->item_shape->num_kv_heads);
-  prepare_rows(job, work_item, scratch.q);
-  for (int32_t row = 0; spans.count == 0 && row < work_item->num_rows; row++)
-    clear(work_item->item_shape, state_at(work_item->item_shape, scratch.states, row));
-  bool is_cut = work_item->num_pieces > 1;
-  float *merged = is_cut ? partial_states(job, work_item, 0) : scratch.states;
-  for (int32_t i = work_item->first_span; i < work_item->end_span; i++) {
+static void attend_item(const job *job, const work_item *item, int32_t worker) {
+  scratch scratch = scratch_of(job, item->shape, worker);
+  span_list spans = spans_of(job->batch, job->work.span_tokens, item->seq, item->first_row, item->num_rows);
+  if (job->slots && item->new_rows == WRITTEN_BY_ITSELF)
+    write_rows_of(job, item, item->first_head, item->shape->num_kv_heads);
+  prepare_rows(job, item, scratch.q);
+  for (int32_t row = 0; spans.count == 0 && row < item->num_rows; row++)
+    clear(item->shape, state_at(item->shape, scratch.states, row));
+  bool is_cut = item->num_pieces > 1;
+  float *merged = is_cut ? partial_states(job, item, 0) : scratch.states;
+  for (int32_t i = item->first_span; i < item->end_span; i++) {
     int32_t start = start_of_span(spans, i);
-    float *states = i == 0                  ? merged
-                    : work_item->first_span ? partial_states(job, work_item, i)
-                                            : scratch.span;
-    fold_span(job, work_item, start, &scratch, states);
-    if (i > 0 && work_item->first_span == 0) merge_span(job, work_item, start, merged, scratch.span);
+    float *states = i == 0 ? merged : item->first_span ? partial_states(job, item, i) : scratch.span;
+    fold_span(job, item, start, &scratch, states);
+    if (i > 0 && item->first_span == 0) merge_span(job, item, start, merged, scratch.span);
   }
   if (!is_cut)
-    finish_rows(job, work_item, merged);
-  else if (atomic_fetch_add(&job->num_ended[work_item->first_piece], 1) == work_item->num_pieces - 1)
-    merge_pieces(job, &job->items[work_item->first_piece]);
+    finish_rows(job, item, merged);
+  else if (atomic_fetch_add(&job->num_ended[item->first_piece], 1) == item->num_pieces - 1)
+    merge_pieces(job, &job->items[item->first_piece]);
 }
 
 static void attend_items(void *context, int32_t worker) {
@@ -422,11 +395,12 @@ static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
 /* Slopes and sinks in units of log2, for as long as the call runs. */
 static void scale_options(job *job, float *memory) {
   const float *slopes = job->attention->alibi_slopes, *sinks = job->attention->sinks;
-  job->slopes = slopes ? memory : NULL;
-  job->sinks = sinks ? memory + job->num_q_heads : NULL;
+  float *scaled_slopes = memory, *scaled_sinks = memory + job->num_q_heads;
+  job->layer.alibi_slopes = slopes ? scaled_slopes : NULL;
+  job->sinks = sinks ? scaled_sinks : NULL;
   for (int32_t h = 0; h < job->num_q_heads; h++) {
-    if (slopes) job->slopes[h] = slopes[h] * LOG2_E;
-    if (sinks) job->sinks[h] = sinks[h] * LOG2_E;
+    if (slopes) scaled_slopes[h] = slopes[h] * LOG2_E;
+    if (sinks) scaled_sinks[h] = sinks[h] * LOG2_E;
   }
 }
 
@@ -492,6 +466,21 @@ static bool are_cached(const pkv_pages *pages, const pkv_batch *batch) {
   return pages->cached_bytes > 0 && batch->kv_indptr[batch->num_seqs] * page_bytes <= pages->cached_bytes;
 }
 
+static pkv_layer layer_of(const job *job) {
+  const pkv_pages *pages = job->pages;
+  pkv_format k = {pages->k_dtype, pages->head_dim, pages->k_head_stride};
+  pkv_format v = {pages->v_dtype, pages->head_dim_v, pages->v_head_stride};
+  if (job->has_pairs) {
+    k.dtype = PKV_BFLOAT16_PAIRS;
+    k.dim /= 2;
+  }
+  return (pkv_layer){.k = k,
+                     .v = v,
+                     .group = job->num_q_heads / pages->num_kv_heads,
+                     .scale = job->has_pairs ? job->scale : 1.0f,
+                     .soft_cap = job->attention->logits_soft_cap * LOG2_E};
+}
+
 /* plan: NULL for pages of no step.  Nothing is written before everything is validated. */
 static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
                          const pkv_plan *plan, const pkv_attention *attention) {
@@ -505,10 +494,10 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
              .attention = attention,
              .is_cached = are_cached(pages, batch)};
   job.scale = attention->sm_scale * LOG2_E;
-  job.soft_cap = attention->logits_soft_cap * LOG2_E;
   job.num_q_heads = num_q_heads;
   job.has_pairs = kernel->multiplies_pairs && attention->q.dtype == PKV_BFLOAT16 &&
                   pages->k_dtype == PKV_BFLOAT16 && pages->head_dim % 32 == 0;
+  job.layer = layer_of(&job);
   int32_t page_size = pages->page_size;
   job.run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
 

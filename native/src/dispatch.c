@@ -133,8 +133,9 @@ static int32_t least_queries_to_compute(int32_t k_dtype) {
   }
 }
 
-pkv_fold *pkv_choose_fold(const pkv_kernel *kernel, int32_t k_dtype, int32_t num_queries, int32_t is_cached) {
-  bool is_stream = !is_cached && num_queries < least_queries_to_compute(k_dtype);
+pkv_fold *pkv_choose_fold(const pkv_kernel *kernel, const pkv_layer *layer, int32_t num_queries,
+                          int32_t is_cached) {
+  bool is_stream = !is_cached && num_queries < least_queries_to_compute(layer->k.dtype);
   return is_stream && kernel->folds[PKV_STREAM] ? kernel->folds[PKV_STREAM] : kernel->folds[PKV_COMPUTE];
 }
 

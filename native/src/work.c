@@ -16,14 +16,14 @@ enum {
 
 /* Items of so many heads, and of as many rows as have ROW_BYTES_PER_ITEM of accumulated values. */
 static item_shape shape_of(const pkv_pages *pages, int32_t num_q_heads, int32_t num_kv_heads) {
-  item_shape item_shape = {.num_kv_heads = num_kv_heads, .num_q_heads = num_q_heads};
-  item_shape.q_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim);
-  item_shape.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
+  item_shape shape = {.num_kv_heads = num_kv_heads, .num_q_heads = num_q_heads};
+  shape.q_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim);
+  shape.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
   /* Maxima and sums, padded so that accumulators are aligned. */
-  item_shape.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + item_shape.value_floats;
-  int64_t rows = ROW_BYTES_PER_ITEM / (item_shape.value_floats * (int64_t)sizeof(float));
-  item_shape.num_rows = rows < 1 ? 1 : rows > MAX_ROWS_PER_ITEM ? MAX_ROWS_PER_ITEM : (int32_t)rows;
-  return item_shape;
+  shape.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + shape.value_floats;
+  int64_t rows = ROW_BYTES_PER_ITEM / (shape.value_floats * (int64_t)sizeof(float));
+  shape.num_rows = rows < 1 ? 1 : rows > MAX_ROWS_PER_ITEM ? MAX_ROWS_PER_ITEM : (int32_t)rows;
+  return shape;
 }
 
 /* The largest number of equal groups of heads that is at most `most`. */
@@ -97,7 +97,7 @@ static int32_t num_pieces_of(const work *work, int64_t total, int64_t cost, int3
 /* Add an item of these rows for all kv heads: one per group of heads and piece. */
 static void add_items(work_size *size, work_item *items, work_item next, int32_t num_kv_heads,
                       int32_t num_spans, bool is_by_itself) {
-  for (; next.first_head < num_kv_heads; next.first_head += next.item_shape->num_kv_heads) {
+  for (; next.first_head < num_kv_heads; next.first_head += next.shape->num_kv_heads) {
     next.first_piece = size->num_items;
     next.first_partial = size->num_partials;
     for (int32_t i = 0; i < next.num_pieces; i++, size->num_items++) {
@@ -110,7 +110,7 @@ static void add_items(work_size *size, work_item *items, work_item next, int32_t
       if (items) items[size->num_items] = next;
     }
     if (next.num_pieces > 1)
-      size->num_partials += (int64_t)num_spans * next.num_rows * next.item_shape->state_floats;
+      size->num_partials += (int64_t)num_spans * next.num_rows * next.shape->state_floats;
   }
 }
 
@@ -120,18 +120,17 @@ work_size pkv_cut_work(const work *work, work_item *items) {
   int64_t total = pkv_cost_of_work(batch), left = 0;
   for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
     bool is_by_head = splits_by_head(work, num_rows_of(batch, seq));
-    const item_shape *item_shape = is_by_head ? &work->one_head : &work->all_heads;
+    const item_shape *shape = is_by_head ? &work->one_head : &work->all_heads;
     int32_t num_rows = 0;
     for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += num_rows) {
       num_rows = batch->qo_indptr[seq + 1] - row;
-      if (num_rows > item_shape->num_rows) num_rows = item_shape->num_rows;
+      if (num_rows > shape->num_rows) num_rows = shape->num_rows;
       int32_t num_spans = spans_of(batch, work->span_tokens, seq, row, num_rows).count;
       int64_t cost = cost_of(batch, seq, row, num_rows);
-      work_item next = {
-          .item_shape = item_shape, .seq = seq, .first_row = row, .num_rows = num_rows, .num_pieces = 1};
+      work_item next = {.shape = shape, .seq = seq, .first_row = row, .num_rows = num_rows, .num_pieces = 1};
       left += cost;
       if (!is_by_head && is_cut(work, total, left, cost, num_spans)) {
-        next.item_shape = &work->some_heads;
+        next.shape = &work->some_heads;
         next.num_pieces = num_pieces_of(work, total, cost, num_spans);
       }
       bool is_alone = !is_by_head && num_rows == num_rows_of(batch, seq);

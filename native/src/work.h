@@ -26,7 +26,7 @@ typedef struct {
 typedef enum { WRITTEN_BY_OTHERS, WRITTEN_BEFORE_ALL, WRITTEN_BY_ITSELF } new_rows;
 
 typedef struct {
-  const item_shape *item_shape;
+  const item_shape *shape;
   int32_t seq;
   int32_t first_head; /* kv head */
   int32_t first_row;  /* of all q rows */

@@ -38,7 +38,7 @@ static pkv_pages plain_pages(void) {
 }
 
 static pkv_tensor dense(float *rows, int num_heads) {
-  return (pkv_tensor){(char *)rows, num_heads * HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+  return (pkv_tensor){{(char *)rows}, num_heads * HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
 }
 
 static pkv_attention attention_of(int num_q_heads, float sm_scale) {

@@ -7,7 +7,7 @@
 #include "../src/visibility.h"
 #include "../src/work.h"
 
-enum { MOST_SEQS = 6, MOST_ROWS = 4096, MOST_BLOCKS = 1 << 16 };
+enum { MOST_SEQS = 6, MOST_ROWS = 4096, MAX_ITEMS = 1 << 16 };
 
 static uint32_t state = 1;
 static int32_t below(int32_t n) {
@@ -40,35 +40,31 @@ static void draw(calls *calls) {
   }
 }
 
-static int32_t spans_met_by(const work *work, const work_item *work_item) {
-  return spans_of(work->batch, work->span_tokens, work_item->seq, work_item->first_row, work_item->num_rows)
-      .count;
+static int32_t spans_of_item(const work *work, const work_item *item) {
+  return spans_of(work->batch, work->span_tokens, item->seq, item->first_row, item->num_rows).count;
 }
 
 /* The pieces of a block follow each other, and their spans too. */
-static void pieces_make_a_block(const work *work, const work_item *items, int64_t first, int64_t *partials) {
-  const work_item *work_item = &items[first];
-  int32_t spans = spans_met_by(work, work_item), met = 0;
-  for (int32_t i = 0; i < work_item->num_pieces; i++) {
-    assert(work_item[i].first_row == work_item->first_row &&
-           work_item[i].num_pieces == work_item->num_pieces);
-    assert(work_item[i].first_span == met && (spans == 0 || work_item[i].end_span > met));
-    met = work_item[i].end_span;
-    assert((work_item[i].new_rows == WRITTEN_BEFORE_ALL) <= (i == 0));
+static void pieces_make_an_item(const work *work, const work_item *items, int64_t first, int64_t *partials) {
+  const work_item *item = &items[first];
+  int32_t spans = spans_of_item(work, item), visited = 0;
+  for (int32_t i = 0; i < item->num_pieces; i++) {
+    assert(item[i].first_row == item->first_row && item[i].num_pieces == item->num_pieces);
+    assert(item[i].first_span == visited && (spans == 0 || item[i].end_span > visited));
+    visited = item[i].end_span;
+    assert((item[i].new_rows == WRITTEN_BEFORE_ALL) <= (i == 0));
     /* Who writes new rows is the only one to read them. */
-    if (work_item[i].new_rows == WRITTEN_BY_ITSELF)
-      assert(i + 1 == work_item->num_pieces && (i == 0 || work_item->num_rows == 1) &&
-             work_item->num_rows == num_rows_of(work->batch, work_item->seq));
-    if (work_item->num_pieces > 1)
-      assert(work_item[i].first_piece == first && work_item[i].first_partial == *partials);
+    if (item[i].new_rows == WRITTEN_BY_ITSELF)
+      assert(i + 1 == item->num_pieces && (i == 0 || item->num_rows == 1) &&
+             item->num_rows == num_rows_of(work->batch, item->seq));
+    if (item->num_pieces > 1) assert(item[i].first_piece == first && item[i].first_partial == *partials);
   }
-  assert(met == spans);
-  if (work_item->num_pieces > 1)
-    *partials += (int64_t)spans * work_item->num_rows * work_item->item_shape->state_floats;
+  assert(visited == spans);
+  if (item->num_pieces > 1) *partials += (int64_t)spans * item->num_rows * item->shape->state_floats;
 }
 
 static void everything_is_done_once(void) {
-  static work_item items[MOST_BLOCKS];
+  static work_item items[MAX_ITEMS];
   static int32_t heads_met[MOST_ROWS], heads_written[MOST_ROWS];
   for (int round = 0; round < 4000; round++) {
     calls calls;
@@ -77,7 +73,7 @@ static void everything_is_done_once(void) {
     pkv_pages pages = {.num_kv_heads = num_kv_heads, .head_dim = 64, .head_dim_v = 64, .page_size = 64};
     work work = pkv_work_of(&pages, &calls.batch, num_kv_heads * group, 256, num_workers);
     work_size counted = pkv_cut_work(&work, NULL);
-    assert(counted.num_items <= MOST_BLOCKS);
+    assert(counted.num_items <= MAX_ITEMS);
     work_size size = pkv_cut_work(&work, items);
     assert(size.num_items == counted.num_items && size.num_partials == counted.num_partials);
     memset(heads_met, 0, sizeof heads_met);
@@ -85,7 +81,7 @@ static void everything_is_done_once(void) {
     int64_t partials = 0, num_before = 0;
     for (int64_t i = 0; i < size.num_items; i++) {
       if (items[i].new_rows == WRITTEN_BY_OTHERS) continue;
-      int32_t num_heads = items[i].item_shape->num_kv_heads;
+      int32_t num_heads = items[i].shape->num_kv_heads;
       if (items[i].new_rows == WRITTEN_BEFORE_ALL) {
         num_before += items[i].num_rows;
         num_heads = num_kv_heads;
@@ -95,14 +91,14 @@ static void everything_is_done_once(void) {
     }
     assert(num_before == size.num_before);
     for (int64_t i = 0; i < size.num_items; i += items[i].num_pieces) {
-      const work_item *work_item = &items[i];
-      assert(work_item->num_rows >= 1 && work_item->num_rows <= work_item->item_shape->num_rows);
-      assert(work_item->first_head + work_item->item_shape->num_kv_heads <= num_kv_heads);
-      pieces_make_a_block(&work, items, i, &partials);
-      assert(num_workers > 1 || work_item->num_pieces == 1);
-      for (int32_t row = work_item->first_row; row < work_item->first_row + work_item->num_rows; row++) {
-        assert(row >= calls.qo_indptr[work_item->seq] && row < calls.qo_indptr[work_item->seq + 1]);
-        heads_met[row] += work_item->item_shape->num_kv_heads;
+      const work_item *item = &items[i];
+      assert(item->num_rows >= 1 && item->num_rows <= item->shape->num_rows);
+      assert(item->first_head + item->shape->num_kv_heads <= num_kv_heads);
+      pieces_make_an_item(&work, items, i, &partials);
+      assert(num_workers > 1 || item->num_pieces == 1);
+      for (int32_t row = item->first_row; row < item->first_row + item->num_rows; row++) {
+        assert(row >= calls.qo_indptr[item->seq] && row < calls.qo_indptr[item->seq + 1]);
+        heads_met[row] += item->shape->num_kv_heads;
       }
     }
     assert(partials == size.num_partials);
@@ -113,7 +109,7 @@ static void everything_is_done_once(void) {
 
 /* What is taken last is short, where blocks are long; and many short ones are left whole. */
 static void nobody_waits_long(void) {
-  static work_item items[MOST_BLOCKS];
+  static work_item items[MAX_ITEMS];
   static const int32_t batches[] = {1, 2, 3, 8, 16, 64};
   for (int i = 0; i < 6; i++)
     for (int32_t num_workers = 2; num_workers <= 4; num_workers++) {
@@ -126,7 +122,7 @@ static void nobody_waits_long(void) {
       work_size size = pkv_cut_work(&work, items);
       int64_t spans_of_all = (int64_t)count * 32;
       for (int32_t last = 0; last < num_workers; last++)
-        assert((items[last].end_span - items[last].first_span) * items[last].item_shape->num_kv_heads <=
+        assert((items[last].end_span - items[last].first_span) * items[last].shape->num_kv_heads <=
                8 * (spans_of_all / (8 * num_workers) + 1));
       if (count == 64) assert(size.num_items == 64 && size.num_partials == 0);
     }

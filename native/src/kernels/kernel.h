@@ -15,37 +15,43 @@ enum { PKV_RUN_TOKENS = 64, PKV_SPAN_TOKENS = 256, PKV_MAX_HEAD_DIM = 256 };
 
 static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
 
-/* A format that kernels with `multiplies_pairs` read besides the pkv_dtypes: keys and queries of
- * bfloat16, multiplied two dims at a time.  head_dim then counts pairs, and q is not scaled. */
+/* A dtype that kernels with `multiplies_pairs` read besides the pkv_dtypes: keys and queries of bfloat16,
+ * multiplied two dims at a time.  A pair is one element then, and q is not scaled. */
 enum { PKV_BFLOAT16_PAIRS = 16 };
 
+/* How the heads of a token's K or V are stored. */
+typedef struct {
+  int32_t dtype;       /* pkv_dtype, or PKV_BFLOAT16_PAIRS */
+  int32_t dim;         /* elements of a head, a multiple of 8 */
+  int64_t head_stride; /* bytes between kv heads */
+} pkv_format;
+
+/* What all runs of a call share. */
+typedef struct {
+  pkv_format k, v;
+  int32_t group;             /* q heads that share a kv head */
+  float scale;               /* of scores, where q is not scaled; else 1 */
+  float soft_cap;            /* 0: none */
+  const float *alibi_slopes; /* [num_q_heads], NULL: none */
+} pkv_layer;
+
+/* Up to PKV_RUN_TOKENS tokens, some kv heads of them, and the q rows that read them. */
 typedef struct {
   int32_t num_tokens;
-  int32_t k_dtype; /* pkv_dtype, or PKV_BFLOAT16_PAIRS */
-  int32_t v_dtype;
-  int32_t head_dim;     /* of keys, a multiple of 8, at most PKV_MAX_HEAD_DIM */
-  int32_t head_dim_v;   /* of values */
-  int32_t num_kv_heads; /* one after the other */
-  int32_t group;        /* q heads that share a kv head */
   const char *const *k; /* [num_tokens]: address of the token's row */
   const char *const *v;
-  int64_t k_offset; /* bytes from there to the first kv head */
-  int64_t v_offset;
-  int64_t k_head_stride; /* and from each head to the next */
-  int64_t v_head_stride;
   int64_t k_stride; /* bytes between tokens; 0: tokens are not evenly spaced */
   int64_t v_stride;
-  int32_t is_resident;       /* another row block has just read these tokens: prefetch nothing */
-  const char *const *k_next; /* [num_next]: the rows that are read after the last head's, to prefetch */
-  int64_t next_offset;       /* bytes from there to the head that comes next */
-  int32_t num_next;
+  int32_t first_head; /* kv heads first_head .. first_head + num_kv_heads - 1 */
+  int32_t num_kv_heads;
+  int32_t is_resident;       /* other rows have just read these tokens: prefetch nothing */
+  int32_t num_next;          /* what is read after the last head, to be prefetched: */
+  const char *const *k_next; /* [num_next] rows */
+  int32_t next_head;         /* of this kv head */
   int32_t num_rows;          /* q rows, of consecutive positions, that see these tokens */
   const int32_t *num_seen;   /* [num_rows]: how many of them, from the first on, at least 1; NULL: all */
   int64_t q_stride;          /* floats between rows */
   int64_t state_stride;      /* floats between the states of rows */
-  float scale;               /* of scores, where q is not scaled; else 1 */
-  float soft_cap;            /* 0: none */
-  const float *alibi_slopes; /* [num_kv_heads * group], NULL: none */
   const float *distances;    /* [num_tokens]: position minus the first q row's; read with slopes */
 } pkv_run;
 
@@ -57,7 +63,7 @@ typedef struct {
 } pkv_state;
 
 /* Fold a run into the states of its heads' groups, of each row. */
-typedef void pkv_fold(const pkv_run *run, const float *q, pkv_state state);
+typedef void pkv_fold(const pkv_layer *layer, const pkv_run *run, const float *q, pkv_state state);
 
 /* All folds of a kernel give the same bits; pkv_choose_fold picks the fastest. */
 typedef enum { PKV_STREAM, PKV_COMPUTE, PKV_NUM_FOLDS } pkv_fold_kind;
@@ -101,8 +107,9 @@ pkv_fold pkv_compute_avx512bf16;
 /* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available. */
 const pkv_kernel *pkv_active_kernel(void);
 
-/* The fastest fold for keys of this k_dtype, each read by num_queries (rows times heads of a group),
- * from pages in cache or in memory. */
-pkv_fold *pkv_choose_fold(const pkv_kernel *kernel, int32_t k_dtype, int32_t num_queries, int32_t is_cached);
+/* The fastest fold for a layer whose keys are each read by num_queries (rows times heads of a group), from
+ * pages in cache or in memory. */
+pkv_fold *pkv_choose_fold(const pkv_kernel *kernel, const pkv_layer *layer, int32_t num_queries,
+                          int32_t is_cached);
 
 #endif

@@ -4,6 +4,7 @@
 #include "vec.h"
 #include "rows.h"
 #include "stream.h"
+#include "softmax.h"
 #include "fold.h"
 #include "state.h"
 #include "convert.h"

@@ -5,6 +5,9 @@
 #include "vec.h"
 #include "rows.h"
 #include "compute.h"
+#include "softmax.h"
 #include "fold.h"
 
-void pkv_compute_avx512(const pkv_run *run, const float *q, pkv_state state) { fold_run(run, q, state); }
+void pkv_compute_avx512(const pkv_layer *layer, const pkv_run *run, const float *q, pkv_state state) {
+  fold_run(layer, run, q, state);
+}

@@ -8,7 +8,7 @@
  * Each loop is a function of its own, so that the compiler gives it all registers: inlined into each
  * other, they keep addresses in memory or, worse, in vectors. */
 
-enum { LINE_BYTES = 64 };
+enum { LINE_BYTES = 64, FOLDS_SINGLE_ROWS = 1 };
 
 ALWAYS_INLINE int64_t bytes_of(int64_t count, int32_t dtype) { return count * stored_bytes(1, dtype); }
 
@@ -130,68 +130,6 @@ ALWAYS_INLINE void score(const head_rows *keys, const head_rows *ahead, const fl
   }
 }
 
-/* ---- softmax */
-
-/* Turn the `padded` scores of some queries into weights, side by side, since the steps for one query
- * depend on each other.  Maxima, sums and factors are lanes of one vector, a lane per query. */
-ALWAYS_INLINE void softmax_tile(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                                float *const *maximum, float *const *sum, float *rescale) {
-  vec most[4], largest = {}, before = {};
-  EACH (i, num_queries) {
-    most[i] = (vec){} + *maximum[i];
-    before[i] = *maximum[i];
-  }
-  for (int32_t t = 0; t < padded; t += WIDTH)
-    EACH (i, num_queries) most[i] = vec_max(vec_load(scores[i] + t), most[i]);
-  EACH (i, num_queries) largest[i] = vec_maximum(most[i]);
-  /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
-  vec subtracted = vec_select((ivec)(largest == -__builtin_inff()), (vec){}, largest);
-  vec powers = vec_exp2(before - subtracted);
-  float added[4], each[4];
-  EACH (i, num_queries) each[i] = subtracted[i];
-  exponentiate(scores, padded, num_queries, each, added);
-  EACH (i, num_queries) {
-    *maximum[i] = largest[i];
-    rescale[i] = powers[i];
-    *sum[i] = *sum[i] * powers[i] + added[i];
-  }
-}
-
-#define SOFTMAX(name, num_queries)                                                          \
-  NOINLINE void name(float scores[][PKV_RUN_TOKENS], int32_t padded, float *const *maximum, \
-                     float *const *sum, float *rescale) {                                   \
-    softmax_tile(scores, padded, num_queries, maximum, sum, rescale);                       \
-  }
-SOFTMAX(softmax_1, 1)
-SOFTMAX(softmax_2, 2)
-SOFTMAX(softmax_4, 4)
-
-ALWAYS_INLINE void softmax_queries(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                                   float *const *maximum, float *const *sum, float *rescale) {
-  switch (num_queries) {
-    case 4: softmax_4(scores, padded, maximum, sum, rescale); break;
-    case 2: softmax_2(scores, padded, maximum, sum, rescale); break;
-    case 1: softmax_1(scores, padded, maximum, sum, rescale); break;
-  }
-}
-
-/* Weights are 0 beyond the tokens that are visible. */
-ALWAYS_INLINE void softmax(const pkv_run *run, const queries *queries, float scores[][PKV_RUN_TOKENS],
-                           float *rescale) {
-  for (int i = 0, tile; i < queries->count; i += tile) {
-    tile = tile_size(queries->count - i);
-    int32_t padded = 0;
-    for (int j = i; j < i + tile; j++)
-      if (queries->num_seen[j] > padded) padded = queries->num_seen[j];
-    padded = (padded + WIDTH - 1) / WIDTH * WIDTH;
-    for (int j = i; j < i + tile; j++) {
-      if (transforms_scores(run)) transform_scores(run, queries->head[j], queries->row[j], scores[j]);
-      for (int32_t t = queries->num_seen[j]; t < padded; t++) scores[j][t] = -__builtin_inff();
-    }
-    softmax_queries(scores + i, padded, tile, queries->maximum + i, queries->sum + i, rescale + i);
-  }
-}
-
 /* ---- values */
 
 /* Accumulate num_vectors vectors, from dim d on, for num_queries; each holds `count` values. */
@@ -261,48 +199,5 @@ ALWAYS_INLINE void accumulate(const head_rows *values, const head_rows *ahead,
     case PKV_FLOAT32: CALL_ACCUMULATE(accumulate_float32); break;
     case PKV_FLOAT16: CALL_ACCUMULATE(accumulate_float16); break;
     case PKV_BFLOAT16: CALL_ACCUMULATE(accumulate_bfloat16); break;
-  }
-}
-
-/* ---- one row that sees all tokens of the run: decode */
-
-/* Some heads of a group, from `head` of the run on.  Prefetches `now`, the values, and `next`, keys. */
-ALWAYS_INLINE void fold_heads(const pkv_run *run, int32_t head, int num_heads, const head_rows *keys,
-                              const head_rows *values, const head_rows *now, const head_rows *next,
-                              const float *q, pkv_state state) {
-  float scores[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
-  const float *queries[4];
-  float *maximum[4], *sum[4], *accumulated[4], rescale[4];
-  EACH (i, num_heads) {
-    queries[i] = q + i * pkv_padded(keys->dim);
-    maximum[i] = state.maximum + i;
-    sum[i] = state.sum + i;
-    accumulated[i] = state.accumulated + i * pkv_padded(values->dim);
-  }
-  score(keys, now, queries, num_heads, scores);
-  int32_t padded = (keys->count + WIDTH - 1) / WIDTH * WIDTH;
-  EACH (i, num_heads) {
-    if (transforms_scores(run)) transform_scores(run, head + i, 0, scores[i]);
-    for (int32_t t = keys->count; t < padded; t++) scores[i][t] = -__builtin_inff();
-  }
-  softmax_queries(scores, padded, num_heads, maximum, sum, rescale);
-  accumulate(values, next, scores, rescale, num_heads, accumulated);
-}
-
-/* A kv head's group of q heads, without looking at what each row sees. */
-static void fold_row(const pkv_run *run, int32_t kv_head, const head_rows *keys, const head_rows *values,
-                     const head_rows *next_keys, const float *q, pkv_state state) {
-  for (int32_t i = 0, tile; i < run->group; i += tile) {
-    int32_t head = kv_head * run->group + i;
-    pkv_state own = {state.maximum + i, state.sum + i, state.accumulated + i * pkv_padded(values->dim)};
-    const float *own_q = q + i * pkv_padded(keys->dim);
-    bool is_resident = i || run->is_resident;
-    const head_rows *now = is_resident ? NULL : values, *next = is_resident ? NULL : next_keys;
-    tile = tile_size(run->group - i);
-    switch (tile) {
-      case 4: fold_heads(run, head, 4, keys, values, now, next, own_q, own); break;
-      case 2: fold_heads(run, head, 2, keys, values, now, next, own_q, own); break;
-      case 1: fold_heads(run, head, 1, keys, values, now, next, own_q, own); break;
-    }
   }
 }

@@ -44,34 +44,43 @@ static void accumulate_queries(const head_rows *values, const head_rows *ahead, 
   }
 }
 
-static void fold_queries(const pkv_run *run, const head_rows *keys, const head_rows *values,
-                         const head_rows *next_keys, const queries *queries) {
+static void softmax_of_queries(const pkv_layer *layer, const pkv_run *run, const queries *queries,
+                               float scores[][PKV_RUN_TOKENS], float *rescale) {
+  for (int i = 0, tile; i < queries->count; i += tile) {
+    tile = tile_size(queries->count - i);
+    softmax(layer, run, queries->head + i, queries->row + i, queries->num_seen + i, tile, scores + i,
+            queries->maximum + i, queries->sum + i, rescale + i);
+  }
+}
+
+static void fold_queries(const pkv_layer *layer, const pkv_run *run, const head_rows *keys,
+                         const head_rows *values, const head_rows *next_keys, const queries *queries) {
   float scores[MAX_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   float rescale[MAX_QUERIES]; /* factors of what was accumulated before */
   score_queries(keys, run->is_resident ? NULL : values, queries, scores);
-  softmax(run, queries, scores, rescale);
+  softmax_of_queries(layer, run, queries, scores, rescale);
   accumulate_queries(values, run->is_resident ? NULL : next_keys, queries, scores, rescale);
 }
 
 /* Fold one kv head's tokens into the states of its group, of each row. */
-static void fold_head(const pkv_run *run, int32_t kv_head, const head_rows *keys, const head_rows *values,
-                      const head_rows *next_keys, const float *q, pkv_state state) {
-  int64_t q_step = pkv_padded(run->head_dim), value_step = pkv_padded(run->head_dim_v);
+static void fold_head(const pkv_layer *layer, const pkv_run *run, int32_t kv_head, const head_rows *keys,
+                      const head_rows *values, const head_rows *next_keys, const float *q, pkv_state state) {
+  int64_t q_step = pkv_padded(layer->k.dim), value_step = pkv_padded(layer->v.dim);
   queries queries;
   int count = 0;
   for (int32_t row = 0; row < run->num_rows; row++, q += run->q_stride) {
     int32_t num_seen = run->num_seen ? run->num_seen[row] : run->num_tokens;
-    for (int32_t head = 0; head < run->group; head++) {
+    for (int32_t head = 0; head < layer->group; head++) {
       queries.q[count] = q + head * q_step;
       queries.maximum[count] = state.maximum + head;
       queries.sum[count] = state.sum + head;
       queries.accumulated[count] = state.accumulated + head * value_step;
-      queries.head[count] = kv_head * run->group + head;
+      queries.head[count] = kv_head * layer->group + head; /* of all */
       queries.row[count] = row;
       queries.num_seen[count] = num_seen;
-      if (++count < MAX_QUERIES && (row + 1 < run->num_rows || head + 1 < run->group)) continue;
+      if (++count < MAX_QUERIES && (row + 1 < run->num_rows || head + 1 < layer->group)) continue;
       queries.count = count;
-      fold_queries(run, keys, values, next_keys, &queries);
+      fold_queries(layer, run, keys, values, next_keys, &queries);
       count = 0;
     }
     state.maximum += run->state_stride;
@@ -80,27 +89,66 @@ static void fold_head(const pkv_run *run, int32_t kv_head, const head_rows *keys
   }
 }
 
-static void fold_run(const pkv_run *run, const float *q, pkv_state state) {
-  int32_t num_tokens = run->num_tokens, dim = run->head_dim, dim_v = run->head_dim_v;
-  int64_t k_offset = run->k_offset, v_offset = run->v_offset;
-  for (int32_t head = 0; head < run->num_kv_heads; head++) {
-    head_rows keys = head_rows_of(run->k, k_offset, run->k_stride, num_tokens, dim, run->k_dtype);
-    head_rows values = head_rows_of(run->v, v_offset, run->v_stride, num_tokens, dim_v, run->v_dtype);
-    k_offset += run->k_head_stride;
-    v_offset += run->v_head_stride;
+/* ---- one row that sees all tokens of the run: decode */
+
+/* Some heads of a group, from `head` of the run on.  Prefetches `now`, the values, and `next`, keys. */
+ALWAYS_INLINE void fold_heads(const pkv_layer *layer, const pkv_run *run, int32_t head, int num_heads,
+                              const head_rows *keys, const head_rows *values, const head_rows *now,
+                              const head_rows *next, const float *q, pkv_state state) {
+  float scores[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  const float *queries[4];
+  float *maximum[4], *sum[4], *accumulated[4], rescale[4];
+  int32_t heads[4], rows[4], num_seen[4];
+  EACH (i, num_heads) {
+    queries[i] = q + i * pkv_padded(keys->dim);
+    maximum[i] = state.maximum + i;
+    sum[i] = state.sum + i;
+    accumulated[i] = state.accumulated + i * pkv_padded(values->dim);
+    heads[i] = head + i;
+    rows[i] = 0;
+    num_seen[i] = keys->count;
+  }
+  score(keys, now, queries, num_heads, scores);
+  softmax(layer, run, heads, rows, num_seen, num_heads, scores, maximum, sum, rescale);
+  accumulate(values, next, scores, rescale, num_heads, accumulated);
+}
+
+/* A kv head's group of q heads, without looking at what each row sees. */
+static void fold_row(const pkv_layer *layer, const pkv_run *run, int32_t kv_head, const head_rows *keys,
+                     const head_rows *values, const head_rows *next_keys, const float *q, pkv_state state) {
+  for (int32_t i = 0, tile; i < layer->group; i += tile) {
+    int32_t head = kv_head * layer->group + i;
+    pkv_state own = {state.maximum + i, state.sum + i, state.accumulated + i * pkv_padded(values->dim)};
+    const float *own_q = q + i * pkv_padded(keys->dim);
+    bool is_resident = i || run->is_resident;
+    const head_rows *now = is_resident ? NULL : values, *next = is_resident ? NULL : next_keys;
+    tile = tile_size(layer->group - i);
+    switch (tile) {
+      case 4: fold_heads(layer, run, head, 4, keys, values, now, next, own_q, own); break;
+      case 2: fold_heads(layer, run, head, 2, keys, values, now, next, own_q, own); break;
+      case 1: fold_heads(layer, run, head, 1, keys, values, now, next, own_q, own); break;
+    }
+  }
+}
+
+static void fold_run(const pkv_layer *layer, const pkv_run *run, const float *q, pkv_state state) {
+  const pkv_format *k = &layer->k, *v = &layer->v;
+  int32_t num_tokens = run->num_tokens, end_head = run->first_head + run->num_kv_heads;
+  for (int32_t head = run->first_head; head < end_head; head++) {
+    head_rows keys = head_rows_of(run->k, head * k->head_stride, run->k_stride, num_tokens, k->dim, k->dtype);
+    head_rows values =
+        head_rows_of(run->v, head * v->head_stride, run->v_stride, num_tokens, v->dim, v->dtype);
     head_rows next_keys =
-        head + 1 < run->num_kv_heads
-            ? head_rows_of(run->k, k_offset, 0, num_tokens, dim, run->k_dtype)
-            : head_rows_of(run->k_next, run->next_offset, 0, run->num_next, dim, run->k_dtype);
-#ifdef COMPUTE
-    if (run->num_rows == 1)
-      fold_row(run, head, &keys, &values, &next_keys, q, state);
+        head + 1 < end_head
+            ? head_rows_of(run->k, (head + 1) * k->head_stride, 0, num_tokens, k->dim, k->dtype)
+            : head_rows_of(run->k_next, run->next_head * k->head_stride, 0, run->num_next, k->dim, k->dtype);
+    if (FOLDS_SINGLE_ROWS && run->num_rows == 1)
+      fold_row(layer, run, head, &keys, &values, &next_keys, q, state);
     else
-#endif
-      fold_head(run, head, &keys, &values, &next_keys, q, state);
-    q += run->group * pkv_padded(dim);
-    state.maximum += run->group;
-    state.sum += run->group;
-    state.accumulated += run->group * pkv_padded(dim_v);
+      fold_head(layer, run, head, &keys, &values, &next_keys, q, state);
+    q += layer->group * pkv_padded(k->dim);
+    state.maximum += layer->group;
+    state.sum += layer->group;
+    state.accumulated += layer->group * pkv_padded(v->dim);
   }
 }

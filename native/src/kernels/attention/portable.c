@@ -5,6 +5,7 @@
 #include "vec.h"
 #include "rows.h"
 #include "compute.h"
+#include "softmax.h"
 #include "fold.h"
 #include "state.h"
 #include "convert.h"

@@ -38,8 +38,6 @@ static head_rows part_of(const head_rows *all, int32_t begin, int32_t end) {
   return head_rows_of(all->rows + begin, all->offset, all->stride, end - begin, all->dim, all->dtype);
 }
 
-/* ---- scores */
-
 /* sum + q * key, of one dim per lane or, in kernels with pairs, of two, one after the other. */
 ALWAYS_INLINE vec dot_step(vec q, vec key, vec sum, int32_t dtype) {
 #ifdef HAS_PAIRS
@@ -74,22 +72,6 @@ ALWAYS_INLINE void sum_tile(vec *sums, int count, float *to) {
   for (int i = 0; i < count; i++) to[i] = vec_sum(sums[i]);
 }
 
-/* ---- softmax */
-
-/* Turn the `padded` scores of num_queries into weights, 2^(score - subtracted), and sum them into
- * `added`. */
-ALWAYS_INLINE void exponentiate(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                                const float *subtracted, float *added) {
-  vec sums[4] = {};
-  for (int32_t t = 0; t < padded; t += WIDTH)
-    EACH (i, num_queries) {
-      vec weights = vec_exp2(vec_load(scores[i] + t) - subtracted[i]);
-      vec_store(scores[i] + t, weights);
-      sums[i] += weights;
-    }
-  EACH (i, num_queries) added[i] = vec_sum(sums[i]);
-}
-
 /* The queries of a run: the q heads of a group, of each row. */
 typedef struct {
   int count;
@@ -104,18 +86,3 @@ typedef struct {
 
 /* How many of `left` queries the next tile takes. */
 ALWAYS_INLINE int tile_size(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
-
-/* Scale, soft cap and slope: what a call does to scores after the dot product. */
-static void transform_scores(const pkv_run *run, int32_t head, int32_t row, float *scores) {
-  const float *slope = run->alibi_slopes ? run->alibi_slopes + head : NULL;
-  for (int32_t t = 0; t < run->num_tokens; t += WIDTH) {
-    vec s = vec_load(scores + t) * run->scale;
-    if (run->soft_cap > 0) s = vec_soft_cap(s, run->soft_cap);
-    if (slope) s = vec_fma((vec){} + *slope, vec_load(run->distances + t) - (float)row, s);
-    vec_store(scores + t, s);
-  }
-}
-
-ALWAYS_INLINE bool transforms_scores(const pkv_run *run) {
-  return run->scale != 1 || run->soft_cap > 0 || run->alibi_slopes;
-}

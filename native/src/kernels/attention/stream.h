@@ -6,6 +6,8 @@
  * gcc lays these functions out anew with each change to what is inlined near them: up to a tenth of the
  * time, in either direction. */
 
+enum { FOLDS_SINGLE_ROWS = 0 };
+
 /* Load one byte of each cache line of a row, before the row is read in another order or in parts.
  * Memory is fastest in address order, which is what the hardware prefetcher follows: on Zen 4, four rows
  * of float32 read side by side take three times as long as the same rows one after the other.
@@ -161,45 +163,6 @@ ALWAYS_INLINE void score(const head_rows *keys, const head_rows *ahead, const fl
     case PKV_BFLOAT16_PAIRS: score_keys(keys, PKV_BFLOAT16_PAIRS, ahead, q, num_queries, scores); break;
 #endif
   }
-}
-
-/* ---- softmax */
-
-/* The largest of a query's `padded` scores and its maximum so far.  Returns what to subtract from the
- * scores.  *exponent: 2^it rescales what was summed before. */
-ALWAYS_INLINE float running_maximum(const float *scores, int32_t padded, float *maximum, float *exponent) {
-  vec most = (vec){} + *maximum;
-  for (int32_t t = 0; t < padded; t += WIDTH) most = vec_max(vec_load(scores + t), most);
-  float largest = vec_maximum(most);
-  /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
-  float subtracted = largest == -__builtin_inff() ? 0.0f : largest;
-  *exponent = *maximum - subtracted;
-  *maximum = largest;
-  return subtracted;
-}
-
-/* Turn scores into weights, 0 beyond the tokens that are visible.  Returns their sum. */
-static float softmax_one(float scores[][PKV_RUN_TOKENS], int32_t num_seen, float *const *maximum,
-                         float *exponent) {
-  float added;
-  int32_t padded = (num_seen + WIDTH - 1) / WIDTH * WIDTH;
-  for (int32_t t = num_seen; t < padded; t++) scores[0][t] = -__builtin_inff();
-  float subtracted = running_maximum(scores[0], padded, *maximum, exponent);
-  exponentiate(scores, padded, 1, &subtracted, &added);
-  return added;
-}
-
-/* One query after the other, while the prefetched lines arrive. */
-NOINLINE void softmax(const pkv_run *run, const queries *queries, float scores[][PKV_RUN_TOKENS],
-                      float *rescale) {
-  float added[MAX_QUERIES];
-  memset(rescale, 0, MAX_QUERIES * sizeof *rescale);
-  for (int i = 0; i < queries->count; i++) {
-    if (transforms_scores(run)) transform_scores(run, queries->head[i], queries->row[i], scores[i]);
-    added[i] = softmax_one(scores + i, queries->num_seen[i], queries->maximum + i, rescale + i);
-  }
-  for (int i = 0; i < queries->count; i += WIDTH) vec_store(rescale + i, vec_exp2(vec_load(rescale + i)));
-  for (int i = 0; i < queries->count; i++) *queries->sum[i] = *queries->sum[i] * rescale[i] + added[i];
 }
 
 /* ---- values */

@@ -7,6 +7,7 @@
  *   rows.h        the rows of one kv head, and the queries that read them
  *   stream.h      scores and weighted sums when bandwidth is the limit
  *   compute.h     or when arithmetic is
+ *   softmax.h     scores to weights
  *   fold.h        one run of tokens into the states of its q rows
  *   state.h       two states merged
  *   convert.h     stored values to float32 and back
