@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "../src/threads.h"
+#include "runtime/threads.h"
 
 enum { ITEMS = 1000 };
 

@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../src/visibility.h"
-#include "../src/work.h"
+#include "attention/visibility.h"
+#include "attention/work.h"
 
 enum { MOST_SEQS = 6, MOST_ROWS = 4096, MAX_ITEMS = 1 << 16 };
 

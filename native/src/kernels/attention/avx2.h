@@ -4,8 +4,8 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "../../../include/paged_kv.h"
-#include "../kernel.h"
+#include "paged_kv.h"
+#include "kernels/kernel.h"
 
 #define HAS_STREAMING_STORES
 enum { WIDTH = 8, TILE_SUMS = 8 };

@@ -8,8 +8,8 @@
 #include <immintrin.h>
 #endif
 
-#include "../../../include/paged_kv.h"
-#include "../kernel.h"
+#include "paged_kv.h"
+#include "kernels/kernel.h"
 
 #define HAS_STREAMING_STORES
 enum { WIDTH = 16, TILE_SUMS = 16 };

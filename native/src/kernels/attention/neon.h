@@ -4,8 +4,8 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "../../../include/paged_kv.h"
-#include "../kernel.h"
+#include "paged_kv.h"
+#include "kernels/kernel.h"
 
 enum { WIDTH = 4, TILE_SUMS = 8 };
 typedef float vec __attribute__((vector_size(4 * WIDTH)));

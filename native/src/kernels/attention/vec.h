@@ -21,7 +21,7 @@
  */
 #include <stdbool.h>
 
-#include "../loops.h"
+#include "kernels/loops.h"
 
 enum {
   HAS_PART = WIDTH > 8,

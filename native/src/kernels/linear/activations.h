@@ -7,9 +7,9 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "../../../include/linear.h"
-#include "../../bitlinear.h"
-#include "../loops.h"
+#include "linear.h"
+#include "linear/bitlinear.h"
+#include "kernels/loops.h"
 
 /* Sixteen values at a time, in two vectors: gcc keeps wider ones in memory. */
 enum { LANES = 8, STEP = 2 * LANES };

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#include "../include/paged_kv.h"
+#include "paged_kv.h"
 
 /* The shape of an item: rows and heads. */
 typedef struct {

@@ -18,8 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../include/linear.h"
-#include "threads.h"
+#include "linear.h"
+#include "runtime/threads.h"
 
 enum {
   CHUNKS_PER_WORKER = 8,

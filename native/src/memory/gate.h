@@ -11,7 +11,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#include "../include/paged_kv.h"
+#include "paged_kv.h"
 
 static inline void pkv_gate_leave(pkv_gate *gate) {
   if (gate) __atomic_sub_fetch(&gate->running, 1, __ATOMIC_SEQ_CST);

@@ -3,7 +3,7 @@
 #define PKV_THREADS_H
 #include <stddef.h>
 
-#include "../include/paged_kv.h"
+#include "paged_kv.h"
 
 typedef void (*pkv_work)(void *context, int32_t worker);
 

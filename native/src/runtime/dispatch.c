@@ -11,8 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../include/paged_kv.h"
-#include "bitlinear.h"
+#include "paged_kv.h"
+#include "linear/bitlinear.h"
 #include "kernels/kernel.h"
 
 static int always(void) { return 1; }

@@ -5,7 +5,7 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "../include/paged_kv.h"
+#include "paged_kv.h"
 #include "kernels/kernel.h"
 
 /* One head.  A part with an lse of -inf counts for nothing, whatever its output holds. */

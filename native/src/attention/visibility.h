@@ -11,7 +11,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "../include/paged_kv.h"
+#include "paged_kv.h"
 
 static inline int32_t num_rows_of(const pkv_batch *batch, int32_t seq) {
   return batch->qo_indptr[seq + 1] - batch->qo_indptr[seq];

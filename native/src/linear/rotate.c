@@ -5,8 +5,8 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-#include "../include/linear.h"
-#include "threads.h"
+#include "linear.h"
+#include "runtime/threads.h"
 
 enum {
   TOKENS_PER_CHUNK = 16,

@@ -4,7 +4,7 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "../include/paged_kv.h"
+#include "paged_kv.h"
 
 static pkv_foreign_fault refuse(pkv_refusal *refusal, pkv_foreign_fault fault, int64_t index, int64_t asked,
                                 int64_t available) {

@@ -3,7 +3,7 @@
 #define PKV_APPEND_H
 #include <stdbool.h>
 
-#include "../include/paged_kv.h"
+#include "paged_kv.h"
 #include "kernels/kernel.h"
 
 /* past_caches: use streaming stores; all rows are whole cache lines, and nothing reads them soon. */

@@ -1,0 +1,191 @@
+/* Which tokens are folded into which state, in which order.
+ *
+ *   run     64 tokens, or the whole pages that fit in them: one call of a fold
+ *   span    256 tokens, or the whole pages that fit: its runs are folded into a state of its own, and the
+ *           spans of a row are merged left to right
+ *
+ * Runs and spans are counted from a sequence's first page, whatever the batch and the threads, so a row's
+ * bits do not depend on them.
+ *
+ * A fold walks the kv heads of a run in memory order, K before V, and uses each row of K and V for all its
+ * queries.  Tokens, runs and spans that no row of an item sees (visibility.h) are skipped, so a step costs
+ * what its window costs, however long the sequence is. */
+#include "runs.h"
+
+#include "visibility.h"
+
+/* The end of the run that begins at token `start`. */
+static int32_t end_of_run(const pkv_call *call, int32_t start, int32_t span_end) {
+  int64_t end = (int64_t)start + call->run_tokens; /* may exceed int32 at the end of the longest sequence */
+  int32_t page_size = call->pages->page_size;
+  if (page_size > PKV_RUN_TOKENS) { /* a piece of a page does not reach into the next page */
+    int64_t page_end = ((int64_t)start / page_size + 1) * page_size;
+    if (end > page_end) end = page_end;
+  }
+  return end < span_end ? (int32_t)end : span_end;
+}
+
+static bool are_in_page(const pkv_call *call, int32_t start, int32_t end) {
+  return start / call->pages->page_size == (end - 1) / call->pages->page_size;
+}
+
+/* The number of ones from bit 0 up to the first zero. */
+static int num_low_ones(uint64_t bits) { return ~bits ? __builtin_ctzll(~bits) : 64; }
+
+/* The addresses of the tokens of `mask`; bit 0 is token `start`. */
+static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint64_t mask, const char **k,
+                          const char **v) {
+  const pkv_pages *pages = call->pages;
+  const pkv_batch *batch = call->batch;
+  const int32_t *page_ids = batch->kv_indices + batch->kv_indptr[seq];
+  int32_t first_page = batch->first_pages ? batch->first_pages[seq] : 0;
+  int32_t page = start / pages->page_size;
+  int64_t page_start = (int64_t)page * pages->page_size - start; /* as a bit */
+  for (; mask; page++, page_start += pages->page_size) {
+    uint64_t in_page = mask & bits_between(0, page_start + pages->page_size);
+    mask &= ~in_page;
+    if (!in_page) continue;
+    int64_t page_id = page_ids[page < batch->sink_pages ? page : batch->sink_pages + page - first_page];
+    const char *k_page = pages->k + page_id * pages->k_page_stride;
+    const char *v_page = pages->v + page_id * pages->v_page_stride;
+    while (in_page) { /* consecutive tokens, up to a gap */
+      int t = __builtin_ctzll(in_page), end = t + num_low_ones(in_page >> t);
+      in_page &= ~bits_between(t, end);
+      const char *k_row = k_page + (t - page_start) * pages->k_token_stride;
+      const char *v_row = v_page + (t - page_start) * pages->v_token_stride;
+      for (; t < end; t++, k_row += pages->k_token_stride, v_row += pages->v_token_stride) {
+        k[t] = k_row;
+        if (v) v[t] = v_row;
+      }
+    }
+  }
+}
+
+/* Arrays that only some runs need: compacted addresses, and distances. */
+typedef struct {
+  const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
+  float distances[PKV_RUN_TOKENS];
+} own_tokens;
+
+/* Set the run's tokens to those of `mask`; k and v hold the address of each bit, all in one page or not.
+ * The first row's own token is at bit to_own. */
+static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const char *const *k,
+                       const char *const *v, bool is_in_page, int32_t to_own, own_tokens *own) {
+  int first = __builtin_ctzll(mask);
+  uint64_t shifted = mask >> first;
+  run->num_tokens = __builtin_popcountll(mask);
+  run->k = k + first;
+  run->v = v + first;
+  run->k_stride = is_in_page ? call->pages->k_token_stride : 0;
+  run->v_stride = is_in_page ? call->pages->v_token_stride : 0;
+  if (shifted & (shifted + 1)) { /* a gap between sinks and window: compact */
+    for (int32_t i = 0; mask; mask &= mask - 1, i++) {
+      own->k[i] = k[__builtin_ctzll(mask)];
+      own->v[i] = v[__builtin_ctzll(mask)];
+    }
+    run->k = own->k;
+    run->v = own->v;
+    run->k_stride = run->v_stride = 0;
+  }
+  if (!call->layer.alibi_slopes) return;
+  memset(own->distances, 0, sizeof own->distances);
+  int32_t i = 0;
+  for (uint64_t left = shifted; left; left &= left - 1)
+    own->distances[i++] = (float)(first + __builtin_ctzll(left) - to_own);
+  run->distances = own->distances;
+}
+
+/* Fold the run into the states of its rows, from kv head `head` on. */
+static void fold_heads(const pkv_call *call, const work_item *item, pkv_run *run, int32_t head,
+                       const float *q, pkv_state state) {
+  const pkv_layer *layer = &call->layer;
+  int32_t own_head = (head - item->first_head) * layer->group; /* within the item's q and state */
+  run->first_head = head;
+  pkv_fold *fold = pkv_choose_fold(call->kernel, layer, item->num_rows * layer->group, call->is_cached);
+  fold(layer, run, q + (int64_t)own_head * pkv_padded(layer->k.dim), state_of_head(call, state, own_head));
+}
+
+/* True when `mask` is `before` plus later tokens only, so that both rows can share one fold, in which
+ * each sees a prefix of the tokens. */
+static bool extends(uint64_t before, uint64_t mask) {
+  uint64_t more = mask & ~before;
+  if (before & ~mask) return false;
+  return !more || (before && __builtin_ctzll(more) > 63 - __builtin_clzll(before));
+}
+
+/* The keys of the run that begins at `start`, up to the first gap, to be prefetched.  Returns their
+ * number. */
+static int32_t locate_next_keys(const pkv_call *call, const work_item *item, int32_t start, const char **k) {
+  int32_t row = item->first_row + item->num_rows - 1, end = num_seen(call->batch, item->seq, row);
+  if (start >= end) return 0;
+  uint64_t mask = visible(call->batch, item->seq, row, start, end_of_run(call, start, end));
+  if (mask & (mask + 1)) return 0; /* a gap between sinks and window: not prefetched */
+  locate_tokens(call, item->seq, start, mask, k, NULL);
+  return __builtin_popcountll(mask);
+}
+
+static void fold_run_into_rows(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
+                               const float *q, float *states) {
+  const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
+  uint64_t masks[MAX_ROWS_PER_ITEM], all = 0;
+  int32_t num_seen_of[MAX_ROWS_PER_ITEM];
+  for (int32_t row = 0; row < item->num_rows; row++) {
+    masks[row] = visible(call->batch, item->seq, item->first_row + row, start, end);
+    num_seen_of[row] = __builtin_popcountll(masks[row]);
+    all |= masks[row];
+  }
+  if (!all) return;
+  locate_tokens(call, item->seq, start, all, k, v);
+  const char *next_k[PKV_RUN_TOKENS];
+  int32_t num_next = locate_next_keys(call, item, end, next_k);
+  bool is_in_page = are_in_page(call, start, end);
+  pkv_run run = {.q_stride = item->shape->q_floats, .state_stride = item->shape->state_floats};
+  own_tokens own;
+  int32_t end_head = item->first_head + item->shape->num_kv_heads;
+  for (int32_t head = item->first_head; head < end_head; head += run.num_kv_heads) {
+    run.is_resident = false;
+    for (int32_t row = 0; row < item->num_rows; row += run.num_rows) {
+      run.num_rows = 1;
+      while (row + run.num_rows < item->num_rows &&
+             extends(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
+        run.num_rows++;
+      /* All heads in one fold, unless other rows read the same tokens before the next head's. */
+      run.num_kv_heads = run.num_rows == item->num_rows ? end_head - head : 1;
+      if (!masks[row]) continue;
+      uint64_t mask = masks[row + run.num_rows - 1];
+      run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
+      int32_t to_own = num_seen(call->batch, item->seq, item->first_row + row) - 1 - start;
+      set_tokens(call, &run, mask, k, v, is_in_page, to_own, &own);
+      bool is_last = head + run.num_kv_heads == end_head;
+      run.k_next = is_last ? next_k : run.k; /* the same tokens of the next head */
+      run.num_next = is_last ? num_next : run.num_tokens;
+      run.next_head = is_last ? item->first_head : head + 1;
+      fold_heads(call, item, &run, head, q + row * run.q_stride, state_at(item->shape, states, row));
+      run.is_resident = true;
+    }
+  }
+}
+
+void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q,
+                   float *states) {
+  for (int32_t row = 0; row < item->num_rows; row++) clear(item->shape, state_at(item->shape, states, row));
+  int32_t end = num_seen(call->batch, item->seq, item->first_row + item->num_rows - 1);
+  if (end > (int64_t)start + call->span_tokens) end = start + call->span_tokens;
+  while (start < end) {
+    int32_t run_end = end_of_run(call, start, end);
+    fold_run_into_rows(call, item, start, run_end, q, states);
+    start = run_end;
+  }
+}
+
+void pkv_merge_span(const pkv_call *call, const work_item *item, int32_t start, float *states, float *later) {
+  for (int32_t row = 0; row < item->num_rows; row++) {
+    int32_t q_row = item->first_row + row;
+    pkv_state state = state_at(item->shape, states, row), of_span = state_at(item->shape, later, row);
+    if (!sees_span(call->batch, call->span_tokens, item->seq, q_row, start)) continue;
+    if (is_first_span(call->batch, call->span_tokens, item->seq, q_row, start))
+      memcpy(state.maximum, of_span.maximum, (size_t)item->shape->state_floats * sizeof(float));
+    else
+      call->kernel->merge(state, of_span, item->shape->num_q_heads, call->pages->head_dim_v);
+  }
+}

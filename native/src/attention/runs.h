@@ -1,0 +1,48 @@
+/* Runs and spans of a work item (runs.c), and the states that they are folded into. */
+#ifndef PKV_RUNS_H
+#define PKV_RUNS_H
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "kernels/kernel.h"
+#include "paged_kv.h"
+#include "work.h"
+
+/* What the runs of one call of attention share. */
+typedef struct {
+  const pkv_kernel *kernel;
+  const pkv_pages *pages;
+  const pkv_batch *batch;
+  pkv_layer layer;
+  int32_t num_q_heads;
+  bool is_cached;      /* the pages that the call reads */
+  int32_t run_tokens;  /* of whole pages, or PKV_RUN_TOKENS of a larger one */
+  int32_t span_tokens; /* of whole runs */
+} pkv_call;
+
+static inline pkv_state state_at(const item_shape *shape, float *states, int64_t index) {
+  float *floats = states + index * shape->state_floats;
+  return (pkv_state){floats, floats + shape->num_q_heads, floats + shape->state_floats - shape->value_floats};
+}
+
+static inline pkv_state state_of_head(const pkv_call *call, pkv_state state, int32_t q_head) {
+  return (pkv_state){state.maximum + q_head, state.sum + q_head,
+                     state.accumulated + q_head * pkv_padded(call->pages->head_dim_v)};
+}
+
+static inline void clear(const item_shape *shape, pkv_state state) {
+  for (int32_t h = 0; h < shape->num_q_heads; h++) state.maximum[h] = -INFINITY;
+  memset(state.sum, 0, (size_t)shape->num_q_heads * sizeof(float));
+  memset(state.accumulated, 0, (size_t)shape->value_floats * sizeof(float));
+}
+
+/* Fold the span that begins at token `start` into cleared states, for each row of the item as far as the row
+ * sees it. q: [rows], prepared. */
+void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q, float *states);
+
+/* Merge the states of the span that begins at `start` into those of the spans before; the first span that a
+ * row sees starts its state. */
+void pkv_merge_span(const pkv_call *call, const work_item *item, int32_t start, float *states, float *later);
+
+#endif
