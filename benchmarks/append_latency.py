@@ -19,9 +19,9 @@ from harness import Timer, arguments, progress, show
 
 import paged_kv
 from paged_kv._binding import ffi, lib
-from paged_kv.arrays import array_of, fill_tensor
+from paged_kv.attention.arrays import array_of, fill_tensor
 from paged_kv.extras import require
-from paged_kv.layout import DTYPES
+from paged_kv.pages.layout import DTYPES
 
 HEADS, HEAD_DIM = 8, 128
 POSITIONS = [2**i for i in range(16)]

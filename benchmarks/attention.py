@@ -20,8 +20,8 @@ from harness import Timer, arguments, progress, show
 
 import paged_kv
 from paged_kv import _binding
-from paged_kv.layout import DTYPES
 from paged_kv.machine import num_cpus
+from paged_kv.pages.layout import DTYPES
 
 
 def filled_cache(shape, dtype, layers, batch, context, num_threads, seed=0):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import paged_kv
-from paged_kv.demo import LiveLine
+from paged_kv.commands.demo import LiveLine
 from paged_kv.machine import num_cpus
 
 

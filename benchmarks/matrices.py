@@ -12,7 +12,7 @@ import time
 import numpy as np
 from harness import arguments, progress, show
 
-from paged_kv.info import read_gb_per_s
+from paged_kv.commands.info import read_gb_per_s
 from paged_kv.machine import num_cpus
 from paged_kv.models.bitnet import SHAPES
 from paged_kv.models.matrix import random_matrix

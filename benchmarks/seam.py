@@ -15,7 +15,7 @@ from harness import Timer, arguments, progress, show
 
 import paged_kv
 from paged_kv._binding import ffi, lib
-from paged_kv.arrays import array_of, fill_tensor
+from paged_kv.attention.arrays import array_of, fill_tensor
 
 CALLS = 100  # that are timed together
 

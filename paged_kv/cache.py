@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from ._binding import integer, kernels
-from .block_table import MAX_TOKENS, Window, counts_of
 from .errors import ArgumentError
-from .layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
 from .lifetime import Uncopyable
-from .pool import MAX_PAGE_BYTES
+from .pages.block_table import MAX_TOKENS, Window, counts_of
+from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
+from .pages.pool import MAX_PAGE_BYTES
 from .sequence import Sequence, new_sequences
 from .step import Step, seq_ids_of
 from .store import Store

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import read_only
-from .attention import PreparedAppend, PreparedAttention
-from .block_table import counts_of
+from .attention.arrays import read_only
+from .attention.prepared import PreparedAppend, PreparedAttention
 from .errors import ArgumentError, LayerNotWritten, ReentrantCall, StepClosed
 from .lifetime import Uncopyable
+from .pages.block_table import counts_of
 from .sequence import Sequence
 from .store import Store
 

@@ -19,12 +19,12 @@ from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
-from .block_table import BlockTables, Counts, Plan, Window
 from .errors import CacheClosed
-from .layout import PageLayout
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
-from .pool import PagePool
+from .pages.block_table import BlockTables, Counts, Plan, Window
+from .pages.layout import PageLayout
+from .pages.pool import PagePool
 
 #: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.
 Calls: TypeAlias = dict[str, Any]

@@ -19,7 +19,7 @@ import numpy as np
 
 import paged_kv
 from paged_kv.models.bitnet import BitNetConfig, BitNetModel
-from paged_kv.models.generate import generate
+from paged_kv.serving.generate import generate
 
 HEAD_DIM = 8
 NUM_PAGES, MAX_SEQUENCES = 40, 8

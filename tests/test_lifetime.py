@@ -15,9 +15,10 @@ from conftest import SEED, STRIDE, Tripwire, fill, make_cache, rows
 
 import paged_kv
 from paged_kv import NotCopyable, PagedKVError, StaleSequence, lifetime
-from paged_kv import attention as attention_module
 from paged_kv._binding import ffi, lib
-from paged_kv.models import bitnet, generate, matrix
+from paged_kv.attention import prepared
+from paged_kv.models import bitnet, matrix
+from paged_kv.serving import generate
 
 DUPLICATIONS = {
     "copy": copy.copy,
@@ -315,13 +316,13 @@ def test_a_cache_may_be_closed_in_the_middle_of_a_call(watchdog, rng, monkeypatc
     seq = cache.sequence()
     step = cache.step([seq], [3])
     k = np.zeros((3, 2, 32), np.float32)
-    usual = attention_module.rows_of
+    usual = prepared.rows_of
 
     def closing(*given):
         cache.close()
         return usual(*given)
 
-    monkeypatch.setattr(attention_module, "rows_of", closing)
+    monkeypatch.setattr(prepared, "rows_of", closing)
     for call in (lambda: step.attend(0, k, k, k), lambda: step.write(0, k, k)):
         with pytest.raises(paged_kv.CacheClosed):
             call()

@@ -10,7 +10,7 @@ import pytest
 from conftest import fill, make_cache
 
 from paged_kv import ArgumentError, KVCacheManager, OutOfPages, OutOfSequences, PagedKVCache
-from paged_kv.foreign import paged_attention
+from paged_kv.attention.foreign import paged_attention
 
 MOST = 2**31 - 1
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._binding import DTYPE_CODES, check, ffi, int32_pointer, lib, shared_threads
-from ..arrays import array_of, fill_tensor
+from ..attention.arrays import array_of, fill_tensor
 from ..errors import ArgumentError
 from .matrix import ADD, RELU2_GATE, SILU_GATE, Matrix
 from .ternary import FloatArray

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .._binding import check, ffi, lib, shared_threads
 from ..errors import ArgumentError
 from ..lifetime import Uncopyable
-from ..pool import PagePool
+from ..pages.pool import PagePool
 from .ternary import FloatArray, Int8Array
 
 OUT_BLOCK, IN_GROUP = 16, 16

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._binding import integer
-from ..arrays import numpy_of
+from ..attention.arrays import numpy_of
 from ..errors import ArgumentError
 
 

@@ -14,7 +14,7 @@ from support import digest
 
 from paged_kv import ArgumentError, OutOfPages, OutOfSequences, PagedKVCache
 from paged_kv.models.bitnet import BitNetModel
-from paged_kv.models.generate import Admission, Batch
+from paged_kv.serving.generate import Admission, Batch
 
 
 @pytest.mark.parametrize("num_free", range(6))

@@ -11,7 +11,7 @@ from conftest import fill, make_cache, rows
 from support import digest
 
 from paged_kv import ArgumentError, OutOfPages, PagedKVError, StaleSequence
-from paged_kv.pool import PagePool
+from paged_kv.pages.pool import PagePool
 
 
 def test_row_1_a_fork_of_a_windowed_sequence_frees_each_page_once(rng):

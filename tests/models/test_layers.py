@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from paged_kv import ArgumentError
+from paged_kv.commands.baselines import RecomputeStep
 from paged_kv.models import layers
-from paged_kv.models.baselines import RecomputeStep
 from paged_kv.models.bitnet import BitNetModel
 from paged_kv.models.layers import Rotation, rope_frequencies
 from paged_kv.models.matrix import Matrix, codes_matrix, ternary_matrix

@@ -1,0 +1,1 @@
+"""The commands of paged-kv, and what they report."""

@@ -1,0 +1,102 @@
+"""The command line, paged-kv or python -m paged_kv: demo, info, bench-model, generate.
+
+Imports the commands.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import PagedKVError
+from ..models.bitnet import SHAPES
+from . import bench_model, demo, generate, info
+from .texts import show_everything
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    show_everything(sys.stdout)
+    try:
+        with demo.ended_cleanly():
+            if options.command == "info":
+                print("\n".join(info.lines()))
+                return 0
+            if options.command == "bench-model":
+                return bench_model.run(options)
+            if options.command == "generate":
+                return generate.run(options)
+            return demo.run(options)
+    except BrokenPipeError:
+        # The reader has closed the pipe (`| head`).  Python would flush again at exit, and report it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (PagedKVError, ImportError, OSError, MemoryError) as error:
+        print(f"paged-kv: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="paged-kv", description="A paged KV cache for inference on CPUs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="machine, kernel, memory and the read ceiling")
+    command = commands.add_parser(
+        "demo",
+        help="serve many prompts at once, and compare with a concatenated cache and with none",
+        description="Serve prompts with a small BitNet, in three ways that must give the same tokens.",
+    )
+    command.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    command.add_argument("--file", action="append", metavar="PATH", help="the same, from a file")
+    command.add_argument("--max-tokens", type=int, default=100, help="new tokens of each (default 100)")
+    command.add_argument("--sequences", type=int, help="how many prompts (default 16, or those given)")
+    command.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    command.add_argument("--seed", type=int, default=0, help="of the generators, one for each prompt")
+    command.add_argument("--plot", metavar="FILE", help="draw pages and utilization over time")
+    command.add_argument("--json", action="store_true", help="one line of JSON instead of texts and table")
+    _add_bench_model(commands)
+    _add_generate(commands)
+    return parser
+
+
+def _add_bench_model(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench-model",
+        help="tokens a second of BitNets of real sizes, with random weights",
+        description="Prompts, and decoding at several batches and contexts, beside the read ceiling.",
+    )
+    command.add_argument("--shape", default="2b-4t", help=f"of {', '.join(SHAPES)}; commas (default 2b-4t)")
+    command.add_argument("--batch", default="1", help="sequences at once, as 1,8; or auto (default 1)")
+    command.add_argument("--context", default="128", help="tokens that they hold, as 512,2048 (default 128)")
+    command.add_argument("--memory", help="bytes that auto may give the cache, as 4GiB (default: half)")
+    command.add_argument("--kv-dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    command.add_argument("--steps", type=int, default=12, help="decode steps that are timed (default 12)")
+    command.add_argument("--recompute", action="store_true", help="also against no cache, at batch 1")
+    command.add_argument("--json", action="store_true", help="one line of JSON: a list of rows")
+
+
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="text from a BitNet or a llama in a folder, and what it took",
+        description="Go on with prompts, all at once; say where the time went, and what a cache is worth.",
+    )
+    command.add_argument(
+        "--model", metavar="FOLDER", help="config.json, tokenizer.json, safetensors (default: a small one)"
+    )
+    command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated")
+    command.add_argument("--max-tokens", type=int, default=64, help="new tokens of each (default 64)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--stop-id", type=int, action="append", default=[], help="ends a text too")
+    command.add_argument("--kv-dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    command.add_argument(
+        "--head", default="int8", choices=("int8", "bfloat16", "float32"), help="of the output"
+    )
+    command.add_argument(
+        "--weights", default="int8", choices=("int8", "bfloat16"), help="of a llama's projections"
+    )
+    command.add_argument("--no-compare", action="store_true", help="leave the other caches out")
+    command.add_argument("--json", action="store_true", help="one line of JSON")

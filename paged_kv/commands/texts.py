@@ -1,0 +1,54 @@
+"""Texts on their way in and out of the command line: arguments, files, tokenizers, terminals.
+
+Imports errors and extras.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import ArgumentError
+from ..extras import require
+
+
+def require_text(option: str, text: str) -> str:
+    """An argument of the command line as text; ArgumentError where its bytes are none.
+
+    Bytes beyond the system's encoding come as surrogates; they may be UTF-8, as where the locale is "C".
+    """
+    try:
+        return text.encode().decode()
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise ArgumentError(f"{option} is no text in UTF-8: {text[:60]!a}") from None
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8, with or without a mark.  Raises: ArgumentError that names it; OSError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path} is no text in UTF-8: {error}") from None
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer of a tokenizer.json.  Raises: ArgumentError that names the file; ImportError."""
+    tokenizers = require("tokenizers", "demo")
+    if not path.is_file():
+        raise ArgumentError(
+            f"there is no {path}; a model's folder has config.json, tokenizer.json and safetensors"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises no other type
+        raise ArgumentError(f"{path} is no tokenizer: {error}") from None
+
+
+def show_everything(stream: TextIO) -> None:
+    """Let a stream escape what its encoding lacks, where it would raise after the work is done."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")

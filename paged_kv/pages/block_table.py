@@ -1,0 +1,400 @@
+"""Block tables: which pages hold a sequence's tokens, in order, and how a batch of sequences grows.
+
+Token t of a sequence lives in its logical page ``j = t // page_size`` at offset ``t % page_size``.  Page j
+sits in cell j of the sequence's row; with a window, the cells behind those of the sinks' ``s`` pages are a
+ring, and it sits in ``s + (j - s) % (ring_pages - s)``.
+The arrays lie here and C works on them in place, for a whole batch in one call.
+
+    seq_lens[r]       tokens that are committed
+    reserved_lens[r]  and those of an open step: more than seq_lens[r] just while the row stands in one
+
+A sequence has an id: a serial number that no other sequence of the process has, and its row.
+
+Imports pool.  Imported by store.  The caller holds the cache's lock.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._binding import check, ffi, integer, lib
+from ..attention.arrays import numpy_of, read_only
+from ..errors import (
+    ArgumentError,
+    OutOfPages,
+    OutOfSequences,
+    SequenceBusy,
+    SequenceTooLong,
+    StaleSequence,
+)
+from ..lifetime import Uncopyable
+from .pool import PagePool
+
+SEQUENCE_BUSY = lib.PKV_SEQUENCE_BUSY
+#: How many new tokens each sequence of a step gets.
+Counts: TypeAlias = list[int] | NDArray[np.int64]
+#: Up to so many numbers, cffi makes an array faster than numpy.
+FEW = 32
+INT64_ARRAY = ffi.typeof("int64_t[]")
+#: Positions are int32.
+MAX_TOKENS = 2**31 - 1
+
+#: The low bits of a seq_id are the row, the others the serial number, which repeats after 2**39 - 1
+#: sequences: six days at a million a second.
+ROW_BITS = int(lib.PKV_ROW_BITS)
+MAX_SERIAL = 2 ** (63 - ROW_BITS) - 1
+
+_serials = itertools.count()
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a token sees of its sequence: the last `size` tokens, itself among them, and the first sinks."""
+
+    size: int
+    num_sink_tokens: int
+    max_step_tokens: int
+
+    def ring_pages(self, page_size: int) -> int:
+        """Cells that never run out: the sinks' pages, window and step, and a page that is begun."""
+        sinks = num_pages(self.num_sink_tokens, page_size)
+        return sinks + num_pages(self.size + self.max_step_tokens, page_size) + 1
+
+
+def num_pages(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
+
+
+class BlockTables(Uncopyable):
+    """The rows of `max_sequences` sequences over one pool.
+
+    num_layers : that a step has to write before it can be committed
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        max_sequences: int,
+        max_seq_len: int,
+        window: Window | None,
+        num_layers: int = 0,
+    ) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.max_sequences = max_sequences
+        self.max_seq_len = max_seq_len
+        self.window = window
+        ring_pages = num_pages(max_seq_len, page_size)
+        if window is not None:
+            # No row holds more pages than there are; behind the sinks' cells there is one at least.  Where
+            # sinks alone would fill the pool, no page ever leaves its cell.
+            sinks = min(num_pages(window.num_sink_tokens, page_size), pool.num_pages)
+            most = max(pool.num_pages, sinks + 1)
+            ring_pages = min(ring_pages, window.ring_pages(page_size), most)
+        # Untouched zeros: the rows of sequences that never come cost no memory.
+        self.page_ids = _table(max_sequences, ring_pages)
+        self.seq_lens = np.zeros(max_sequences, np.int32)
+        self.reserved_lens = np.zeros(max_sequences, np.int32)
+        self.tail_copies = np.zeros(max_sequences, np.int32)
+        self.seq_ids = np.zeros(max_sequences, np.int64)
+        self._next_free = np.zeros(max_sequences, np.int32)
+        self._page_marks = np.zeros(2 * pool.num_pages, np.int32)
+        arrays = {
+            "page_ids": self.page_ids,
+            "seq_lens": self.seq_lens,
+            "reserved_lens": self.reserved_lens,
+            "tail_copies": self.tail_copies,
+            "next_free": self._next_free,
+            "page_marks": self._page_marks,
+        }
+        self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
+        self._pointers["seq_ids"] = ffi.from_buffer("int64_t[]", self.seq_ids)
+        # Filled and read under the cache's lock, so one of each is enough.
+        self.size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
+        self._one_row = ffi.new("int32_t[1]")
+        self._tables = ffi.new(
+            "pkv_tables *",
+            {
+                **self._pointers,
+                "free_row": -1,
+                "max_sequences": max_sequences,
+                "ring_pages": self.page_ids.shape[1],
+                "page_size": page_size,
+                "max_seq_len": max_seq_len,
+                "window": window.size if window else 0,
+                "num_sink_tokens": window.num_sink_tokens if window else 0,
+                "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
+                "max_step_tokens": window.max_step_tokens if window else MAX_TOKENS,
+                "num_layers": num_layers,
+            },
+        )
+
+    # ---- rows
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self._tables.num_sequences)
+
+    @property
+    def num_copies(self) -> int:
+        """Of shared pages, by steps that were committed."""
+        return int(self._tables.num_copies)
+
+    def next_seq_ids(self, count: int) -> list[int]:
+        """Keys for `count` new sequences, which `add` gives rows to; OutOfSequences when there are fewer."""
+        num_free = self.max_sequences - self.num_sequences
+        if count > num_free:
+            what = f"asked for {count} forks, {num_free} of {self.max_sequences} sequences are free"
+            if count == 1:
+                what = f"all {self.max_sequences} sequences are in use"
+            raise OutOfSequences(f"{what}; free one, or build a cache with a larger max_sequences")
+        rows = self._one_row if count == 1 else ffi.new("int32_t[]", count)
+        lib.pkv_tables_next_rows(self._tables, count, rows)
+        return [(next(_serials) % MAX_SERIAL + 1) << ROW_BITS | rows[i] for i in range(count)]
+
+    def add(self, seq_ids: list[int], parent: int | None = None) -> None:
+        """Rows for new sequences of these ids: empty, or sharing the pages of `parent`."""
+        row = -1 if parent is None else self.idle_row(parent)
+        if status := lib.pkv_tables_add(self.pool.handle, self._tables, len(seq_ids), seq_ids, row):
+            check(status, "add")
+
+    def remove(self, seq_id: int) -> bool:
+        """Release a sequence's row and pages, if there is one; False when it is in an open step."""
+        status = lib.pkv_tables_remove(self.pool.handle, self._tables, seq_id)
+        if status == SEQUENCE_BUSY:
+            return False
+        if status and status != lib.PKV_STALE_SEQUENCE:
+            check(status, "free")
+        return True
+
+    def row(self, seq_id: int) -> int:
+        """The row of a sequence; StaleSequence when there is none of this id."""
+        row = int(lib.pkv_tables_row(self._tables, seq_id))
+        if row < 0:
+            raise StaleSequence("the sequence was freed, or is another cache's")
+        return row
+
+    def idle_row(self, seq_id: int) -> int:
+        """The row of a sequence that is in no open step; StaleSequence, SequenceBusy."""
+        row = self.row(seq_id)
+        if self.reserved_lens[row] != self.seq_lens[row]:
+            raise SequenceBusy("the sequence is in an open step; commit it or roll it back first")
+        return row
+
+    def reset(self, seq_id: int) -> None:
+        """Give a row's pages back; it is empty then."""
+        check(lib.pkv_tables_reset(self.pool.handle, self._tables, self.idle_row(seq_id)), "reset")
+
+    def truncate(self, seq_id: int, length: object) -> None:
+        """Forget a row's tokens from `length` on; ArgumentError when it has fewer."""
+        row = self.idle_row(seq_id)
+        length = integer("length", length, 0, int(self.seq_lens[row]))
+        status = lib.pkv_tables_truncate(self.pool.handle, self._tables, row, length)
+        if status == lib.PKV_TOKENS_GONE:
+            raise ArgumentError(
+                f"at length {length} the window would hold tokens that it has let go of; "
+                f"truncate fewer of the {self.seq_lens[row]}, or reset the sequence"
+            )
+        check(status, "truncate")
+
+    def held_positions(self, row: int) -> NDArray[np.int32]:
+        """Positions of a row's tokens that are there: the sinks and the window's, oldest first."""
+        seq_len = int(self.seq_lens[row])
+        if self.window is None or seq_len <= self.window.size:
+            return np.arange(seq_len, dtype=np.int32)
+        start = seq_len - self.window.size
+        sinks = np.arange(min(self.window.num_sink_tokens, start), dtype=np.int32)
+        return np.concatenate([sinks, np.arange(start, seq_len, dtype=np.int32)])
+
+    def slots(self, row: int) -> NDArray[np.int64]:
+        """The slots of those, in the same order."""
+        pages, offsets = np.divmod(self.held_positions(row), self.page_size)
+        sinks = num_pages(self.window.num_sink_tokens, self.page_size) if self.window else 0
+        ring = self.page_ids.shape[1] - sinks
+        cells = np.where(pages < sinks, pages, sinks + (pages - sinks) % max(1, ring))
+        slots: NDArray[np.int64] = self.page_ids[row, cells] * np.int64(self.page_size) + offsets
+        return slots
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed tokens, of all sequences; a slot that several share counts once."""
+        return int(lib.pkv_tables_num_tokens(self._tables, self.pool.num_pages))
+
+    # ---- steps
+
+    def open(self, plan: "Plan", seq_ids: list[int], counts: Counts) -> None:
+        """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
+
+        Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
+        Cost: one C call; O(tokens + pages of the batch).
+        """
+        batch, size = (self.pool.handle, self._tables, len(seq_ids), *int64s(seq_ids, counts)), self.size
+        status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
+        if status == lib.PKV_PLAN_TOO_SMALL:
+            plan.take_memory(size.plan_bytes)
+            status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
+        if status != lib.PKV_OK:
+            self._refuse(status, self._refusal)
+        plan.num_tokens, plan.num_pages = size.num_tokens, size.num_pages
+
+    def pages_needed(self, seq_ids: list[int], counts: Counts) -> int:
+        """What `plan` would take of the pool, be it there or not."""
+        batch = (self.pool.handle, self._tables, len(seq_ids), *int64s(seq_ids, counts))
+        status = lib.pkv_step_measure(*batch, self.size, self._refusal)
+        if status not in (lib.PKV_OK, lib.PKV_OUT_OF_PAGES):
+            self._refuse(status, self._refusal)
+        return int(self.size.num_new_pages)
+
+    def commit(self, plan: "Plan") -> None:
+        if status := lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle):
+            check(status, "commit")
+
+    def rollback(self, plan: "Plan") -> None:
+        """Nothing where the plan was never opened, or has ended."""
+        if status := lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle):
+            check(status, "rollback")
+
+    def check(self) -> None:
+        """Raise InvariantViolation unless every page's references are explained by the rows."""
+        check(lib.pkv_tables_check(self.pool.handle, self._tables, self.pool.num_pages), "block tables")
+
+    def _refuse(self, status: int, refusal: Any) -> NoReturn:
+        asked, available = refusal.asked, refusal.available
+        name = f"seqs[{refusal.index}]"
+        if status == lib.PKV_STALE_SEQUENCE:
+            raise StaleSequence(f"{name} was freed, or is another cache's")
+        if status == lib.PKV_SEQUENCE_BUSY:
+            raise SequenceBusy(f"{name} is in an open step; commit it or roll it back first")
+        if status == lib.PKV_SEQUENCE_TWICE:
+            raise ArgumentError(f"{name} is in this step twice; a step takes a sequence once")
+        if status == lib.PKV_SEQUENCE_TOO_LONG:
+            raise SequenceTooLong(
+                f"{name} would hold {asked} tokens, max_seq_len is {available}; "
+                "free it, or build a cache with a larger max_seq_len"
+            )
+        if status == lib.PKV_OUT_OF_PAGES:
+            raise OutOfPages(
+                f"the step needs {asked} new pages, {available} of {self.pool.num_pages} are free; "
+                "free a sequence, step fewer, or build a larger pool"
+            )
+        if status != lib.PKV_BAD_ARGUMENT:
+            check(status, "step")
+        if refusal.index < 0:
+            raise ArgumentError(f"the step has {asked} new tokens or pages, {available} at most can be")
+        raise ArgumentError(f"new[{refusal.index}] is {asked} tokens, outside 1 to {available}")
+
+
+def _table(max_sequences: int, ring_pages: int) -> NDArray[np.int32]:
+    try:
+        return np.zeros((max_sequences, ring_pages), np.int32)
+    except MemoryError:
+        raise MemoryError(
+            f"block tables of {max_sequences} sequences of {ring_pages} pages take "
+            f"{max_sequences * ring_pages * 4:,} bytes; lower max_sequences or max_seq_len"
+        ) from None
+
+
+class Plan(Uncopyable):
+    """What a step reserved: a `pkv_plan` and its arrays, in one buffer of the step's own."""
+
+    __slots__ = ("_buffer", "handle", "num_bytes", "num_pages", "num_tokens")
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_tokens = self.num_pages = 0
+        self.take_memory(num_bytes)
+
+    def take_memory(self, num_bytes: int) -> None:
+        """A buffer of at least num_bytes; the plan in it is not open."""
+        self._buffer = np.empty((num_bytes + 7) // 8, np.int64)
+        self.num_bytes = self._buffer.nbytes
+        handle = ffi.from_buffer("pkv_plan *", self._buffer)
+        handle.is_open = 0
+        self.handle = handle
+
+    @property
+    def is_open(self) -> bool:
+        """Was it opened, and neither committed nor rolled back?"""
+        return bool(self.handle.is_open)
+
+    @property
+    def is_written(self) -> bytes:
+        """A byte per layer: 1 once it has the new tokens' keys and values."""
+        return bytes(ffi.buffer(self.handle.is_written, self.handle.num_layers))
+
+    @property
+    def num_seqs(self) -> int:
+        return int(self.handle.batch.num_seqs)
+
+    @property
+    def batch(self) -> Any:
+        """The `pkv_batch *`; it must not outlive the plan."""
+        return ffi.addressof(self.handle.batch)
+
+    def int32(self, pointer: Any, count: int) -> NDArray[np.int32]:
+        """One of the plan's arrays as a view that cannot be written, nor be made so: C trusts what
+        is there.
+        """
+        begin = ffi.cast("char *", pointer) - ffi.cast("char *", self.handle)
+        return read_only(self._buffer.view(np.int32)[begin // 4 : begin // 4 + count])
+
+
+def int64s(seq_ids: list[int], counts: "Counts") -> tuple[Any, Any]:
+    """Keys and counts as C takes them; a count that does not fit becomes one that the plan refuses.
+
+    The second may lie in the first, which is to be held as long.
+    """
+    if not isinstance(counts, list):
+        return int64_array(seq_ids), ffi.from_buffer("int64_t[]", counts)
+    try:
+        both = int64_array(seq_ids + counts)
+    except OverflowError:
+        both = int64_array(seq_ids + [min(max(count, -1), MAX_TOKENS + 1) for count in counts])
+    return both, both + len(seq_ids)
+
+
+def int64_array(values: list[int]) -> Any:
+    if len(values) <= FEW:
+        return ffi.new(INT64_ARRAY, values)
+    return ffi.from_buffer("int64_t[]", np.fromiter(values, np.int64, len(values)))
+
+
+def counts_of(new: object, num_seqs: int) -> "Counts":
+    """How many new tokens each sequence gets: from ids, counts, or an integer array of counts.
+
+    Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).  Counts below 1 are left for
+    the plan to refuse.
+    """
+    if isinstance(new, (list, tuple)):
+        if len(new) != num_seqs:
+            raise ArgumentError(f"new has {len(new)} entries for {num_seqs} sequences; give one for each")
+        if list(map(type, new)).count(int) != num_seqs:
+            new = [_count_of(f"new[{i}]", entry) for i, entry in enumerate(new)]
+        return new if isinstance(new, list) else list(new)
+    new = numpy_of("new", new)
+    if not isinstance(new, np.ndarray):
+        raise ArgumentError(f"new is {type(new).__name__}; give a list with ids or a count for each sequence")
+    if new.ndim != 1 or not np.issubdtype(new.dtype, np.integer) or len(new) != num_seqs:
+        raise ArgumentError(
+            f"new is {new.dtype} {list(new.shape)}; give an integer for each of {num_seqs} sequences"
+        )
+    # What does not fit an int64 must not wrap into what does.
+    counts = np.minimum(new, MAX_TOKENS + 1) if new.dtype == np.uint64 else new
+    return np.ascontiguousarray(counts, np.int64)
+
+
+def _count_of(name: str, entry: object) -> int:
+    if isinstance(entry, (int, np.integer)) and not isinstance(entry, bool):
+        return int(entry)
+    if hasattr(entry, "__len__") and not isinstance(entry, (str, bytes)):
+        ids = np.asarray(numpy_of(name, entry))
+        if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) and ids.size:
+            if ids.min() < 0 or ids.max() > MAX_TOKENS:
+                raise ArgumentError(f"{name} holds an id outside [0, 2**31)")
+            return ids.size
+        if ids.ndim == 1 and not ids.size:
+            return 0
+    raise ArgumentError(f"{name} is {entry!r:.60}; give token ids, or how many there are")

@@ -1,0 +1,100 @@
+"""The page pool: fixed-size pages in one aligned mapping, counted by their owners.
+
+A page is free, owned (one reference) or shared (several).  Calls take and give back n pages at once,
+all of them or none.
+
+The memory is taken when the pool is built, so that too little of it is an error then and not a signal
+later.  What a page's bytes mean is layout's business.
+
+Imports _binding, machine and lifetime.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import machine
+from .._binding import check, ffi, int32_pointer, integer, lib
+from ..errors import OutOfPages
+from ..lifetime import Uncopyable
+
+MAX_PAGE_BYTES = 2**40
+
+
+class PagePool(Uncopyable):
+    """num_pages pages of page_bytes bytes (a multiple of 64), reserved once and never moved.
+
+    Raises: ArgumentError; MemoryError, naming both sizes, when the machine or its control group has less.
+    Cost: touches every byte once.
+    """
+
+    def __init__(self, num_pages: int, page_bytes: int) -> None:
+        self.num_pages = integer("num_pages", num_pages, 1)
+        self.page_bytes = integer("page_bytes", page_bytes, 64, MAX_PAGE_BYTES)
+        self.num_bytes = self.num_pages * self.page_bytes
+        _require_memory(self.num_bytes)
+        # Its destructor is there before the pool is, so that an interrupt in between loses no memory.
+        self._owner = ffi.gc(ffi.new("pkv_pool **"), lib.pkv_pool_destroy)
+        what = f"a pool of {self.num_pages} pages of {self.page_bytes} bytes ({mebibytes(self.num_bytes)})"
+        check(lib.pkv_pool_create(self.num_pages, self.page_bytes, self._owner), what)
+        self.handle = self._owner[0]
+
+    @property
+    def num_free(self) -> int:
+        return int(lib.pkv_pool_num_free(self.handle))
+
+    def acquire(self, count: int) -> NDArray[np.int32]:
+        """`count` free pages, now owned; OutOfPages, and nothing taken, when there are fewer."""
+        count = integer("count", count, 0)
+        if count > self.num_free:
+            raise OutOfPages(
+                f"asked for {count} pages, {self.num_free} of {self.num_pages} are free; "
+                "free a sequence or build a larger pool"
+            )
+        page_ids = np.empty(count, np.int32)
+        check(lib.pkv_pool_acquire(self.handle, count, int32_pointer("page_ids", page_ids)), "acquire")
+        return page_ids
+
+    def share(self, page_ids: NDArray[np.int32]) -> None:
+        """One owner more for each page; PagedKVError, and nothing changed, when one is not owned."""
+        ids = int32_pointer("page_ids", page_ids)
+        check(lib.pkv_pool_share(self.handle, len(page_ids), ids), "share")
+
+    def release(self, page_ids: NDArray[np.int32]) -> None:
+        """One owner fewer for each page; PagedKVError, and nothing changed, when one is not owned."""
+        ids = int32_pointer("page_ids", page_ids)
+        check(lib.pkv_pool_release(self.handle, len(page_ids), ids), "release")
+
+    def check(self) -> None:
+        """Raise InvariantViolation unless every invariant of pool.c holds."""
+        check(lib.pkv_pool_check(self.handle), "check")
+
+    def data(self) -> NDArray[np.uint8]:
+        """Every byte of every page, uint8 [num_pages * page_bytes], in place: what tests poison and read.
+
+        It must not be used after `close`.
+        """
+        return np.frombuffer(ffi.buffer(self.address, self.num_bytes), np.uint8)
+
+    @property
+    def address(self) -> Any:
+        """The first byte, as a `char *`; a multiple of 2 MiB."""
+        return lib.pkv_pool_data(self.handle)
+
+    def close(self) -> None:
+        """Give the memory back.  Nothing of the pool may be used afterwards."""
+        ffi.release(self._owner)
+
+
+def _require_memory(num_bytes: int) -> None:
+    available = machine.available_memory()
+    if available is not None and num_bytes > available:
+        raise MemoryError(
+            f"asked for a pool of {mebibytes(num_bytes)}, {mebibytes(available)} are available; "
+            "ask for fewer pages or a smaller memory="
+        )
+
+
+def mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,1 @@
+"""Serving: requests, their admission, and continuous batching over one cache."""

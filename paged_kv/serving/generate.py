@@ -1,0 +1,171 @@
+"""Going on with many prompts at once: all of them in one batch, whole or token by token.
+
+Imports batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .._binding import integer
+from ..cache import PagedKVCache
+from ..errors import ArgumentError
+from ..models.bitnet import BitNetModel, GenerationReport
+from ..models.sampling import Sampler
+from ..models.token_ids import prompt_ids
+from .batch import Admission, Batch, Request, ServingCache, require_positions, stop_set
+
+__all__ = ["Admission", "Batch", "Generation", "Request", "ServingCache", "generate", "generate_stream"]
+
+PAGE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    ids : of each prompt its new ids, int32; or the error that ended it, in their place
+    """
+
+    ids: list[Any]
+    report: GenerationReport
+
+    @property
+    def errors(self) -> list[Exception | None]:
+        """What ended each prompt before it was done; None: nothing did."""
+        return [ids if isinstance(ids, Exception) else None for ids in self.ids]
+
+
+def generate(
+    model: BitNetModel,
+    prompts: Sequence[ArrayLike],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    n: int = 1,
+    stop_ids: Sequence[int] | None = None,
+    cache: PagedKVCache | None = None,
+    progress: Callable[[Batch], object] | None = None,
+) -> Generation:
+    """Go on with many prompts at once.
+
+    Parameters
+    ----------
+    model : BitNetModel
+    prompts : token ids of each
+    max_new_tokens : of each prompt
+    temperature, top_p, seed : as Sampler; each prompt draws from a generator of its own, seeded by `seed` and
+        its place in the list, so what it draws does not depend on the others
+    n : samples of each prompt, which share its pages
+    stop_ids : tokens that end a text; None: the model's
+    cache : one of `model.new_cache(...)`; None: one that holds all prompts at once
+    progress : called with the Batch after each step
+
+    Returns: Generation, the new ids of each prompt in order (n of each in a row), and what it took.  A prompt
+    whose logits are no numbers, or that others leave no pages for, has its error in the place of its ids.
+    Raises: ArgumentError, SequenceTooLong, OutOfSequences and OutOfPages for a prompt that could never be
+    served, before any work is done; what `progress` and the model raise.
+    """
+    report = GenerationReport()
+    new_ids: list[Any] = [[] for _ in range(len(_list_of(prompts)) * integer("n", n, 1, 2**16))]
+    for index, id in generate_stream(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        n=n,
+        stop_ids=stop_ids,
+        cache=cache,
+        progress=progress,
+        report=report,
+    ):
+        if isinstance(id, Exception):
+            new_ids[index] = id
+        else:
+            new_ids[index].append(id)
+    whole = [ids if isinstance(ids, Exception) else np.array(ids, np.int32) for ids in new_ids]
+    return Generation(whole, report)
+
+
+def generate_stream(
+    model: BitNetModel,
+    prompts: Sequence[ArrayLike],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    n: int = 1,
+    stop_ids: Sequence[int] | None = None,
+    cache: PagedKVCache | None = None,
+    progress: Callable[[Batch], object] | None = None,
+    report: GenerationReport | None = None,
+) -> Iterator[tuple[int, int | Exception]]:
+    """As `generate`, token by token as they come.
+
+    report : filled while it goes on
+
+    Yields: (place in what `generate` would return, id); (place, error) last, for a prompt that failed.
+    Closing the iterator gives back what it holds.
+    """
+    own_cache, n = None, integer("n", n, 1, 2**16)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+    seed = integer("seed", seed, 0, 2**64)
+    stop_ids = tuple(stop_set(model.config.stop_ids if stop_ids is None else stop_ids))
+    ids_of = [
+        prompt_ids(f"prompts[{i}]", prompt, model.config.vocab_size)
+        for i, prompt in enumerate(_list_of(prompts))
+    ]
+    for ids in ids_of:
+        require_positions(len(ids), max_new_tokens, model.config.max_position_embeddings, "the model")
+    if cache is None:
+        num_pages = n * sum(-(-(len(ids) + max_new_tokens) // PAGE_SIZE) for ids in ids_of)
+        own_cache = cache = model.new_cache(
+            num_pages=max(1, num_pages), page_size=PAGE_SIZE, max_sequences=max(1, n * len(ids_of))
+        )
+    batch = Batch(model, cache, Admission.pages_of(cache), stop_ids=stop_ids, report=report)
+    try:
+        requests = [
+            request
+            for i, prompt in enumerate(ids_of)
+            for request in batch.add_samples(
+                prompt, max_new_tokens, [Sampler(temperature, top_p, seed_of(seed, i, j)) for j in range(n)]
+            )
+        ]
+        places = {request: index for index, request in enumerate(requests)}
+        num_told = [0] * len(requests)
+        while batch.waiting or batch.running:
+            done = batch.step()
+            if progress is not None:
+                progress(batch)
+            for request in (*done, *batch.running):
+                index = places[request]
+                for id in request.new_ids[num_told[index] :]:
+                    num_told[index] += 1
+                    yield index, id
+                if request.error is not None:
+                    yield index, request.error
+    finally:
+        batch.close()
+        if own_cache is not None:
+            own_cache.close()
+
+
+def _list_of(prompts: object) -> list[Any]:
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not hasattr(prompts, "__iter__"):
+        raise ArgumentError(f"prompts is {prompts!r:.60}; give a list with the token ids of each prompt")
+    return list(prompts)
+
+
+def seed_of(seed: int, index: int, sample: int = 0) -> int:
+    """A seed for each place in a list of prompts, and each sample of one."""
+    seed = integer("seed", seed, 0, 2**64)
+    entropy = [seed, index, sample] if sample else [seed, index]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
