@@ -87,7 +87,7 @@ def test_an_attribute_is_there_and_documented(owner):
 
 ERRORS = [
     *("OutOfPages", "OutOfSequences", "SequenceTooLong", "SequenceBusy", "ArgumentError", "StaleSequence"),
-    *("StepClosed", "LayerNotWritten", "CacheClosed", "InvariantViolation"),
+    *("StepClosed", "LayerNotWritten", "CacheClosed", "InvariantViolation", "RequestCancelled"),
 ]
 
 

@@ -30,7 +30,8 @@ from ..files import replace_files
 from ..machine import num_cpus
 from ..models.bitnet import TINY_BITNET, BitNetModel
 from ..models.sampling import Sampler
-from ..serving.batch import Admission, Batch, ServingCache
+from ..serving.admission import Admission
+from ..serving.batch import Batch, ServingCache
 from ..serving.generate import seed_of
 from .baselines import ConcatenatedCache, RecomputeStep
 from .live_line import LiveLine

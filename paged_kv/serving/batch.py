@@ -1,39 +1,34 @@
-"""Serving many prompts at once: continuous batching over one cache.
+"""Continuous batching: many prompts served at once over one cache.
 
-A request waits, runs and is done.  Every step takes the next token of each request that is past its prompt,
+Every step takes the next token of each request that is past its prompt,
 and fills up with chunks of other prompts, so that no request waits for a long prompt to pass:
 
     step 1   [a: prompt ............]
     step 2   [a: token][b: prompt .....]
     step 3   [a: token][b: ... prompt][c: prompt .]      one forward pass each
 
-A request is admitted when its prompt and all its new tokens fit whatever the others do.  Several samples of a
-prompt share it: the first one computes it, and the others are forks of that.
+Several samples of a prompt share it: the first one computes it, and the others are forks of that.  A request
+can be cancelled at any time; when it computes the prompt of other samples, the next of them goes on with it.
 
-A step changes a request in two places, its sequence and its ids, and either may be interrupted.  The sequence
-is the truth: what it does not hold yet is fed next, and an id that was drawn counts once the sequence holds
-all ids before it.  So a step that raised can be repeated, and draws nothing twice.
-
-Imports bitnet, sampling and token_ids.
+Imports request, admission and models.bitnet.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .._binding import integer
-from ..cache import PagedKVCache
 from ..errors import (
     ArgumentError,
     CacheClosed,
     OutOfPages,
     OutOfSequences,
+    RequestCancelled,
     SequenceBusy,
     SequenceTooLong,
     StaleSequence,
@@ -42,9 +37,9 @@ from ..errors import (
 from ..lifetime import Uncopyable
 from ..models.bitnet import BitNetModel, GenerationReport
 from ..models.sampling import Sampler
-from ..models.ternary import FloatArray
-from ..models.token_ids import drawn_id, prompt_ids
-from ..pages.block_table import MAX_TOKENS
+from ..models.token_ids import prompt_ids
+from .admission import Admission, require_positions
+from .request import Request, stop_set
 
 #: Tokens of one step, where there are prompts to fill it: enough for full matrix products, few enough that
 #: running requests do not wait long for their next token.
@@ -57,108 +52,6 @@ class ServingCache(Protocol):
     def sequence(self) -> Any: ...
 
     def step(self, seqs: Any, new: Any) -> Any: ...
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt on its way through the batch.
-
-    error : what ended it before it was done; None: nothing did
-    """
-
-    prompt: list[int]
-    max_new_tokens: int
-    sampler: Sampler
-    cost: int
-    seq: Any = None
-    new_ids: list[int] = field(default_factory=list)
-    error: Exception | None = None
-    #: Other samples of the same prompt, which begin as forks when it is computed.
-    siblings: list["Request"] = field(default_factory=list)
-    #: (n, id): the id that was drawn to follow the first n.
-    drawn: tuple[int, int] | None = None
-
-    @property
-    def num_ids(self) -> int:
-        return len(self.prompt) + len(self.new_ids)
-
-    @property
-    def num_fed(self) -> int:
-        """How many of them the sequence holds."""
-        return 0 if self.seq is None else len(self.seq)
-
-    @property
-    def is_past_prompt(self) -> bool:
-        return self.num_fed >= len(self.prompt)
-
-    def next_ids(self, room: int) -> list[int]:
-        """The next ids to feed, at most `room`."""
-        fed = self.num_fed
-        rest = self.prompt[fed : fed + room] if fed < len(self.prompt) else []
-        return rest or self.new_ids[fed - len(self.prompt) :][:room]
-
-    def draw(self, logits: FloatArray) -> None:
-        """Choose what follows all ids that there are, once; what the sampler raises ends the request."""
-        if self.error is None and (self.drawn is None or self.drawn[0] != self.num_ids):
-            try:
-                self.drawn = self.num_ids, drawn_id(self.sampler, logits)
-            except Exception as error:
-                self.error = error
-
-    def take_drawn(self) -> None:
-        """The id that was drawn is the newest, if the sequence holds all before it.  Raises:
-        StaleSequence.
-        """
-        num_fed = self.num_fed
-        if self.drawn is not None and self.drawn[0] == self.num_ids == num_fed:
-            self.new_ids.append(self.drawn[1])
-
-
-@dataclass
-class Admission:
-    """How much a cache holds, and what a request of n tokens takes of it, in the same unit.
-
-    max_sequences, max_seq_len, max_step_tokens : the cache's, where it has such limits
-    """
-
-    capacity: int
-    cost_of: Callable[[int], int]
-    max_sequences: int | None = None
-    max_seq_len: int | None = None
-    max_step_tokens: int | None = None
-
-    @classmethod
-    def pages_of(cls, cache: PagedKVCache) -> "Admission":
-        page_size = cache.page_size
-        most = MAX_TOKENS if cache.window is None else cache.max_sequence_pages * page_size
-        return cls(
-            cache.stats().num_pages,
-            lambda num_tokens: -(-min(num_tokens, most) // page_size),
-            cache.max_sequences,
-            cache.max_seq_len,
-            cache.max_step_tokens,
-        )
-
-
-def require_positions(num_ids: int, max_new_tokens: int, positions: int, whose: str) -> None:
-    """SequenceTooLong when a prompt and its new tokens, but for the last, which is not fed, take
-    more positions.
-    """
-    needed = num_ids + max_new_tokens - 1
-    if needed > positions:
-        raise SequenceTooLong(
-            f"a prompt of {num_ids} and {max_new_tokens} new tokens take {needed} positions, {whose} has "
-            f"{positions}; shorten the prompt, or ask for fewer new tokens"
-        )
-
-
-def stop_set(stop_ids: object) -> frozenset[int]:
-    """Ids that end a text; ArgumentError for what is no collection of integers.  Ids beyond the
-    vocabulary pass.
-    """
-    if not isinstance(stop_ids, (list, tuple, set, frozenset, np.ndarray, range)):
-        raise ArgumentError(f"stop_ids is {stop_ids!r:.60}; give a list of token ids")
-    return frozenset(integer("a stop id", id, -(2**63), 2**64) for id in stop_ids)
 
 
 class Batch(Uncopyable):
@@ -194,6 +87,7 @@ class Batch(Uncopyable):
         self._done: dict[Request, None] = {}
         #: The cache's step that is open, until its `with` has ended it.
         self._step: Any = None
+        self._is_stepping = False
 
     def add(self, prompt: ArrayLike, max_new_tokens: int, sampler: Sampler | None = None) -> Request:
         """Queue a request.
@@ -232,15 +126,46 @@ class Batch(Uncopyable):
         self.waiting.append(first)
         return [first, *siblings]
 
-    def step(self) -> list[Request]:
-        """Admit who fits, take one step, return the requests that are done.  Nothing to do: an empty list.
+    def cancel(self, request: Request) -> bool:
+        """End a request that is not done: its pages are free for others at once.
 
-        A request whose own doing fails (its sampler raises, its logits are no numbers, others have taken the
-        pages or sequences that it needs) is done, with `error` set; the others go on.
+        The next `step` returns it, with its ids so far and a RequestCancelled as `error`.  Samples of the
+        same prompt are not affected.  Called inside a step (by a sampler), it takes effect when the step
+        ends.
+
+        Returns: False when the request was done already, or is another batch's.
+        """
+        if not isinstance(request, Request):
+            raise ArgumentError(f"request is {request!r:.60}; give one that `add` returned")
+        waiting = [one for first in self.waiting for one in (first, *first.siblings)]
+        if request.error is not None or request not in [*self.running, *waiting]:
+            return False
+        request.error = RequestCancelled("the request was cancelled")
+        if not self._is_stepping:
+            self._abandon_step()
+            self._settle()
+        return True
+
+    def step(self) -> list[Request]:
+        """Admit requests that fit, take one step.  Returns: the requests that are done.
+
+        A request that fails by itself (its sampler raises, its logits are no numbers, others have taken the
+        pages or sequences that it needs) is done, with `error` set; the others go on.  Without any request,
+        nothing happens.
 
         Raises: what the model raises, and SequenceBusy, CacheClosed.  Then no request has lost or gained
         a token, and the step can be repeated.
         """
+        self._is_stepping = True
+        try:
+            self._take_step()
+        finally:
+            self._is_stepping = False
+        self._settle()  # also what was cancelled meanwhile
+        done, self._done = list(self._done), {}
+        return done
+
+    def _take_step(self) -> None:
         begin = time.perf_counter_ns()
         self._abandon_step()
         self._settle()
@@ -261,8 +186,6 @@ class Batch(Uncopyable):
             self._step = None
             self._settle()
             self.report.count_step(num_prompt_tokens, num_sampled, time.perf_counter_ns() - begin)
-        done, self._done = list(self._done), {}
-        return done
 
     def close(self) -> None:
         """Give back what the running requests hold."""
@@ -281,11 +204,15 @@ class Batch(Uncopyable):
             self._step = None
 
     def _settle(self) -> None:
-        """Take the ids that were drawn in steps that are committed, fork siblings, end what is done."""
+        """Take the ids that were drawn in committed steps, fork siblings, end what is done or cancelled."""
+        self._drop_cancelled()
         for request in list(self.running):
             try:
-                if request.siblings and (request.error or request.drawn) and request.is_past_prompt:
-                    self._fork_siblings(request)
+                if request.siblings and (request.error or request.drawn):
+                    if request.is_past_prompt:
+                        self._fork_siblings(request)
+                    elif request.error:
+                        self._hand_over(request)
                 if not self._is_done(request):
                     request.take_drawn()
             except StaleSequence as error:  # somebody else has freed its sequence
@@ -293,6 +220,31 @@ class Batch(Uncopyable):
         for request in list(self.running):
             if self._is_done(request):
                 self._retire(request)
+
+    def _drop_cancelled(self) -> None:
+        """Of the requests that wait."""
+        for i, first in enumerate(self.waiting):
+            group = [first, *first.siblings]
+            alive = [request for request in group if request.error is None]
+            if len(alive) == len(group) or first in self.running:
+                continue
+            self._done |= dict.fromkeys([request for request in group if request.error is not None])
+            if alive:
+                alive[0].siblings = alive[1:]
+                self.waiting[i] = alive[0]
+        for first in list(self.waiting):
+            if first.error is not None and first not in self.running:
+                self.waiting.remove(first)
+
+    def _hand_over(self, request: Request) -> None:
+        """The next sample goes on with the prompt of a request that has ended before it was computed."""
+        alive = [sibling for sibling in request.siblings if sibling.error is None]
+        if alive:
+            alive[0].siblings = alive[1:]
+            if request.seq is not None:  # else this was done already, before an interrupt
+                alive[0].seq = request.seq
+                request.seq = None
+        request.siblings = []
 
     def _fork_siblings(self, request: Request) -> None:
         while request.siblings:

@@ -1,4 +1,4 @@
-"""Going on with many prompts at once: all of them in one batch, whole or token by token.
+"""Generation: the new tokens of many prompts, in one batch, whole or token by token.
 
 Imports batch.
 """
@@ -16,7 +16,10 @@ from ..errors import ArgumentError
 from ..models.bitnet import BitNetModel, GenerationReport
 from ..models.sampling import Sampler
 from ..models.token_ids import prompt_ids
-from .batch import Admission, Batch, Request, ServingCache, require_positions, stop_set
+from ..pages.block_table import num_pages
+from .admission import Admission, require_positions
+from .batch import Batch, ServingCache
+from .request import Request, stop_set
 
 __all__ = ["Admission", "Batch", "Generation", "Request", "ServingCache", "generate", "generate_stream"]
 
@@ -126,9 +129,9 @@ def generate_stream(
     for ids in ids_of:
         require_positions(len(ids), max_new_tokens, model.config.max_position_embeddings, "the model")
     if cache is None:
-        num_pages = n * sum(-(-(len(ids) + max_new_tokens) // PAGE_SIZE) for ids in ids_of)
+        most_pages = n * sum(num_pages(len(ids) + max_new_tokens, PAGE_SIZE) for ids in ids_of)
         own_cache = cache = model.new_cache(
-            num_pages=max(1, num_pages), page_size=PAGE_SIZE, max_sequences=max(1, n * len(ids_of))
+            num_pages=max(1, most_pages), page_size=PAGE_SIZE, max_sequences=max(1, n * len(ids_of))
         )
     batch = Batch(model, cache, Admission.pages_of(cache), stop_ids=stop_ids, report=report)
     try:
@@ -140,15 +143,15 @@ def generate_stream(
             )
         ]
         places = {request: index for index, request in enumerate(requests)}
-        num_told = [0] * len(requests)
+        num_yielded = [0] * len(requests)
         while batch.waiting or batch.running:
             done = batch.step()
             if progress is not None:
                 progress(batch)
             for request in (*done, *batch.running):
                 index = places[request]
-                for id in request.new_ids[num_told[index] :]:
-                    num_told[index] += 1
+                for id in request.new_ids[num_yielded[index] :]:
+                    num_yielded[index] += 1
                     yield index, id
                 if request.error is not None:
                     yield index, request.error

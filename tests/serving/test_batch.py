@@ -13,8 +13,7 @@ from paged_kv.commands.baselines import ConcatenatedCache, ConcatenatedStep
 from paged_kv.models.bitnet import BitNetConfig, BitNetModel
 from paged_kv.models.sampling import Sampler
 from paged_kv.serving import batch as batch_module
-from paged_kv.serving.batch import Admission, Batch
-from paged_kv.serving.generate import generate, generate_stream
+from paged_kv.serving.generate import Admission, Batch, generate, generate_stream
 
 GOOD = ([5, 6, 7], [9, 10, 11, 12], [3] * 70)
 NUM_NEW = 6
