@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import paged_kv
-from paged_kv.models.bitnet import BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import BitNetModel, DecoderConfig
 from paged_kv.serving.generate import generate
 
 HEAD_DIM = 8
@@ -241,7 +241,7 @@ def main():
     options = parser.parse_args()
     faulthandler.dump_traceback_later(options.seconds + 60, exit=True)
     rng, signals = np.random.default_rng(options.seed), Signals()
-    model = BitNetModel.random(BitNetConfig(256, 32, 32, 1, 2, 1, 16, 128, 10000.0, 1e-5, 1, 2))
+    model = BitNetModel.random(DecoderConfig(256, 32, 32, 1, 2, 1, 16, 128, 10000.0, 1e-5, 1, 2))
     end, num_walks = time.monotonic() + options.seconds, 0
     while time.monotonic() < end:
         for window in ({}, {"window": 20, "num_sink_tokens": 3}):

@@ -7,14 +7,14 @@ import pytest
 from conftest import make_cache, rows
 
 import paged_kv
-from paged_kv.models.bitnet import BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import BitNetModel, DecoderConfig
 from paged_kv.models.layers import Rotation, rope_frequencies
 from paged_kv.models.matrix import int8_matrix
 from paged_kv.models.sampling import Sampler
 from paged_kv.models.ternary import quantise_activations, ternarise
 from paged_kv.serving.generate import generate
 
-CONFIG = BitNetConfig(256, 32, 32, 1, 2, 1, 16, 128, 10000.0, 1e-5, 1, 2)
+CONFIG = DecoderConfig(256, 32, 32, 1, 2, 1, 16, 128, 10000.0, 1e-5, 1, 2)
 LLAMA3 = {
     **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     **{"original_max_position_embeddings": 8192},

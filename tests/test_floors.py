@@ -7,7 +7,16 @@ PACKAGE = Path(__file__).parents[1] / "paged_kv"
 
 #: From the ground up; a module imports from floors below its own, and from none beside it.
 FLOORS = [
-    {"errors", "machine", "reference", "extras", "files", "commands.live_line", "_old_paths"},
+    {
+        "errors",
+        "machine",
+        "reference",
+        "extras",
+        "files",
+        "commands.live_line",
+        "models.report",
+        "_old_paths",
+    },
     {"_binding", "lifetime", "commands.texts", "pages.layout"},
     {"attention.arrays"},
     {"attention.array_template", "attention.merge"},
@@ -23,6 +32,7 @@ FLOORS = [
     {"models.matrix", "commands.baselines"},
     {"models.layers", "models.tensor_file", "models.json_file"},
     {"models.checkpoint", "models.config"},
+    {"models.decoder"},
     {"models.bitnet"},
     {"serving.request", "serving.admission", "commands.timing"},
     {"serving.batch"},

@@ -17,7 +17,7 @@ import paged_kv
 from paged_kv import NotCopyable, PagedKVError, StaleSequence, lifetime
 from paged_kv._binding import ffi, lib
 from paged_kv.attention import prepared
-from paged_kv.models import bitnet, matrix
+from paged_kv.models import bitnet, decoder, matrix
 from paged_kv.serving import generate
 
 DUPLICATIONS = {
@@ -43,11 +43,12 @@ def owners():
     manager = paged_kv.KVCacheManager()
     manager.allocate(8, 1, 16, 2)
     model = bitnet.BitNetModel.tiny()
+    plain = decoder.DecoderModel(model.config, model.blocks, model.embedding, model.final_norm)
     weights = matrix.ternary_matrix(np.zeros((16, 16), np.int8), np.ones(1, np.float32))
     batch = generate.Batch(model, cache, generate.Admission.pages_of(cache))
     store = cache._store
     inner = [store, store.pool, store.tables, step._plan, manager._ring, model._entry(0)]
-    return [cache, seq, step, manager, model, weights, batch, *inner]
+    return [cache, seq, step, manager, model, plain, weights, batch, *inner]
 
 
 def test_every_class_that_owns_something_is_tried_below():

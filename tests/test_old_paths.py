@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from paged_kv._old_paths import MOVED
+from paged_kv.models import bitnet, config, decoder, layers, report
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -34,3 +35,11 @@ def test_names_are_imported_from_old_paths_first():
 def test_a_path_that_never_was_is_missing():
     with pytest.raises(ModuleNotFoundError, match=r"paged_kv\.pools"):
         importlib.import_module("paged_kv.pools")
+
+
+def test_the_names_of_0_1_0_are_the_decoders():
+    assert bitnet.BitNetConfig is config.BitNetConfig is config.DecoderConfig
+    assert bitnet.BitNetBlock is layers.BitNetBlock is layers.DecoderBlock
+    assert bitnet.BitNetAttentionLayer is layers.BitNetAttentionLayer is layers.SelfAttention
+    assert bitnet.GenerationReport is report.GenerationReport
+    assert issubclass(bitnet.BitNetModel, decoder.DecoderModel)

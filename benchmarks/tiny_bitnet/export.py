@@ -72,7 +72,7 @@ def int8_rows(matrix):
 
 
 def transformers_config(config):
-    """What transformers' BitNetConfig needs to build the same graph."""
+    """What transformers' DecoderConfig needs to build the same graph."""
     fields = asdict(config)
     return {
         "architectures": ["BitNetForCausalLM"],

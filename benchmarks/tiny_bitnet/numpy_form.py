@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paged_kv.models.bitnet import TINY_BITNET, BitNetConfig
+from paged_kv.models.bitnet import TINY_BITNET, DecoderConfig
 from paged_kv.models.ternary import quantise_activations, unpack_ternary
 
 
@@ -37,7 +37,7 @@ class BitLinear:
 class Block:
     """One layer: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: BitNetConfig, arrays: dict, prefix: str) -> None:
+    def __init__(self, config: DecoderConfig, arrays: dict, prefix: str) -> None:
         def linear(name: str) -> BitLinear:
             weight = f"{prefix}{name}_proj.weight"
             return BitLinear(unpack_ternary(arrays[weight]), arrays[f"{weight}_scale"])
@@ -75,7 +75,7 @@ class NumpyBitNet:
     def __init__(self) -> None:
         with np.load(TINY_BITNET / "tiny_bitnet.npz", allow_pickle=False) as file:
             arrays = dict(file)
-        self.config = config = BitNetConfig.from_json(arrays.pop("config").tobytes())
+        self.config = config = DecoderConfig.from_json(arrays.pop("config").tobytes())
         self.blocks = [Block(config, arrays, f"model.layers.{i}.") for i in range(config.num_hidden_layers)]
         scales = arrays["model.embed_tokens.weight_scale"]
         self.embedding = arrays["model.embed_tokens.weight"] * scales[:, None]

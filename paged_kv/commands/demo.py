@@ -29,6 +29,7 @@ from ..extras import require
 from ..files import replace_files
 from ..machine import num_cpus
 from ..models.bitnet import TINY_BITNET, BitNetModel
+from ..models.decoder import DecoderModel
 from ..models.sampling import Sampler
 from ..serving.admission import Admission
 from ..serving.batch import Batch, ServingCache
@@ -127,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
 # ---- prompts
 
 
-def choose_prompts(options: argparse.Namespace, model: BitNetModel, tokenizer: Any) -> list[Prompt]:
+def choose_prompts(options: argparse.Namespace, model: DecoderModel, tokenizer: Any) -> list[Prompt]:
     """The user's texts, or the beginnings of modules that training held out; of different lengths."""
     room = model.config.max_position_embeddings - options.max_tokens
     if not 1 <= options.max_tokens < model.config.max_position_embeddings - 1:
@@ -170,7 +171,7 @@ class Serving:
     """The same prompts, served in different ways."""
 
     def __init__(
-        self, model: BitNetModel, prompts: list[Prompt], options: argparse.Namespace, live: LiveLine
+        self, model: DecoderModel, prompts: list[Prompt], options: argparse.Namespace, live: LiveLine
     ) -> None:
         self.model, self.prompts, self.options, self.live = model, prompts, options, live
 

@@ -25,7 +25,9 @@ from .._binding import integer, kernels
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..machine import num_cpus
-from ..models.bitnet import TINY_BITNET, BitNetModel, GenerationReport
+from ..models.bitnet import TINY_BITNET, BitNetModel
+from ..models.decoder import DecoderModel
+from ..models.report import GenerationReport
 from ..models.ternary import FloatArray
 from ..pages.pool import mebibytes
 from ..serving.generate import Batch, generate_stream
@@ -123,12 +125,12 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def opened(options: argparse.Namespace, live: LiveLine) -> tuple[BitNetModel, Any]:
+def opened(options: argparse.Namespace, live: LiveLine) -> tuple[DecoderModel, Any]:
     """A model and its tokenizer from a folder; None: the small one that ships with the library."""
     if options.model is None:
         return BitNetModel.tiny(), open_tokenizer(TINY_BITNET / "tokenizer.json")
     tokenizer = open_tokenizer(Path(options.model) / "tokenizer.json")
-    model = BitNetModel.from_pretrained(
+    model = DecoderModel.from_pretrained(
         options.model,
         head=options.head,
         weights=options.weights,
@@ -173,7 +175,7 @@ class StreamedText:
 class Watch:
     """Times the steps of a generation, prompts and decoding apart."""
 
-    def __init__(self, model: BitNetModel, cache: PagedKVCache) -> None:
+    def __init__(self, model: DecoderModel, cache: PagedKVCache) -> None:
         self.model, self.pages = model, cache
         self._attention, self._weights = Stopwatch(), Stopwatch()
         self.cache: Any = TimedCache(cache, self._attention)
@@ -222,7 +224,7 @@ class Watch:
         )
 
 
-def without_cache(model: BitNetModel, lengths: list[int]) -> float:
+def without_cache(model: DecoderModel, lengths: list[int]) -> float:
     """Tokens/s of one sequence after the other, all computed again; at the lengths they have reached."""
     begin = time.perf_counter()
     for length in lengths:
@@ -232,7 +234,7 @@ def without_cache(model: BitNetModel, lengths: list[int]) -> float:
     return STEPS_WITHOUT_CACHE * len(lengths) / (time.perf_counter() - begin)
 
 
-def concatenated(model: BitNetModel, lengths: list[int]) -> float:
+def concatenated(model: DecoderModel, lengths: list[int]) -> float:
     """Tokens/s of all sequences at once, over float32 arrays that grow from those lengths."""
     config, rng = model.config, np.random.default_rng(0)
     shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..models.bitnet import BitNetModel
+from ..models.decoder import DecoderModel
 from ..models.layers import KVStep
 from ..models.matrix import Matrix
 from ..models.ternary import FloatArray
@@ -85,7 +85,7 @@ class TimedMatrix(Matrix):
 
 
 @contextmanager
-def timed_matrices(model: BitNetModel, clock: Stopwatch) -> Iterator[None]:
+def timed_matrices(model: DecoderModel, clock: Stopwatch) -> Iterator[None]:
     """Within the block, the clock counts what the model's matrices take."""
     places: list[tuple[Any, str]] = [
         (block.attention, name) for block in model.blocks for name in ("qkv", "o")
@@ -116,7 +116,7 @@ class StepTimes:
 
 
 def timed_step(
-    model: BitNetModel, step: Any, ids: NDArray[Any], rows: NDArray[Any]
+    model: DecoderModel, step: Any, ids: NDArray[Any], rows: NDArray[Any]
 ) -> tuple[StepTimes, FloatArray]:
     """One forward pass over a step, which is committed: its times, and its logits."""
     weights, attention = Stopwatch(), Stopwatch()

@@ -1,150 +1,95 @@
-"""BitNet b1.58: a whole model, from token ids to logits; checkpoints, real sizes, and a small one that ships.
+"""BitNet b1.58: the decoder with ternary weights; real sizes, and a small model that ships.
 
-Where keys and values are kept is a step's business (layers.KVStep): the model asks it for positions and
-attention, and takes the tokens of many sequences at once.
+    model = BitNetModel.tiny()
+    ids = model.generate_sequence(20, batch_idx=0, prompt=[...])      the model's own sequences (session.py)
 
-    ids ── embedding ── blocks ── final norm ── head (the embedding, transposed) ── logits
-
-Imports checkpoint, sampling and session.
+Imports decoder, report, sampling and session.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._binding import integer
-from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..files import replace_files
-from ..lifetime import OwnedLock, Uncopyable
-from .checkpoint import (
-    Checkpoint,
-    bits_of_float32,
-    blocks_of,
-    float32_of_bits,
-    open_folder,
-    stop_ids_of,
-    tensors_of,
-)
-from .config import BitNetConfig
-from .layers import (
-    BitNetAttentionLayer,
-    BitNetBlock,
-    Buffers,
-    KVStep,
-    Rotation,
-    rope_frequencies,
-)
-from .matrix import Matrix, bfloat16_matrix, int8_matrix, random_matrix
+from ..lifetime import OwnedLock
+from .checkpoint import Checkpoint, bits_of_float32, blocks_of, tensors_of
+from .config import DecoderConfig
+from .decoder import DecoderModel, head_of
+from .layers import DecoderBlock, SelfAttention
+from .matrix import Matrix, random_matrix
+from .report import GenerationReport
 from .sampling import Sampler
 from .session import Session
 from .tensor_file import tensors_writer
 from .ternary import FloatArray
-from .token_ids import drawn_id, indices, token_ids
+from .token_ids import drawn_id, token_ids
 
-__all__ = ["BitNetAttentionLayer", "BitNetBlock", "BitNetConfig", "BitNetModel"]
+__all__ = [
+    "SHAPES",
+    "TINY_BITNET",
+    "BitNetAttentionLayer",
+    "BitNetBlock",
+    "BitNetConfig",
+    "BitNetModel",
+    "GenerationReport",
+]
+
+#: The names of 0.1.0.
+BitNetConfig = DecoderConfig
+BitNetBlock = DecoderBlock
+BitNetAttentionLayer = SelfAttention
 
 #: The model that ships with the library: weights, tokenizer, and the modules that training held out.
 TINY_BITNET = Path(__file__).parent / "tiny_bitnet"
 
-
-@dataclass
-class GenerationReport:
-    """What a generation took.  Times are of steps that held prompt tokens, and of those that held none."""
-
-    num_prompt_tokens: int = 0
-    num_new_tokens: int = 0
-    num_steps: int = 0
-    prefill_ns: int = 0
-    decode_ns: int = 0
-
-    def count_step(self, num_prompt_tokens: int, num_new_tokens: int, elapsed_ns: int) -> None:
-        self.num_steps += 1
-        self.num_prompt_tokens += num_prompt_tokens
-        self.num_new_tokens += num_new_tokens
-        if num_prompt_tokens:
-            self.prefill_ns += elapsed_ns
-        else:
-            self.decode_ns += elapsed_ns
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens a second, prefill included."""
-        elapsed_ns = self.prefill_ns + self.decode_ns
-        return self.num_new_tokens / elapsed_ns * 1e9 if elapsed_ns else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_prompt_tokens:,} prompt and {self.num_new_tokens:,} new tokens in {self.num_steps:,} "
-            f"steps: prefill {self.prefill_ns / 1e6:,.0f} ms, decode {self.decode_ns / 1e6:,.0f} ms, "
-            f"{self.tokens_per_s:,.1f} tokens/s"
-        )
-
-
 #: Real sizes: the public 2B-4T; the request's 7B; the 700M of the first paper.
 SHAPES = {
-    "2b-4t": BitNetConfig(128256, 2560, 6912, 30, 20, 5, 128, 4096, 500000.0, 1e-5, 128000, 128001),
-    "7b": BitNetConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 10000.0, 1e-5, 1, 2),
-    "700m": BitNetConfig(32000, 1536, 4096, 24, 16, 16, 96, 2048, 10000.0, 1e-5, 1, 2),
+    "2b-4t": DecoderConfig(128256, 2560, 6912, 30, 20, 5, 128, 4096, 500000.0, 1e-5, 128000, 128001),
+    "7b": DecoderConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 10000.0, 1e-5, 1, 2),
+    "700m": DecoderConfig(32000, 1536, 4096, 24, 16, 16, 96, 2048, 10000.0, 1e-5, 1, 2),
 }
 
 
-class BitNetModel(Uncopyable):
-    """A model's weights and its forward pass: a BitNet, or a llama with 8 or 16 bits a weight.
+class BitNetModel(DecoderModel):
+    """A decoder with ternary weights, and sequences of its own; `from_pretrained` also loads a llama.
 
     Parameters
     ----------
-    config : BitNetConfig
-    blocks : a BitNetBlock for each layer
-    embedding : float32 [vocab_size, hidden_size], or uint16, the bits of bfloat16
-    final_norm : float32 [hidden_size]
-    head : Matrix, or float32 [vocab_size, hidden_size]; None: the embedding, in 8 bits
+    config, blocks, embedding, final_norm, head : as DecoderModel
     batch_size : sequences of `generate_sequence`
     """
 
     def __init__(
         self,
-        config: BitNetConfig,
-        blocks: Iterable[BitNetBlock],
+        config: DecoderConfig,
+        blocks: Iterable[DecoderBlock],
         embedding: NDArray[Any],
         final_norm: FloatArray,
         *,
         head: Matrix | FloatArray | None = None,
         batch_size: int = 8,
     ) -> None:
-        self.config = config
-        self.blocks = tuple(blocks)
-        self.embedding = embedding
-        self.final_norm = final_norm
+        super().__init__(config, blocks, embedding, final_norm, head=head)
         self.batch_size = integer("batch_size", batch_size, 1)
-        if len(self.blocks) != config.num_hidden_layers:
-            raise ArgumentError(f"{len(self.blocks)} blocks for {config.num_hidden_layers} layers")
-        if embedding.shape != (config.vocab_size, config.hidden_size):
-            raise ArgumentError(f"the embedding has shape {list(embedding.shape)}, which is not the config's")
-        self.head = head_of(embedding) if head is None else head
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self._rotation = Rotation(frequencies, config.max_position_embeddings)
-        #: Scratch of forward passes; one takes it for as long as it runs, and several threads may.
-        self._buffers: deque[Buffers] = deque(maxlen=4)
         self._sessions: dict[int, Session] = {}
         #: Guards the sessions' table and the report.
         self._lock = OwnedLock()
         self.report = GenerationReport()
 
     @classmethod
-    def load(cls, path: Path | str, *, batch_size: int = 8) -> "BitNetModel":
+    def load(cls, path: Path | str, *, batch_size: int = 8) -> Self:
         """A model from an .npz file with transformers' names, as benchmarks/tiny_bitnet/README.md has it."""
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, NDArray[Any]] = dict(file)
         if "config" not in arrays:
             raise ArgumentError(f"{path} has no array config")
-        config = BitNetConfig.from_json(arrays.pop("config").tobytes(), str(path))
+        config = DecoderConfig.from_json(arrays.pop("config").tobytes(), str(path))
         checkpoint = Checkpoint(arrays, str(path))
         codes = checkpoint.raw("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         embedding = (
@@ -156,7 +101,7 @@ class BitNetModel(Uncopyable):
         return cls(config, blocks, embedding, norm, batch_size=batch_size)
 
     @classmethod
-    def tiny(cls) -> "BitNetModel":
+    def tiny(cls) -> Self:
         """The small model that ships with the library: 5.4 million ternary weights, trained on Python."""
         return cls.load(TINY_BITNET / "tiny_bitnet.npz")
 
@@ -169,31 +114,12 @@ class BitNetModel(Uncopyable):
         weights: str = "int8",
         batch_size: int = 8,
         progress: Callable[[int, int], object] | None = None,
-    ) -> "BitNetModel":
-        """A model from a folder as transformers saves it: config.json and safetensors, and
-        generation_config.json, whose end tokens end a text too.
-
-        head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact
-        weights : of a llama's projections, "int8" or "bfloat16"; a BitNet's are ternary
-        progress : called with the blocks that are there, and how many there will be
-
-        Files are read by memory map; projections go into huge pages.  BitNet's come packed in 2 bits, with
-        scales of either direction, or as floats that are made ternary; a llama's as `weights` says.
-        Raises: ArgumentError, naming the tensor that is missing, of another shape, all zeros, not finite, or
-        that no part of the model takes; and the field of a config that is none; OSError.
-        """
-        fields, checkpoint = open_folder(Path(folder))
-        config = BitNetConfig.from_fields(fields).with_stop_ids(stop_ids_of(Path(folder)))
-        shape = (config.vocab_size, config.hidden_size)
-        checkpoint.nonzero("model.embed_tokens.weight", shape)
-        embedding = rows = checkpoint.raw("model.embed_tokens.weight", shape)
-        if not fields.flag("tie_word_embeddings", False):
-            checkpoint.nonzero("lm_head.weight", shape)
-            rows = checkpoint.raw("lm_head.weight", shape)
-        norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
-        blocks = blocks_of(config, checkpoint, progress, weights)
-        checkpoint.require_all_taken()
-        return cls(config, blocks, embedding, norm, head=head_of(rows, head), batch_size=batch_size)
+    ) -> Self:
+        """As `DecoderModel.from_pretrained`, with `batch_size` sequences of its own."""
+        batch_size = integer("batch_size", batch_size, 1)
+        model = super().from_pretrained(folder, head=head, weights=weights, progress=progress)
+        model.batch_size = batch_size
+        return model
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors, as `from_pretrained` and transformers read them.
@@ -220,13 +146,13 @@ class BitNetModel(Uncopyable):
     @classmethod
     def random(
         cls,
-        shape: str | BitNetConfig = "2b-4t",
+        shape: str | DecoderConfig = "2b-4t",
         *,
         seed: int = 0,
         head: str = "int8",
         batch_size: int = 8,
         progress: Callable[[int, int], object] | None = None,
-    ) -> "BitNetModel":
+    ) -> Self:
         """A model of real size and random weights: "2b-4t", "7b" or "700m", or of a config's shape.
 
         Raises: ArgumentError; MemoryError.
@@ -246,68 +172,6 @@ class BitNetModel(Uncopyable):
         embedding = np.resize(drawn, (config.vocab_size, config.hidden_size))
         norm = np.ones(config.hidden_size, np.float32)
         return cls(config, blocks, embedding, norm, head=head_of(embedding, head), batch_size=batch_size)
-
-    @property
-    def matrices(self) -> list[Matrix]:
-        """What every token reads: the blocks' matrices, and the head where it is one."""
-        inner = [matrix for block in self.blocks for matrix in block.matrices]
-        return [*inner, self.head] if isinstance(self.head, Matrix) else inner
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that a step reads of weights."""
-        head = 0 if isinstance(self.head, Matrix) else self.head.nbytes
-        return sum(matrix.num_bytes for matrix in self.matrices) + head
-
-    @np.errstate(all="ignore")
-    def forward(self, ids: ArrayLike, step: KVStep, rows: ArrayLike) -> FloatArray:
-        """Logits after some of a step's tokens.
-
-        Parameters
-        ----------
-        ids : int [num_tokens], the step's new tokens, of all its sequences
-        step : takes their keys and values and attends
-        rows : int [num_rows], the tokens whose logits are wanted; negative ones count from the last
-
-        Returns: float32 [num_rows, vocab_size].  A row's bits do not depend on the other rows.
-        Raises: ArgumentError, before any work is done, for ids that the vocabulary does not hold, ids that
-        are not as many as the step's tokens, rows that are none of them, and positions beyond the model's.
-        """
-        ids, positions = token_ids("ids", ids, self.config.vocab_size), step.positions
-        if positions.dtype != np.int32 or positions.shape != ids.shape:
-            raise ArgumentError(
-                f"{ids.size} ids, and a step of {positions.dtype} positions {list(positions.shape)}; "
-                "give the ids of its new tokens"
-            )
-        rows = indices("rows", rows, len(ids))
-        self._rotation.require(positions)
-        eps = self.config.rms_norm_eps
-        try:
-            buffers = self._buffers.pop()  # its own until the end: calls of other threads take others
-        except IndexError:
-            buffers = Buffers()
-        x = buffers.rows("x", len(ids), self.config.hidden_size)
-        chosen = self.embedding[ids]
-        x[:] = float32_of_bits(chosen) if chosen.dtype == np.uint16 else chosen
-        for layer, block in enumerate(self.blocks):
-            block(x, self._rotation, step, layer, buffers)
-        x = x[rows]
-        self._buffers.append(buffers)
-        if isinstance(self.head, Matrix):
-            return self.head(x, norm=self.final_norm, eps=eps)
-        x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(eps)) * self.final_norm
-        # A product per row: one of several rows would add in another order.
-        logits = np.empty((len(x), self.config.vocab_size), np.float32)
-        for i, row in enumerate(x):
-            np.dot(self.head, row, out=logits[i])
-        return logits
-
-    def new_cache(self, **options: Any) -> PagedKVCache:
-        """A cache of this model's shape; options as PagedKVCache, float32 pages unless told otherwise."""
-        config = self.config
-        defaults: dict[str, Any] = {"dtype": "float32", "max_seq_len": config.max_position_embeddings}
-        shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-        return PagedKVCache(*shape, **(defaults | options))
 
     def generate_sequence(
         self,
@@ -379,18 +243,7 @@ class BitNetModel(Uncopyable):
             return session
 
 
-def head_of(rows: NDArray[Any], kind: str = "int8") -> Matrix | FloatArray:
-    """An output head from rows of floats or of bfloat16's bits, in 8 bits, in bfloat16 or as float32."""
-    if kind == "int8":
-        return int8_matrix(rows, float32_of_bits if rows.dtype == np.uint16 else None)
-    if kind == "bfloat16":
-        return bfloat16_matrix(rows if rows.dtype == np.uint16 else bits_of_float32(rows))
-    if kind != "float32":
-        raise ArgumentError(f'head is "{kind}"; it may be int8, bfloat16 or float32')
-    return float32_of_bits(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)
-
-
-def _random_block(config: BitNetConfig, rng: np.random.Generator) -> BitNetBlock:
+def _random_block(config: DecoderConfig, rng: np.random.Generator) -> DecoderBlock:
     hidden, inter = config.hidden_size, config.intermediate_size
     q_out, kv_out = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
 
@@ -398,7 +251,7 @@ def _random_block(config: BitNetConfig, rng: np.random.Generator) -> BitNetBlock
         return random_matrix(num_out, num_in, rng)
 
     ones = np.ones(max(hidden, inter, q_out), np.float32)
-    attention = BitNetAttentionLayer(
+    attention = SelfAttention(
         matrix(q_out + 2 * kv_out, hidden),
         matrix(hidden, q_out),
         input_norm=ones[:hidden],
@@ -407,7 +260,7 @@ def _random_block(config: BitNetConfig, rng: np.random.Generator) -> BitNetBlock
         head_dim=config.head_dim,
         eps=config.rms_norm_eps,
     )
-    return BitNetBlock(
+    return DecoderBlock(
         attention,
         matrix(2 * inter, hidden),
         matrix(hidden, inter),

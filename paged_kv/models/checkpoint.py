@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from .json_file import Fields, read_json_object
-from .layers import BitNetAttentionLayer, BitNetBlock
+from .layers import DecoderBlock, SelfAttention
 from .matrix import Matrix, bfloat16_matrix, codes_matrix, int8_matrix
 from .tensor_file import DTYPES, TensorFile
 from .ternary import FloatArray, pack_ternary, ternarise, unpack_ternary
@@ -196,7 +196,7 @@ Progress = Callable[[int, int], object]
 
 def blocks_of(
     config: Any, checkpoint: Checkpoint, progress: Progress | None, weights: str = "int8"
-) -> list[BitNetBlock]:
+) -> list[DecoderBlock]:
     """Every block; progress is called with how many there are so far, and of how many.
 
     weights : of a llama, "int8" or "bfloat16"
@@ -220,7 +220,7 @@ def interleaved(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def _block(config: Any, checkpoint: Checkpoint, prefix: str, weights: str) -> BitNetBlock:
+def _block(config: Any, checkpoint: Checkpoint, prefix: str, weights: str) -> DecoderBlock:
     hidden, inter = config.hidden_size, config.intermediate_size
     q_out, kv_out = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     is_bitnet = config.model_type == "bitnet"
@@ -240,7 +240,7 @@ def _block(config: Any, checkpoint: Checkpoint, prefix: str, weights: str) -> Bi
     def norm(name: str, width: int) -> FloatArray:
         return checkpoint.floats(f"{prefix}{name}.weight", (width,))
 
-    attention = BitNetAttentionLayer(
+    attention = SelfAttention(
         stacked([f"self_attn.{name}" for name in "qkv"], [q_out, kv_out, kv_out], hidden),
         stacked(["self_attn.o"], [hidden], q_out),
         input_norm=norm("input_layernorm", hidden),
@@ -249,7 +249,7 @@ def _block(config: Any, checkpoint: Checkpoint, prefix: str, weights: str) -> Bi
         head_dim=config.head_dim,
         eps=config.rms_norm_eps,
     )
-    return BitNetBlock(
+    return DecoderBlock(
         attention,
         stacked(["mlp.gate", "mlp.up"], [inter, inter], hidden, in_turns=True),
         stacked(["mlp.down"], [hidden], inter),
@@ -259,7 +259,7 @@ def _block(config: Any, checkpoint: Checkpoint, prefix: str, weights: str) -> Bi
     )
 
 
-def tensors_of(config: Any, blocks: tuple[BitNetBlock, ...]) -> dict[str, NDArray[Any]]:
+def tensors_of(config: Any, blocks: tuple[DecoderBlock, ...]) -> dict[str, NDArray[Any]]:
     """A BitNet's blocks under their names again, projections packed in 2 bits and norms as float32."""
     tensors: dict[str, NDArray[Any]] = {}
     q_out, kv_out = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))

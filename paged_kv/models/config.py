@@ -25,7 +25,7 @@ MAX_WIDTH = 2**20
 
 
 @dataclass(frozen=True)
-class BitNetConfig:
+class DecoderConfig:
     """The shape of a BitNet, or of a llama, under the names of transformers' configurations.
 
     Raises: ArgumentError for a field that is outside its range, or does not fit the others.
@@ -82,7 +82,7 @@ class BitNetConfig:
             raise ArgumentError(f"hidden_act is {self.hidden_act}; {' and '.join(ACTIVATIONS)} are there")
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: str = "the model's config") -> "BitNetConfig":
+    def from_json(cls, text: str | bytes, where: str = "the model's config") -> "DecoderConfig":
         """From a config.json; fields that are missing have the defaults of transformers.
 
         where : what errors call it
@@ -92,7 +92,7 @@ class BitNetConfig:
         return cls.from_fields(Fields(json_object(text, where), where))
 
     @classmethod
-    def from_fields(cls, fields: Fields) -> "BitNetConfig":
+    def from_fields(cls, fields: Fields) -> "DecoderConfig":
         """The same, of a file's fields."""
         model_type = fields.text("model_type", tuple(DEFAULTS), "bitnet")
         defaults = DEFAULTS[model_type]
@@ -137,7 +137,7 @@ class BitNetConfig:
         """Tokens that end a text."""
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
-    def with_stop_ids(self, ids: tuple[int, ...]) -> "BitNetConfig":
+    def with_stop_ids(self, ids: tuple[int, ...]) -> "DecoderConfig":
         """The same, and these end a text too."""
         union = tuple(dict.fromkeys((*self.stop_ids, *ids)))
         return dataclasses.replace(self, eos_token_id=union[0] if len(union) == 1 else union)
@@ -174,3 +174,7 @@ def _rope_scaling(fields: Fields, rope: Fields) -> dict[str, Any] | None:
         "high_freq_factor": scaling.number("high_freq_factor", low),
         "original_max_position_embeddings": scaling.integer("original_max_position_embeddings", 1),
     }
+
+
+#: The name of 0.1.0.
+BitNetConfig = DecoderConfig

@@ -148,7 +148,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | No
     return scaled
 
 
-class BitNetAttentionLayer:
+class SelfAttention:
     """Self-attention: projections, rotary positions, and in BitNet a norm before the output.
 
     Parameters
@@ -208,12 +208,12 @@ class BitNetAttentionLayer:
         return self.o(attended, norm=self.sub_norm, eps=self.eps, out=x, epilogue=ADD)
 
 
-class BitNetBlock:
+class DecoderBlock:
     """One layer of the model: attention, then feed-forward, each added to the residual stream.
 
     Parameters
     ----------
-    attention : BitNetAttentionLayer
+    attention : SelfAttention
     gate_up : Matrix, hidden to 2 * intermediate, eights of gate and of up in turn
     down : Matrix, intermediate to hidden
     post_attention_norm : float32 [hidden]
@@ -225,7 +225,7 @@ class BitNetBlock:
 
     def __init__(
         self,
-        attention: BitNetAttentionLayer,
+        attention: SelfAttention,
         gate_up: Matrix,
         down: Matrix,
         *,
@@ -246,7 +246,7 @@ class BitNetBlock:
     def __call__(
         self, x: FloatArray, rotation: Rotation, kv: KVStep, layer: int, buffers: Buffers
     ) -> FloatArray:
-        """float32 [num_tokens, hidden], changed in place and returned; arguments as BitNetAttentionLayer."""
+        """float32 [num_tokens, hidden], changed in place and returned; arguments as SelfAttention."""
         eps = self.attention.eps
         self.attention(x, rotation, kv, layer, buffers)
         gated = buffers.rows("gated", len(x), self.down.num_in)
@@ -256,3 +256,8 @@ class BitNetBlock:
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         return self.attention.qkv, self.attention.o, self.gate_up, self.down
+
+
+#: The names of 0.1.0.
+BitNetBlock = DecoderBlock
+BitNetAttentionLayer = SelfAttention

@@ -35,7 +35,8 @@ from ..errors import (
     StepClosed,
 )
 from ..lifetime import Uncopyable
-from ..models.bitnet import BitNetModel, GenerationReport
+from ..models.decoder import DecoderModel
+from ..models.report import GenerationReport
 from ..models.sampling import Sampler
 from ..models.token_ids import prompt_ids
 from .admission import Admission, require_positions
@@ -59,7 +60,7 @@ class Batch(Uncopyable):
 
     Parameters
     ----------
-    model : BitNetModel
+    model : DecoderModel
     cache : a ServingCache of the model's shape
     admission : what the cache holds
     stop_ids : a request that produces one of these is done
@@ -69,7 +70,7 @@ class Batch(Uncopyable):
 
     def __init__(
         self,
-        model: BitNetModel,
+        model: DecoderModel,
         cache: ServingCache,
         admission: Admission,
         *,

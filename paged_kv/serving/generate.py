@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 from .._binding import integer
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
-from ..models.bitnet import BitNetModel, GenerationReport
+from ..models.decoder import DecoderModel
+from ..models.report import GenerationReport
 from ..models.sampling import Sampler
 from ..models.token_ids import prompt_ids
 from ..pages.block_table import num_pages
@@ -43,7 +44,7 @@ class Generation:
 
 
 def generate(
-    model: BitNetModel,
+    model: DecoderModel,
     prompts: Sequence[ArrayLike],
     *,
     max_new_tokens: int = 128,
@@ -59,7 +60,7 @@ def generate(
 
     Parameters
     ----------
-    model : BitNetModel
+    model : DecoderModel
     prompts : token ids of each
     max_new_tokens : of each prompt
     temperature, top_p, seed : as Sampler; each prompt draws from a generator of its own, seeded by `seed` and
@@ -98,7 +99,7 @@ def generate(
 
 
 def generate_stream(
-    model: BitNetModel,
+    model: DecoderModel,
     prompts: Sequence[ArrayLike],
     *,
     max_new_tokens: int = 128,

@@ -12,9 +12,9 @@ from paged_kv.commands import bench_model, cli
 from paged_kv.commands.live_line import LiveLine
 from paged_kv.commands.timing import Stopwatch, timed_matrices
 from paged_kv.models import bitnet
-from paged_kv.models.bitnet import BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import BitNetModel, DecoderConfig
 
-SMALL = BitNetConfig(64, 64, 96, 2, 4, 2, 16, 512, 10000.0, 1e-5, 1, 2)
+SMALL = DecoderConfig(64, 64, 96, 2, 4, 2, 16, 512, 10000.0, 1e-5, 1, 2)
 FIELDS = (
     *("shape", "batch", "context", "prefill_tokens_per_s", "decode_tokens_per_s"),
     *("ms_per_step", "bytes_per_step", "read_fraction"),

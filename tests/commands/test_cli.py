@@ -9,9 +9,9 @@ import pytest
 
 from paged_kv.commands import bench_model, cli, generate
 from paged_kv.models import bitnet
-from paged_kv.models.bitnet import TINY_BITNET, BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import TINY_BITNET, BitNetModel, DecoderConfig
 
-SMALL = BitNetConfig(2048, 64, 96, 1, 4, 2, 16, 64, 10000.0, 1e-5, 0, (1, 2047))
+SMALL = DecoderConfig(2048, 64, 96, 1, 4, 2, 16, 64, 10000.0, 1e-5, 0, (1, 2047))
 HUGE = str(10**30)
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from paged_kv.commands import bench_model, cli
 from paged_kv.commands import generate as generation
-from paged_kv.models.bitnet import TINY_BITNET, BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import TINY_BITNET, BitNetModel, DecoderConfig
 from paged_kv.serving.generate import generate
 
-CONFIG = BitNetConfig(2048, 64, 96, 2, 4, 2, 16, 128, 10000.0, 1e-5, 0, (1, 2047))
+CONFIG = DecoderConfig(2048, 64, 96, 2, 4, 2, 16, 128, 10000.0, 1e-5, 0, (1, 2047))
 
 
 @pytest.fixture(autouse=True)

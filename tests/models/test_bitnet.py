@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from paged_kv import ArgumentError
-from paged_kv.models.bitnet import BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import BitNetModel, DecoderConfig
 from paged_kv.models.sampling import Sampler
 
 ROOT = Path(__file__).parents[2]
@@ -158,4 +158,4 @@ def test_what_the_model_cannot_take_is_refused(model):
     with pytest.raises(ArgumentError, match="num_tokens"):
         model.generate_sequence(-1, 0)
     with pytest.raises(ArgumentError, match="vocab_size"):
-        BitNetConfig.from_json("{}")
+        DecoderConfig.from_json("{}")

@@ -8,13 +8,13 @@ import pytest
 from conftest import rows
 
 from paged_kv import ArgumentError
-from paged_kv.models.bitnet import SHAPES, BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import SHAPES, BitNetModel, DecoderConfig
 from paged_kv.models.checkpoint import Checkpoint, bits_of_float32, float32_of_bits
 from paged_kv.models.layers import rope_frequencies
 from paged_kv.models.tensor_file import DTYPES, TensorFile, write_tensors
 from paged_kv.models.ternary import pack_ternary, ternarise, unpack_ternary
 
-CONFIG = BitNetConfig(160, 64, 96, 2, 4, 2, 16, 128, 10000.0, 1e-5, 1, (2, 3))
+CONFIG = DecoderConfig(160, 64, 96, 2, 4, 2, 16, 128, 10000.0, 1e-5, 1, (2, 3))
 NAME = "model.layers.1.mlp.down_proj"
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from paged_kv import ArgumentError
-from paged_kv.models.config import BitNetConfig
+from paged_kv.models.config import DecoderConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -33,7 +33,7 @@ LLAMA3 = {
 def config_of(**fields):
     """LLAMA with other fields; ... leaves one out."""
     kept = {name: value for name, value in (LLAMA | fields).items() if value is not ...}
-    return BitNetConfig.from_json(json.dumps(kept), "here/config.json")
+    return DecoderConfig.from_json(json.dumps(kept), "here/config.json")
 
 
 SERVED = {
@@ -178,23 +178,23 @@ TEXTS = {
 @pytest.mark.parametrize(("text", "words"), TEXTS.values(), ids=TEXTS)
 def test_a_text_that_is_no_object_is_named(text, words):
     with pytest.raises(ArgumentError, match=f"here/config.json .*{words}"):
-        BitNetConfig.from_json(text, "here/config.json")
+        DecoderConfig.from_json(text, "here/config.json")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_config_in_any_encoding_of_json_is_read(encoding):
     """Windows' editors put a mark before the text."""
-    assert BitNetConfig.from_json(json.dumps(LLAMA).encode(encoding)).vocab_size == 320
+    assert DecoderConfig.from_json(json.dumps(LLAMA).encode(encoding)).vocab_size == 320
 
 
 def test_a_config_that_is_built_by_hand_is_checked_too():
     with pytest.raises(ArgumentError, match="head_dim is 12"):
-        BitNetConfig(160, 64, 96, 2, 4, 2, 12, 128, 10000.0, 1e-5, 1, 2)
+        DecoderConfig(160, 64, 96, 2, 4, 2, 12, 128, 10000.0, 1e-5, 1, 2)
     with pytest.raises(ArgumentError, match="rope_theta"):
-        BitNetConfig(160, 64, 96, 2, 4, 2, 16, 128, -1.0, 1e-5, 1, 2)
+        DecoderConfig(160, 64, 96, 2, 4, 2, 16, 128, -1.0, 1e-5, 1, 2)
 
 
 def test_what_is_written_is_read():
-    config = BitNetConfig(160, 64, 96, 2, 4, 2, 16, 128, 10000.0, 1e-5, None, (2, 3))
-    assert BitNetConfig.from_json(config.to_json()) == config
+    config = DecoderConfig(160, 64, 96, 2, 4, 2, 16, 128, 10000.0, 1e-5, None, (2, 3))
+    assert DecoderConfig.from_json(config.to_json()) == config
     assert config.with_stop_ids((3, 7)).stop_ids == (2, 3, 7)

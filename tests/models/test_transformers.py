@@ -12,13 +12,13 @@ import os
 import numpy as np
 import pytest
 
-from paged_kv.models.bitnet import BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import BitNetModel, DecoderConfig
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-CONFIG = BitNetConfig(320, 128, 192, 3, 8, 2, 16, 512, 10000.0, 1e-5, 1, 2)
+CONFIG = DecoderConfig(320, 128, 192, 3, 8, 2, 16, 512, 10000.0, 1e-5, 1, 2)
 LENGTHS = (70, 129, 5)
 LLAMA_3 = {
     **{"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},

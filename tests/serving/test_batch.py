@@ -10,7 +10,7 @@ from conftest import SEED, STRIDE, Tripwire
 
 from paged_kv import ArgumentError, OutOfPages, OutOfSequences, PagedKVCache, SequenceTooLong, StaleSequence
 from paged_kv.commands.baselines import ConcatenatedCache, ConcatenatedStep
-from paged_kv.models.bitnet import BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import BitNetModel, DecoderConfig
 from paged_kv.models.sampling import Sampler
 from paged_kv.serving import batch as batch_module
 from paged_kv.serving.generate import Admission, Batch, generate, generate_stream
@@ -61,7 +61,7 @@ def add_good(batch, temperature=0.8):
 @pytest.fixture(scope="module")
 def small_model():
     """One layer of random weights, for tests that serve some hundred times."""
-    return Model.random(BitNetConfig(256, 32, 32, 1, 2, 1, 16, 128, 10000.0, 1e-5, 1, 2))
+    return Model.random(DecoderConfig(256, 32, 32, 1, 2, 1, 16, 128, 10000.0, 1e-5, 1, 2))
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_kv import ArgumentError, RequestCancelled
-from paged_kv.models.bitnet import BitNetConfig, BitNetModel
+from paged_kv.models.bitnet import BitNetModel, DecoderConfig
 from paged_kv.models.sampling import Sampler
 from paged_kv.serving.generate import Admission, Batch
 
-SHAPE = BitNetConfig(256, 32, 32, 1, 2, 1, 16, 128, 10000.0, 1e-5, 1, 2)
+SHAPE = DecoderConfig(256, 32, 32, 1, 2, 1, 16, 128, 10000.0, 1e-5, 1, 2)
 MODEL = BitNetModel.random(SHAPE)
 
 

@@ -1,0 +1,36 @@
+"""What a generation took: tokens, steps and times."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class GenerationReport:
+    """What a generation took.  Times are of steps that held prompt tokens, and of those that held none."""
+
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    num_steps: int = 0
+    prefill_ns: int = 0
+    decode_ns: int = 0
+
+    def count_step(self, num_prompt_tokens: int, num_new_tokens: int, elapsed_ns: int) -> None:
+        self.num_steps += 1
+        self.num_prompt_tokens += num_prompt_tokens
+        self.num_new_tokens += num_new_tokens
+        if num_prompt_tokens:
+            self.prefill_ns += elapsed_ns
+        else:
+            self.decode_ns += elapsed_ns
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens a second, prefill included."""
+        elapsed_ns = self.prefill_ns + self.decode_ns
+        return self.num_new_tokens / elapsed_ns * 1e9 if elapsed_ns else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_prompt_tokens:,} prompt and {self.num_new_tokens:,} new tokens in {self.num_steps:,} "
+            f"steps: prefill {self.prefill_ns / 1e6:,.0f} ms, decode {self.decode_ns / 1e6:,.0f} ms, "
+            f"{self.tokens_per_s:,.1f} tokens/s"
+        )
