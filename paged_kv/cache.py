@@ -10,8 +10,9 @@ from types import TracebackType
 from ._binding import integer, kernels
 from .errors import ArgumentError
 from .lifetime import Uncopyable
-from .pages.block_table import MAX_TOKENS, Window, counts_of
+from .pages.block_table import Window
 from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
+from .pages.new_tokens import MAX_TOKENS, counts_of
 from .pages.pool import MAX_PAGE_BYTES
 from .sequence import Sequence, new_sequences
 from .step import Step, seq_ids_of

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .attention.arrays import read_only
 from .attention.prepared import PreparedAppend, PreparedAttention
 from .errors import ArgumentError, LayerNotWritten, ReentrantCall, StepClosed
 from .lifetime import Uncopyable
-from .pages.block_table import counts_of
+from .pages.new_tokens import counts_of
 from .sequence import Sequence
 from .store import Store
 
@@ -67,29 +66,27 @@ class Step(Uncopyable):
     @property
     def positions(self) -> NDArray[np.int32]:
         """int32 [num_tokens]: the position of each new token in its sequence."""
-        return self._plan.int32(self._plan.handle.positions, self._plan.num_tokens)
+        return self._plan.positions
 
     @property
     def qo_indptr(self) -> NDArray[np.int32]:
         """int32 [num_seqs + 1]: where each sequence's rows begin."""
-        return self._plan.int32(self._plan.batch.qo_indptr, self._plan.num_seqs + 1)
+        return self._plan.qo_indptr
 
     @property
     def seq_lens(self) -> NDArray[np.int32]:
         """int32 [num_seqs], including the new tokens."""
-        return self._plan.int32(self._plan.batch.seq_lens, self._plan.num_seqs)
+        return self._plan.seq_lens
 
     @property
     def slot_mapping(self) -> NDArray[np.int64]:
         """int64 [num_tokens]: page_id * page_size + offset of each new token."""
-        slots = self._plan.int32(self._plan.handle.slot_mapping, 2 * self._plan.num_tokens)
-        return slots.view(np.int64)
+        return self._plan.slot_mapping
 
     @property
     def first_page(self) -> NDArray[np.int32]:
         """int32 [num_seqs]: the logical page at which each row of `block_table` begins; 0 with sinks."""
-        first_pages = self._plan.int32(self._plan.batch.first_pages, self._plan.num_seqs)
-        return first_pages if not self._plan.batch.sink_pages else read_only(np.zeros_like(first_pages))
+        return self._plan.first_page
 
     @property
     def block_table(self) -> NDArray[np.int32]:
@@ -98,18 +95,7 @@ class Step(Uncopyable):
 
         Cost: built each time it is asked for; attention does not need it.
         """
-        plan, batch = self._plan, self._plan.batch
-        page_ids = plan.int32(batch.kv_indices, plan.num_pages)
-        num_pages = np.diff(plan.int32(batch.kv_indptr, plan.num_seqs + 1))
-        # The i-th page of a sequence's list stands in column i, or behind the gap when it is no sink's.
-        gaps = plan.int32(batch.first_pages, plan.num_seqs) - self.first_page - batch.sink_pages
-        gaps = np.where(num_pages > batch.sink_pages, np.maximum(gaps, 0), 0)
-        rows = np.repeat(np.arange(plan.num_seqs), num_pages)
-        columns = np.arange(plan.num_pages) - np.repeat(np.cumsum(num_pages) - num_pages, num_pages)
-        columns += np.where(columns >= batch.sink_pages, gaps[rows], 0)
-        table = np.full((plan.num_seqs, (num_pages + gaps).max(initial=0)), -1, np.int32)
-        table[rows, columns] = page_ids
-        return read_only(table)
+        return self._plan.block_table
 
     # ---- layer by layer
 

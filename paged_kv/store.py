@@ -22,8 +22,10 @@ from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
 from .errors import CacheClosed
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
-from .pages.block_table import BlockTables, Counts, Plan, Window
+from .pages.block_table import BlockTables, Window
 from .pages.layout import PageLayout
+from .pages.new_tokens import Counts
+from .pages.plan import Plan
 from .pages.pool import PagePool
 
 #: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.

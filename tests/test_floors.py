@@ -22,7 +22,7 @@ FLOORS = [
     {"attention.array_template", "attention.merge"},
     {"attention.prepared"},
     {"attention.foreign"},
-    {"pages.pool"},
+    {"pages.pool", "pages.plan", "pages.new_tokens"},
     {"pages.block_table"},
     {"store"},
     {"sequence"},

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..attention.foreign import paged_attention
 from ..models.ternary import FloatArray
-from ..pages.block_table import counts_of
+from ..pages.new_tokens import counts_of
 
 
 def attend_rows(q: FloatArray, k: FloatArray, v: FloatArray, num_threads: int, out: FloatArray) -> None:

@@ -24,7 +24,7 @@ from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..machine import available_memory, num_cpus
 from ..models.bitnet import SHAPES, BitNetModel
-from ..pages.layout import parse_memory
+from ..pages.layout import num_pages, parse_memory
 from ..sequence import Sequence
 from .baselines import RecomputeStep
 from .info import read_gb_per_s
@@ -144,9 +144,9 @@ class ModelBench:
     def measure(self, batch: int, context: int) -> Row:
         """Raises: MemoryError when there is too little of it."""
         self.live.update(f"{self.shape}: batch {batch}, context {context}: filling the cache")
-        num_pages = batch * pages_of(context + self.num_steps + 1)
+        pool_pages = batch * num_pages(context + self.num_steps + 1, PAGE_SIZE)
         with self.model.new_cache(
-            num_pages=num_pages, page_size=PAGE_SIZE, max_sequences=batch, dtype=self.kv_dtype
+            num_pages=pool_pages, page_size=PAGE_SIZE, max_sequences=batch, dtype=self.kv_dtype
         ) as cache:
             prefill = self._prefill(cache, min(context, PREFILL_TOKENS))
             seqs = [self._filled(cache, context) for _ in range(batch)]
@@ -178,7 +178,7 @@ class ModelBench:
         """Double the batch while it pays and fits; what was tried, and which is best and why."""
         if budget is None:
             budget = (available_memory() or 2**33) // 2
-        sequence_bytes = pages_of(context + self.num_steps + 1) * PAGE_SIZE * self.token_bytes
+        sequence_bytes = num_pages(context + self.num_steps + 1, PAGE_SIZE) * PAGE_SIZE * self.token_bytes
         if sequence_bytes > budget:
             raise ArgumentError(
                 f"a sequence of {context} tokens takes {sequence_bytes / 2**20:,.0f} MiB of a budget of "
@@ -251,15 +251,13 @@ class ModelBench:
             self.model.forward(ids, RecomputeStep([length], num_cpus()), [-1])
             without.append(time.perf_counter() - begin)
             with self.model.new_cache(
-                num_pages=pages_of(length + self.num_steps + 1), max_sequences=1, dtype=self.kv_dtype
+                num_pages=num_pages(length + self.num_steps + 1, PAGE_SIZE),
+                max_sequences=1,
+                dtype=self.kv_dtype,
             ) as cache:
                 times = list(self._decode(cache, [self._filled(cache, length)]))[1:]
             cached.append(np.median([one.total_ms for one in times]) / 1e3)
         return float(np.mean(without) / np.mean(cached))
-
-
-def pages_of(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_SIZE)
 
 
 def rounded(value: object) -> object:

@@ -31,6 +31,7 @@ from ..machine import num_cpus
 from ..models.bitnet import TINY_BITNET, BitNetModel
 from ..models.decoder import DecoderModel
 from ..models.sampling import Sampler
+from ..pages.layout import num_pages
 from ..serving.admission import Admission
 from ..serving.batch import Batch, ServingCache
 from ..serving.generate import seed_of
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = choose_prompts(options, model, tokenizer)
     live = LiveLine(sys.stderr if options.json else sys.stdout)
     say: Callable[..., None] = (lambda *_: None) if options.json else print
-    need = [num_pages(len(prompt.ids) + options.max_tokens) for prompt in prompts]
+    need = [num_pages(len(prompt.ids) + options.max_tokens, PAGE_SIZE) for prompt in prompts]
     # At least what the longest takes while one of its arrays is there twice, as where it is concatenated.
     smallest = max(need) + -(-max(need) // (2 * model.config.num_hidden_layers))
     pool_pages = max(smallest, round(sum(need) * POOL_SHARE))
@@ -278,10 +279,6 @@ class Serving:
             new_ids=[request.new_ids for request in requests],
             moments=moments,
         )
-
-
-def num_pages(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_SIZE)
 
 
 # ---- what is shown

@@ -29,10 +29,11 @@ from ..models.bitnet import TINY_BITNET, BitNetModel
 from ..models.decoder import DecoderModel
 from ..models.report import GenerationReport
 from ..models.ternary import FloatArray
+from ..pages.layout import num_pages
 from ..pages.pool import mebibytes
 from ..serving.generate import Batch, generate_stream
 from .baselines import ConcatenatedCache, RecomputeStep
-from .bench_model import CEILING_BYTES, PAGE_SIZE, pages_of, rounded
+from .bench_model import CEILING_BYTES, PAGE_SIZE, rounded
 from .info import read_gb_per_s
 from .live_line import LiveLine
 from .texts import open_tokenizer, require_text
@@ -76,9 +77,9 @@ def run(options: argparse.Namespace) -> int:
             f"a prompt of {max(map(len, prompts))} tokens and --max-tokens {options.max_tokens}; at least 1, "
             f"and together at most the model's {model.config.max_position_embeddings} positions"
         )
-    num_pages = sum(pages_of(len(ids) + options.max_tokens) for ids in prompts)
+    pool_pages = sum(num_pages(len(ids) + options.max_tokens, PAGE_SIZE) for ids in prompts)
     with model.new_cache(
-        num_pages=num_pages, page_size=PAGE_SIZE, max_sequences=len(prompts), dtype=options.kv_dtype
+        num_pages=pool_pages, page_size=PAGE_SIZE, max_sequences=len(prompts), dtype=options.kv_dtype
     ) as cache:
         show = None if options.json else StreamedText(tokenizer, len(prompts) == 1)
         watch = Watch(model, cache)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from ..cache import PagedKVCache
 from ..lifetime import OwnedLock, Uncopyable
+from ..pages.layout import num_pages
 from ..sequence import Sequence
 from ..step import Step
 
@@ -32,7 +33,7 @@ class Session(Uncopyable):
     """
 
     def __init__(self, new_cache: Callable[..., PagedKVCache], most_tokens: int) -> None:
-        self._new_cache, self._most_pages = new_cache, -(-most_tokens // PAGE_SIZE)
+        self._new_cache, self._most_pages = new_cache, num_pages(most_tokens, PAGE_SIZE)
         self._held: tuple[PagedKVCache, Sequence] | None = None
         self.ids: list[int] = []
         self.lock = OwnedLock()
@@ -62,16 +63,16 @@ class Session(Uncopyable):
     def _reserved(self, num_new: int) -> tuple[PagedKVCache, Sequence]:
         """Cache and sequence, with room for as many more tokens as the model has positions for."""
         held = 0 if self._held is None else len(self._held[1])
-        num_pages = 0 if self._held is None else self._held[0].stats().num_pages
-        needed = min(-(-(held + num_new) // PAGE_SIZE), self._most_pages)
-        if self._held is None or needed > num_pages:
-            larger = min(max(needed, 2 * num_pages, FIRST_PAGES), self._most_pages)
+        held_pages = 0 if self._held is None else self._held[0].stats().num_pages
+        needed = min(num_pages(held + num_new, PAGE_SIZE), self._most_pages)
+        if self._held is None or needed > held_pages:
+            larger = min(max(needed, 2 * held_pages, FIRST_PAGES), self._most_pages)
             self._held = self._moved(larger, held)
         return self._held
 
-    def _moved(self, num_pages: int, num_tokens: int) -> tuple[PagedKVCache, Sequence]:
+    def _moved(self, new_pages: int, num_tokens: int) -> tuple[PagedKVCache, Sequence]:
         """A larger cache, and a sequence in it that holds what the present one does."""
-        cache = self._new_cache(num_pages=num_pages, page_size=PAGE_SIZE, max_sequences=1)
+        cache = self._new_cache(num_pages=new_pages, page_size=PAGE_SIZE, max_sequences=1)
         seq = cache.sequence()
         if self._held is not None and num_tokens:
             with cache.step([seq], [num_tokens]) as step:

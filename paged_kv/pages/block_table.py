@@ -10,18 +10,17 @@ The arrays lie here and C works on them in place, for a whole batch in one call.
 
 A sequence has an id: a serial number that no other sequence of the process has, and its row.
 
-Imports pool.  Imported by store.  The caller holds the cache's lock.
+Imports pool, plan and new_tokens.  The caller holds the cache's lock.
 """
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .._binding import check, ffi, integer, lib
-from ..attention.arrays import numpy_of, read_only
 from ..errors import (
     ArgumentError,
     OutOfPages,
@@ -31,16 +30,12 @@ from ..errors import (
     StaleSequence,
 )
 from ..lifetime import Uncopyable
+from .layout import num_pages
+from .new_tokens import MAX_TOKENS, Counts, int64s
+from .plan import Plan
 from .pool import PagePool
 
 SEQUENCE_BUSY = lib.PKV_SEQUENCE_BUSY
-#: How many new tokens each sequence of a step gets.
-Counts: TypeAlias = list[int] | NDArray[np.int64]
-#: Up to so many numbers, cffi makes an array faster than numpy.
-FEW = 32
-INT64_ARRAY = ffi.typeof("int64_t[]")
-#: Positions are int32.
-MAX_TOKENS = 2**31 - 1
 
 #: The low bits of a seq_id are the row, the others the serial number, which repeats after 2**39 - 1
 #: sequences: six days at a million a second.
@@ -62,10 +57,6 @@ class Window:
         """Cells that never run out: the sinks' pages, window and step, and a page that is begun."""
         sinks = num_pages(self.num_sink_tokens, page_size)
         return sinks + num_pages(self.size + self.max_step_tokens, page_size) + 1
-
-
-def num_pages(num_tokens: int, page_size: int) -> int:
-    return -(-num_tokens // page_size)
 
 
 class BlockTables(Uncopyable):
@@ -226,7 +217,7 @@ class BlockTables(Uncopyable):
 
     # ---- steps
 
-    def open(self, plan: "Plan", seq_ids: list[int], counts: Counts) -> None:
+    def open(self, plan: Plan, seq_ids: list[int], counts: Counts) -> None:
         """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
 
         Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
@@ -249,11 +240,11 @@ class BlockTables(Uncopyable):
             self._refuse(status, self._refusal)
         return int(self.size.num_new_pages)
 
-    def commit(self, plan: "Plan") -> None:
+    def commit(self, plan: Plan) -> None:
         if status := lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle):
             check(status, "commit")
 
-    def rollback(self, plan: "Plan") -> None:
+    def rollback(self, plan: Plan) -> None:
         """Nothing where the plan was never opened, or has ended."""
         if status := lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle):
             check(status, "rollback")
@@ -296,105 +287,3 @@ def _table(max_sequences: int, ring_pages: int) -> NDArray[np.int32]:
             f"block tables of {max_sequences} sequences of {ring_pages} pages take "
             f"{max_sequences * ring_pages * 4:,} bytes; lower max_sequences or max_seq_len"
         ) from None
-
-
-class Plan(Uncopyable):
-    """What a step reserved: a `pkv_plan` and its arrays, in one buffer of the step's own."""
-
-    __slots__ = ("_buffer", "handle", "num_bytes", "num_pages", "num_tokens")
-
-    def __init__(self, num_bytes: int) -> None:
-        self.num_tokens = self.num_pages = 0
-        self.take_memory(num_bytes)
-
-    def take_memory(self, num_bytes: int) -> None:
-        """A buffer of at least num_bytes; the plan in it is not open."""
-        self._buffer = np.empty((num_bytes + 7) // 8, np.int64)
-        self.num_bytes = self._buffer.nbytes
-        handle = ffi.from_buffer("pkv_plan *", self._buffer)
-        handle.is_open = 0
-        self.handle = handle
-
-    @property
-    def is_open(self) -> bool:
-        """Was it opened, and neither committed nor rolled back?"""
-        return bool(self.handle.is_open)
-
-    @property
-    def is_written(self) -> bytes:
-        """A byte per layer: 1 once it has the new tokens' keys and values."""
-        return bytes(ffi.buffer(self.handle.is_written, self.handle.num_layers))
-
-    @property
-    def num_seqs(self) -> int:
-        return int(self.handle.batch.num_seqs)
-
-    @property
-    def batch(self) -> Any:
-        """The `pkv_batch *`; it must not outlive the plan."""
-        return ffi.addressof(self.handle.batch)
-
-    def int32(self, pointer: Any, count: int) -> NDArray[np.int32]:
-        """One of the plan's arrays as a view that cannot be written, nor be made so: C trusts what
-        is there.
-        """
-        begin = ffi.cast("char *", pointer) - ffi.cast("char *", self.handle)
-        return read_only(self._buffer.view(np.int32)[begin // 4 : begin // 4 + count])
-
-
-def int64s(seq_ids: list[int], counts: "Counts") -> tuple[Any, Any]:
-    """Keys and counts as C takes them; a count that does not fit becomes one that the plan refuses.
-
-    The second may lie in the first, which is to be held as long.
-    """
-    if not isinstance(counts, list):
-        return int64_array(seq_ids), ffi.from_buffer("int64_t[]", counts)
-    try:
-        both = int64_array(seq_ids + counts)
-    except OverflowError:
-        both = int64_array(seq_ids + [min(max(count, -1), MAX_TOKENS + 1) for count in counts])
-    return both, both + len(seq_ids)
-
-
-def int64_array(values: list[int]) -> Any:
-    if len(values) <= FEW:
-        return ffi.new(INT64_ARRAY, values)
-    return ffi.from_buffer("int64_t[]", np.fromiter(values, np.int64, len(values)))
-
-
-def counts_of(new: object, num_seqs: int) -> "Counts":
-    """How many new tokens each sequence gets: from ids, counts, or an integer array of counts.
-
-    Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).  Counts below 1 are left for
-    the plan to refuse.
-    """
-    if isinstance(new, (list, tuple)):
-        if len(new) != num_seqs:
-            raise ArgumentError(f"new has {len(new)} entries for {num_seqs} sequences; give one for each")
-        if list(map(type, new)).count(int) != num_seqs:
-            new = [_count_of(f"new[{i}]", entry) for i, entry in enumerate(new)]
-        return new if isinstance(new, list) else list(new)
-    new = numpy_of("new", new)
-    if not isinstance(new, np.ndarray):
-        raise ArgumentError(f"new is {type(new).__name__}; give a list with ids or a count for each sequence")
-    if new.ndim != 1 or not np.issubdtype(new.dtype, np.integer) or len(new) != num_seqs:
-        raise ArgumentError(
-            f"new is {new.dtype} {list(new.shape)}; give an integer for each of {num_seqs} sequences"
-        )
-    # What does not fit an int64 must not wrap into what does.
-    counts = np.minimum(new, MAX_TOKENS + 1) if new.dtype == np.uint64 else new
-    return np.ascontiguousarray(counts, np.int64)
-
-
-def _count_of(name: str, entry: object) -> int:
-    if isinstance(entry, (int, np.integer)) and not isinstance(entry, bool):
-        return int(entry)
-    if hasattr(entry, "__len__") and not isinstance(entry, (str, bytes)):
-        ids = np.asarray(numpy_of(name, entry))
-        if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) and ids.size:
-            if ids.min() < 0 or ids.max() > MAX_TOKENS:
-                raise ArgumentError(f"{name} holds an id outside [0, 2**31)")
-            return ids.size
-        if ids.ndim == 1 and not ids.size:
-            return 0
-    raise ArgumentError(f"{name} is {entry!r:.60}; give token ids, or how many there are")

@@ -1,11 +1,9 @@
-"""How a page's bytes are laid out.
-
-The pool's mapping holds, layer after layer, one block of every page; a block is one layer's share of a page:
+"""The layout of pages in the pool's memory.
 
     [layer][page][kv head][k or v][token][dim]
 
-so one thread that walks the heads of a page reads it in memory order, keys before values.  The kernels are
-given strides and know none of this.
+A page's share of one layer is contiguous, and a thread that walks its heads reads it in address order, K
+before V.  Kernels take strides and know nothing of this.
 
 Imports errors.
 """
@@ -19,7 +17,7 @@ from ..errors import ArgumentError
 #: What pages may store, and the bytes of one value.
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-#: Tokens per page where nothing is asked for: 16 reads 13 to 20 % slower, 128 wastes more of the last page.
+#: Tokens per page unless the caller chooses: 16 reads 13 to 20 % slower, 128 wastes more of the last page.
 DEFAULT_PAGE_SIZE = 64
 
 
@@ -41,7 +39,7 @@ class PageLayout:
 
     @property
     def value_bytes(self) -> int:
-        """And its value."""
+        """One head's value of one token."""
         return self.head_dim_v * DTYPES[self.dtype]
 
     @property
@@ -56,8 +54,13 @@ class PageLayout:
 
     @property
     def page_bytes(self) -> int:
-        """A page, all its layers."""
+        """A page, all layers."""
         return self.num_layers * self.page_share_bytes
+
+
+def num_pages(num_tokens: int, page_size: int) -> int:
+    """How many pages hold num_tokens."""
+    return -(-num_tokens // page_size)
 
 
 def dtype_name(dtype: object) -> str:
@@ -72,7 +75,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def parse_memory(memory: object) -> object:
-    """Bytes of a size such as "512MiB" or "1.5 GiB"; what is no string is returned as it is."""
+    """Bytes of a size such as "512MiB" or "1.5 GiB"; anything but a string is returned as it is."""
     if not isinstance(memory, str):
         return memory
     units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ..cache import PagedKVCache
 from ..errors import SequenceTooLong
-from ..pages.block_table import MAX_TOKENS, num_pages
+from ..pages.layout import num_pages
+from ..pages.new_tokens import MAX_TOKENS
 
 
 @dataclass

@@ -17,7 +17,7 @@ from ..models.decoder import DecoderModel
 from ..models.report import GenerationReport
 from ..models.sampling import Sampler
 from ..models.token_ids import prompt_ids
-from ..pages.block_table import num_pages
+from ..pages.layout import num_pages
 from .admission import Admission, require_positions
 from .batch import Batch, ServingCache
 from .request import Request, stop_set

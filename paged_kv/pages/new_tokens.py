@@ -1,0 +1,79 @@
+"""New tokens: how many each sequence of a step gets, from what a caller gives, and as C takes it.
+
+Imports attention.arrays.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._binding import ffi
+from ..attention.arrays import numpy_of
+from ..errors import ArgumentError
+
+#: How many new tokens each sequence of a step gets.
+Counts: TypeAlias = list[int] | NDArray[np.int64]
+#: Up to so many numbers, cffi makes an array faster than numpy.
+FEW = 32
+INT64_ARRAY = ffi.typeof("int64_t[]")
+#: Positions are int32.
+MAX_TOKENS = 2**31 - 1
+
+
+def counts_of(new: object, num_seqs: int) -> Counts:
+    """How many new tokens each sequence gets: from ids, counts, or an integer array of counts.
+
+    Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).  Counts below 1 are left for
+    the plan to refuse.
+    """
+    if isinstance(new, (list, tuple)):
+        if len(new) != num_seqs:
+            raise ArgumentError(f"new has {len(new)} entries for {num_seqs} sequences; give one for each")
+        if list(map(type, new)).count(int) != num_seqs:
+            new = [_count_of(f"new[{i}]", entry) for i, entry in enumerate(new)]
+        return new if isinstance(new, list) else list(new)
+    new = numpy_of("new", new)
+    if not isinstance(new, np.ndarray):
+        raise ArgumentError(f"new is {type(new).__name__}; give a list with ids or a count for each sequence")
+    if new.ndim != 1 or not np.issubdtype(new.dtype, np.integer) or len(new) != num_seqs:
+        raise ArgumentError(
+            f"new is {new.dtype} {list(new.shape)}; give an integer for each of {num_seqs} sequences"
+        )
+    # What does not fit an int64 must not wrap into what does.
+    counts = np.minimum(new, MAX_TOKENS + 1) if new.dtype == np.uint64 else new
+    return np.ascontiguousarray(counts, np.int64)
+
+
+def _count_of(name: str, entry: object) -> int:
+    if isinstance(entry, (int, np.integer)) and not isinstance(entry, bool):
+        return int(entry)
+    if hasattr(entry, "__len__") and not isinstance(entry, (str, bytes)):
+        ids = np.asarray(numpy_of(name, entry))
+        if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) and ids.size:
+            if ids.min() < 0 or ids.max() > MAX_TOKENS:
+                raise ArgumentError(f"{name} holds an id outside [0, 2**31)")
+            return ids.size
+        if ids.ndim == 1 and not ids.size:
+            return 0
+    raise ArgumentError(f"{name} is {entry!r:.60}; give token ids, or how many there are")
+
+
+def int64s(seq_ids: list[int], counts: Counts) -> tuple[Any, Any]:
+    """Keys and counts as C takes them; a count that does not fit becomes one that the plan refuses.
+
+    The second may lie in the first, which is to be held as long.
+    """
+    if not isinstance(counts, list):
+        return int64_array(seq_ids), ffi.from_buffer("int64_t[]", counts)
+    try:
+        both = int64_array(seq_ids + counts)
+    except OverflowError:
+        both = int64_array(seq_ids + [min(max(count, -1), MAX_TOKENS + 1) for count in counts])
+    return both, both + len(seq_ids)
+
+
+def int64_array(values: list[int]) -> Any:
+    if len(values) <= FEW:
+        return ffi.new(INT64_ARRAY, values)
+    return ffi.from_buffer("int64_t[]", np.fromiter(values, np.int64, len(values)))

@@ -1,0 +1,102 @@
+"""Plans: what an open step has reserved, as C wrote it.
+
+A plan is one buffer: a `pkv_plan` and, behind it, its arrays.  C opens it, marks layers as written, and ends
+it.  Python reads the arrays in place, as views that cannot be written.
+
+Imports attention.arrays and lifetime.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._binding import ffi
+from ..attention.arrays import read_only
+from ..lifetime import Uncopyable
+
+
+class Plan(Uncopyable):
+    """A `pkv_plan` and its arrays, in one buffer that the step owns.  `Step` describes the arrays."""
+
+    __slots__ = ("_buffer", "handle", "num_bytes", "num_pages", "num_tokens")
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_tokens = self.num_pages = 0
+        self.take_memory(num_bytes)
+
+    def take_memory(self, num_bytes: int) -> None:
+        """Allocate at least num_bytes; the plan in it is not open."""
+        self._buffer = np.empty((num_bytes + 7) // 8, np.int64)
+        self.num_bytes = self._buffer.nbytes
+        handle = ffi.from_buffer("pkv_plan *", self._buffer)
+        handle.is_open = 0
+        self.handle = handle
+
+    @property
+    def is_open(self) -> bool:
+        """Was it opened, and neither committed nor rolled back?"""
+        return bool(self.handle.is_open)
+
+    @property
+    def is_written(self) -> bytes:
+        """A byte per layer: 1 once it has the new tokens' keys and values."""
+        return bytes(ffi.buffer(self.handle.is_written, self.handle.num_layers))
+
+    @property
+    def num_seqs(self) -> int:
+        return int(self.handle.batch.num_seqs)
+
+    @property
+    def batch(self) -> Any:
+        """The `pkv_batch *`; it must not outlive the plan."""
+        return ffi.addressof(self.handle.batch)
+
+    def int32(self, pointer: Any, count: int) -> NDArray[np.int32]:
+        """One of the arrays, as a view that cannot be made writable: C trusts its contents."""
+        begin = ffi.cast("char *", pointer) - ffi.cast("char *", self.handle)
+        return read_only(self._buffer.view(np.int32)[begin // 4 : begin // 4 + count])
+
+    # ---- its arrays
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """int32 [num_tokens]: the position of each new token in its sequence."""
+        return self.int32(self.handle.positions, self.num_tokens)
+
+    @property
+    def qo_indptr(self) -> NDArray[np.int32]:
+        """int32 [num_seqs + 1]: where each sequence's rows begin."""
+        return self.int32(self.batch.qo_indptr, self.num_seqs + 1)
+
+    @property
+    def seq_lens(self) -> NDArray[np.int32]:
+        """int32 [num_seqs], including the new tokens."""
+        return self.int32(self.batch.seq_lens, self.num_seqs)
+
+    @property
+    def slot_mapping(self) -> NDArray[np.int64]:
+        """int64 [num_tokens]: page_id * page_size + offset of each new token."""
+        return self.int32(self.handle.slot_mapping, 2 * self.num_tokens).view(np.int64)
+
+    @property
+    def first_page(self) -> NDArray[np.int32]:
+        """int32 [num_seqs]: the logical page at which each row of `block_table` begins; 0 with sinks."""
+        first_pages = self.int32(self.batch.first_pages, self.num_seqs)
+        return first_pages if not self.batch.sink_pages else read_only(np.zeros_like(first_pages))
+
+    @property
+    def block_table(self) -> NDArray[np.int32]:
+        """int32 [num_seqs, max_pages]: page ids in logical order from `first_page` on, else -1."""
+        batch = self.batch
+        page_ids = self.int32(batch.kv_indices, self.num_pages)
+        num_pages = np.diff(self.int32(batch.kv_indptr, self.num_seqs + 1))
+        # The i-th page of a sequence's list stands in column i, or behind the gap when it is no sink's.
+        gaps = self.int32(batch.first_pages, self.num_seqs) - self.first_page - batch.sink_pages
+        gaps = np.where(num_pages > batch.sink_pages, np.maximum(gaps, 0), 0)
+        rows = np.repeat(np.arange(self.num_seqs), num_pages)
+        columns = np.arange(self.num_pages) - np.repeat(np.cumsum(num_pages) - num_pages, num_pages)
+        columns += np.where(columns >= batch.sink_pages, gaps[rows], 0)
+        table = np.full((self.num_seqs, (num_pages + gaps).max(initial=0)), -1, np.int32)
+        table[rows, columns] = page_ids
+        return read_only(table)
