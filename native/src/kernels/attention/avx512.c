@@ -13,10 +13,5 @@
 const pkv_kernel pkv_kernel_avx512 = {
     .name = "avx512",
     .folds = {[PKV_STREAM] = fold_run, [PKV_COMPUTE] = pkv_compute_avx512},
-    .prepare_q = prepare_q,
-    .merge = merge,
-    .finish = finish,
-    .narrow = narrow,
-    .widen = widen,
-    .copy_past_caches = copy_past_caches,
+    KERNEL_FUNCTIONS,
 };

@@ -18,10 +18,5 @@ const pkv_kernel pkv_kernel_avx512bf16 = {
     .name = "avx512bf16",
     .multiplies_pairs = 1,
     .folds = {[PKV_STREAM] = fold_run, [PKV_COMPUTE] = pkv_compute_avx512bf16},
-    .prepare_q = prepare_q,
-    .merge = merge,
-    .finish = finish,
-    .narrow = narrow,
-    .widen = widen,
-    .copy_past_caches = copy_past_caches,
+    KERNEL_FUNCTIONS,
 };

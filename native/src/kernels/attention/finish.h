@@ -14,3 +14,8 @@ static void finish(char *out, int32_t dtype, pkv_state state, const float *sink,
   narrow(out, values, head_dim_v, dtype);
   if (lse) *lse = sum == 0.0f ? -__builtin_inff() : (float)((maximum + log2((double)sum)) * M_LN2);
 }
+
+/* What is named alike in every kernel. */
+#define KERNEL_FUNCTIONS                                                                      \
+  .prepare_q = prepare_q, .merge = merge, .finish = finish, .narrow = narrow, .widen = widen, \
+  .copy_past_caches = copy_past_caches

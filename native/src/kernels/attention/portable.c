@@ -14,10 +14,5 @@
 const pkv_kernel pkv_kernel_portable = {
     .name = "portable",
     .folds = {[PKV_COMPUTE] = fold_run},
-    .prepare_q = prepare_q,
-    .merge = merge,
-    .finish = finish,
-    .narrow = narrow,
-    .widen = widen,
-    .copy_past_caches = copy_past_caches,
+    KERNEL_FUNCTIONS,
 };
