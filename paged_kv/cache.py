@@ -1,4 +1,4 @@
-"""The paged KV cache: pages, the sequences that own them, and the steps by which they grow.
+"""The paged KV cache: pages, the sequences that own them, and the steps that make them grow.
 
 Imports step and sequence.
 """
@@ -41,17 +41,17 @@ class PagedKVCache(Uncopyable):
     num_layers, num_kv_heads : int
     head_dim, head_dim_v : of keys and values, multiples of 8 from 8 to 256; None: values are as wide as keys
     dtype : what pages store: float32, float16 or bfloat16
-    num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), of which whole pages are taken
+    num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), rounded down to whole pages
     page_size : tokens per page, a multiple of 16
     max_sequences : int, sequences at a time
     max_seq_len : tokens of one sequence; None: as many as the pool holds, without limit with a window
-    window, num_sink_tokens : a token sees the last `window` tokens, itself among them, and the first sinks;
-        pages that nobody will see again are given back at commit.  None: all tokens
-    max_step_tokens : of one sequence in one step; counts with a window only
+    window, num_sink_tokens : a token sees the last `window` tokens, itself included, and the first sinks;
+        pages that no later token sees are released at commit.  None: all tokens
+    max_step_tokens : of one sequence in one step; limited with a window only
     num_threads : threads of one attend; None: the CPUs that the process may use
 
     Raises: ArgumentError; MemoryError, naming both sizes, when there is too little of it.
-    Cost: takes all its memory at once, and no more later.
+    Cost: allocates all memory here, and none later.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class PagedKVCache(Uncopyable):
 
     @property
     def window(self) -> int | None:
-        """Tokens that a token sees, itself among them; None: all."""
+        """Tokens that a token sees, itself included; None: all."""
         window = self._store.tables.window
         return None if window is None else window.size
 
@@ -165,8 +165,8 @@ class PagedKVCache(Uncopyable):
     def pages_needed(self, seqs: Iterable[Sequence], new: object) -> int:
         """How many free pages `step(seqs, new)` would take, copies of shared pages included.
 
-        It is told also when there are fewer.
-        Raises: what `step` raises, but for OutOfPages.  Cost: O(sequences); nothing changes.
+        Also when fewer are free.  Raises: what `step` raises, except OutOfPages.  Cost: O(sequences); nothing
+        changes.
         """
         _, seq_ids = seq_ids_of(seqs)
         counts = counts_of(new, len(seq_ids))
@@ -200,7 +200,7 @@ class PagedKVCache(Uncopyable):
             self._store.tables.check()
 
     def close(self) -> None:
-        """Wait for running calls, roll open steps back, give the memory back.  A second close is silent."""
+        """Wait for running calls, roll back open steps, release the memory.  A second close does nothing."""
         self._store.close()
 
     def __enter__(self) -> "PagedKVCache":

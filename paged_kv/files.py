@@ -1,6 +1,6 @@
 """Files that are written whole or not at all.
 
-A reader of the old file, be it another process or a memory map of this one, keeps the old bytes; a new reader
+A reader that has the old file open, in another process or as a memory map, keeps the old bytes; a new reader
 sees all of the new ones.  An interrupt, a full disk or a crash leaves the old file as it was.
 """
 
@@ -17,7 +17,7 @@ Writer = Callable[[BinaryIO], object]
 
 
 def replace_files(writers: dict[Path, Writer]) -> None:
-    """Write new files beside these paths, flush them to the disk, and let them take the paths' places.
+    """Write new files next to these paths, flush them to the disk, and rename them to the paths.
 
     If a writer raises, the new files are removed and the old ones stay.  A path that is a symbolic link is
     replaced; what it points to is not touched.  A new file has the permissions of the old one, or those that

@@ -1,8 +1,8 @@
-"""Lifetimes: what owns part of a cache, how it is given back, and locks that know their thread.
+"""Lifetimes: owners of parts of a cache, how these parts are released, and locks that know their thread.
 
-An owner (a sequence, a step, a pool) gives back what it holds exactly once.  So it cannot be copied, and
-what it holds comes back even when it is collected at a bad moment: while a lock is held, or while an
-exception of a signal handler propagates.  Owners therefore have no `__del__`: that is Python code, which an
+An owner (a sequence, a step, a pool) releases what it holds exactly once.  So it cannot be copied, and what
+it holds is released even when it is collected at a bad moment: while a lock is held, or while an exception of
+a signal handler propagates.  Owners therefore have no `__del__`: that is Python code, which an
 interrupt can end before its first line.  A `Ref` is recorded before anything is taken.  When the owner is
 collected, the interpreter appends the `Ref` to a queue without running Python code; the next call processes
 the queue.
@@ -34,7 +34,7 @@ class Uncopyable:
 
 
 class Ref(ref[Any]):
-    """A weak reference to an owner, and `held`: what goes back when the owner is gone.
+    """A weak reference to an owner, and `held`: what to release when the owner is gone.
 
     Ref(owner, on_death) calls on_death with itself when the owner is collected.  on_death must be a builtin
     such as `deque.append`, which no interrupt can enter.
@@ -49,8 +49,8 @@ class OwnedLock:
 
         with owned_lock.taken(): ...
 
-    A signal handler or a finaliser runs in the middle of whatever its thread was doing.  If that was a call
-    that holds this lock, waiting would never end, and continuing would show half-done state.
+    A signal handler or a finaliser interrupts its thread anywhere.  Inside a call that holds this lock,
+    waiting would never end, and continuing would expose half-done state.
     """
 
     __slots__ = ("__weakref__", "lock")
@@ -92,7 +92,7 @@ _numbers = itertools.count()
 
 
 class Renewed(Protocol):
-    """What has to begin anew in a forked child, where other threads are not there to end what they began."""
+    """State to reset in a forked child, where the threads that were changing it do not exist."""
 
     def renew(self) -> None: ...
 

@@ -18,7 +18,7 @@ def available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
     """Bytes that can be taken now: the smaller of MemAvailable and what each control group above us leaves.
 
     A group leaves its limit minus its use, the file cache that the kernel gives back first not counted in.
-    None where the system does not tell.
+    None when the system does not say.
     """
     limits = [_meminfo_available(proc), *map(_cgroup_left, _cgroups(proc, cgroup))]
     return min((limit for limit in limits if limit is not None), default=None)
@@ -32,7 +32,7 @@ def num_cpus(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
 
 
 def shared_cache_bytes(cpus: Path = CPUS) -> int:
-    """Size of the third-level cache that CPUs share; 0 where the system tells of none.
+    """Size of the third-level cache that CPUs share; 0 when the system reports none.
 
     Read where the kernel lists it: within virtual machines, libc's sysconf names ten times as much.
     """

@@ -1,4 +1,4 @@
-"""Attention in plain numpy, float64: the thing to read first, and what every kernel is held against.
+"""Attention in plain numpy, float64: the definition to read first, and what tests compare every kernel with.
 
 Imported by tests.  Imports numpy alone.
 """

@@ -1,9 +1,9 @@
-"""The four calls: one layer's cache as a ring for each batch entry, allocated once.
+"""The ring cache: one layer's keys and values, a ring of tokens for each batch entry, allocated once.
 
     m = KVCacheManager()
     m.allocate(max_seq_len, batch_size, hidden_dim, num_heads)
     m.append(K, V, seq_pos, batch_idx)          O(1): slot seq_pos % max_seq_len, overwriting the oldest
-    K, V, cached_len = m.get_cache(batch_idx)   oldest first; a view where it can be
+    K, V, cached_len = m.get_cache(batch_idx)   oldest first; a view where possible
     m.reset(batch_idx)                          O(1)
 
 A batch entry is one page of the pool, as many tokens long as the ring:
@@ -11,8 +11,8 @@ A batch entry is one page of the pool, as many tokens long as the ring:
     [batch entry][head][K or V][slot][dim]   float32
 
 each head's K and V contiguous and beginning on a cache line: 2 * num_heads * batch_size *
-align_up(max_seq_len * head_dim * 4) bytes. It stands on pool and append alone: for many sequences of
-different lengths, and for attention, use PagedKVCache.
+align_up(max_seq_len * head_dim * 4) bytes.  For many sequences of different lengths, and for attention, use
+PagedKVCache.
 
 Imports pool and _binding.
 """
@@ -44,7 +44,9 @@ def align_up(num_bytes: int, alignment: int = ALIGNMENT) -> int:
 
 
 def is_aligned(address: int | NDArray[Any], alignment: int = ALIGNMENT) -> bool:
-    """Whether an address, or an array's first element, lies on a multiple of `alignment` (a power of two)."""
+    """Whether an address, or that of an array's first element, is a multiple of `alignment` (a power of
+    two).
+    """
     if isinstance(address, np.ndarray):
         address = address.__array_interface__["data"][0]
     return integer("address", address, 0, 2**64 - 1) % _power_of_two(alignment) == 0
@@ -59,7 +61,7 @@ def _power_of_two(alignment: int) -> int:
 
 @dataclass(frozen=True)
 class CacheState:
-    """Where one batch entry's ring stands."""
+    """The state of one batch entry's ring."""
 
     seq_len: int  # tokens ever appended, since the last reset
     ring_pos: int  # seq_len % max_seq_len: the slot of the next token
@@ -89,7 +91,7 @@ class CacheMetrics:
 
 @dataclass(frozen=True)
 class BatchKVStorage:
-    """How the bytes lie: an array of `shape` and `strides` (bytes) over `num_bytes`.
+    """The memory layout: an array of `shape` and `strides` (bytes) over `num_bytes`.
 
     shape is (batch_size, num_heads, 2, max_seq_len, head_dim), K before V.
     """
@@ -127,9 +129,9 @@ class BatchKVStorage:
 class KVCacheManager(Uncopyable):
     """Keys and values of `batch_size` sequences of one layer, float32, in rings of max_seq_len tokens.
 
-    Calls before `allocate` raise CacheClosed.  Arrays that are returned cannot be written, ever; they stay
-    readable as long as they are held, and show the tokens they were returned for until the next append or
-    reset of their batch entry.  Calls may come from several threads; each is done as a whole.
+    Calls before `allocate` raise CacheClosed.  Returned arrays can never be made writable.  They stay
+    readable as long as they are referenced, and show their tokens until the next append or reset of their
+    batch entry. Several threads may call; each call is atomic.
     """
 
     def __init__(self) -> None:
@@ -137,7 +139,7 @@ class KVCacheManager(Uncopyable):
         self._lock = OwnedLock()
 
     def allocate(self, max_seq_len: int, batch_size: int, hidden_dim: int, num_heads: int) -> None:
-        """Take all memory: what was there before is replaced when there is room for the new beside it.
+        """Allocate all memory.  Earlier storage is replaced, once the new storage is there.
 
         Parameters
         ----------
@@ -156,12 +158,12 @@ class KVCacheManager(Uncopyable):
             self._ring = ring
 
     def append(self, K: FloatArray, V: FloatArray, seq_pos: int, batch_idx: int) -> None:
-        """Add one token to a batch entry; the oldest makes room once the ring is full.
+        """Add one token to a batch entry; once the ring is full, it replaces the oldest.
 
         Parameters
         ----------
         K, V : float32 [num_heads, head_dim] or [hidden_dim], C-contiguous
-        seq_pos : the entry's tokens so far; it goes on growing when the ring wraps
+        seq_pos : the entry's tokens so far, which keeps growing when the ring wraps
         batch_idx : from 0 to batch_size - 1
 
         Raises: ArgumentError, CacheClosed.  Cost: O(1), nothing is allocated.
@@ -203,7 +205,7 @@ class KVCacheManager(Uncopyable):
             rings.metrics.num_resets += 1
 
     def state(self, batch_idx: int) -> CacheState:
-        """Where a batch entry's ring stands.  Raises: ArgumentError, CacheClosed."""
+        """The state of a batch entry's ring.  Raises: ArgumentError, CacheClosed."""
         rings = self._rings()
         seq_len = rings.seq_lens[rings.entry(batch_idx)]
         return CacheState(seq_len, seq_len % rings.max_seq_len, seq_len // rings.max_seq_len)
@@ -215,7 +217,7 @@ class KVCacheManager(Uncopyable):
 
     @property
     def storage(self) -> BatchKVStorage:
-        """How the bytes lie.  Raises: CacheClosed."""
+        """The memory layout.  Raises: CacheClosed."""
         return self._rings().storage
 
     def _rings(self) -> "_Rings":

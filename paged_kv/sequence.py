@@ -1,6 +1,6 @@
 """A sequence: the handle of one growing list of tokens in a cache.
 
-The tokens are in pages; the handle knows its row of the block tables and nothing else.
+The tokens are in pages; the handle holds the sequence's id and nothing else.
 
 Imports store.
 """
@@ -24,7 +24,7 @@ class Sequence(Uncopyable):
     """Tokens of one sequence in a cache, made by `cache.sequence()`.
 
     ``len(seq)`` is the number of committed tokens, and so the next position.  A handle compares by identity
-    and is always true.  `with` frees at exit; a handle that is collected gives back what it holds, too.
+    and is always true.  `with` frees at exit; a handle that is collected is freed, too.
     """
 
     __slots__ = ("__weakref__", "_seq_id", "_store")
@@ -45,7 +45,7 @@ class Sequence(Uncopyable):
 
     @property
     def held_positions(self) -> NDArray[np.int32]:
-        """int32 [held]: positions of the tokens that are there: the sinks and the last `window`, in order."""
+        """int32 [held]: positions of the held tokens: the sinks and the last `window`, in order."""
         with self._store.reading():
             self._store.require_open()
             return self._store.tables.held_positions(self._store.tables.row(self._seq_id))
@@ -53,8 +53,8 @@ class Sequence(Uncopyable):
     def gather(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A copy of one layer's keys and values.
 
-        Returns: (k, v), float32 [held, num_kv_heads, head_dim] and [.., head_dim_v], oldest first: of the
-        positions that `held_positions` tells, all of them without a window.
+        Returns: (k, v), float32 [held, num_kv_heads, head_dim] and [.., head_dim_v], oldest first: the
+        tokens at `held_positions`, which are all of them without a window.
         Raises: ArgumentError, StaleSequence, CacheClosed.  Cost: copies every token.
         """
         store = self._store
@@ -82,7 +82,7 @@ class Sequence(Uncopyable):
     def fork(self, count: int | None = None) -> "Sequence | list[Sequence]":
         """A sequence that shares every page of this one, or a list of `count` such.
 
-        Nothing is copied now: whoever first appends to a page that is still shared gets a copy of that page,
+        Nothing is copied now: the first sequence to append to a page that is still shared gets a copy of it,
         reserved with its step.
         Raises: OutOfSequences, ArgumentError, SequenceBusy, StaleSequence, CacheClosed.
         Cost: O(pages); takes no page.
@@ -92,18 +92,18 @@ class Sequence(Uncopyable):
         return forks[0] if count is None else forks
 
     def truncate(self, length: int) -> None:
-        """Forget the newest tokens, from position `length` on; their pages are given back.
+        """Forget the newest tokens, from position `length` on, and release their pages.
 
-        Raises: ArgumentError when there are fewer, and when a window has let go of tokens that it would hold
-        again; SequenceBusy, StaleSequence, CacheClosed.
-        Cost: O(pages given back).
+        Raises: ArgumentError when there are fewer, and when the window at `length` would need tokens whose
+        pages were released; SequenceBusy, StaleSequence, CacheClosed.
+        Cost: O(released pages).
         """
         with self._store.lock:
             self._store.reclaim_abandoned()
             self._store.tables.truncate(self._seq_id, length)
 
     def reset(self) -> None:
-        """Forget every token and give the pages back; the handle lives on, empty.
+        """Forget every token and release the pages; the sequence can be used again.
 
         Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
         """
@@ -112,7 +112,7 @@ class Sequence(Uncopyable):
             self._store.tables.reset(self._seq_id)
 
     def free(self) -> None:
-        """Give everything back; the handle is stale then.
+        """Release everything; the handle is stale afterwards.
 
         Raises: SequenceBusy, StaleSequence, CacheClosed.  Cost: O(pages).
         """
@@ -157,7 +157,7 @@ def new_sequences(store: Store, count: int, parent: Sequence | None = None) -> l
         if seq_id is not None:
             store.tables.idle_row(seq_id)
         seq_ids = store.tables.next_seq_ids(count)
-        # The handles are there before their rows are taken, so that an interrupt loses none.
+        # Handles are made before their rows are taken, so that an interrupt loses none.
         handles = [Sequence(store, seq_id) for seq_id in seq_ids]
         store.tables.add(seq_ids, seq_id)
     return handles

@@ -1,7 +1,7 @@
 """A step: one forward pass of a batch of sequences.
 
-It reserves the slots of all new tokens at once, takes keys and values layer by layer, and then commits: the
-sequences are longer.  Until then nothing of it is visible, and rollback leaves no trace.
+It reserves the slots of all new tokens at once, stores keys and values layer by layer, and commits.  Before
+the commit no sequence has changed; rollback undoes the reservation.
 
     with cache.step(seqs, new) as step:             reserves, or raises and changes nothing
         ... step.positions ...
@@ -57,7 +57,7 @@ class Step(Uncopyable):
                 #: Prepared calls, by what they do.  A method takes one for as long as it runs, so that a call
                 #: inside it, of a signal handler or another thread, prepares its own.
                 self._calls = store.spare_calls(plan.num_tokens)
-            except BaseException:  # an interrupt, after which nobody has this step
+            except BaseException:  # an interrupt, after which this step has no owner
                 store.roll_back(plan)
                 raise
 
@@ -91,9 +91,9 @@ class Step(Uncopyable):
     @property
     def block_table(self) -> NDArray[np.int32]:
         """int32 [num_seqs, max_pages]: page ids in logical order from `first_page` on; -1 beyond a sequence's
-        end, and between sinks and window where nobody of the step sees a page.
+        end, and for pages between sinks and window that no new token sees.
 
-        Cost: built each time it is asked for; attention does not need it.
+        Cost: built at each access; attention does not need it.
         """
         return self._plan.block_table
 
@@ -173,7 +173,7 @@ class Step(Uncopyable):
     # ---- the end
 
     def commit(self) -> None:
-        """The new tokens belong to their sequences.
+        """Append the new tokens to their sequences.
 
         Raises: LayerNotWritten, naming the layer, and then the step is rolled back; StepClosed, CacheClosed.
         Cost: O(sequences).
@@ -191,7 +191,7 @@ class Step(Uncopyable):
             self._store.keep_calls(self._plan.num_tokens, self._calls)
 
     def rollback(self) -> None:
-        """As if the step had never been.  Raises: StepClosed, CacheClosed.  Cost: O(its new pages)."""
+        """Undo the step.  Raises: StepClosed, CacheClosed.  Cost: O(its new pages)."""
         store = self._store
         try:
             lock = store.lock

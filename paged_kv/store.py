@@ -125,7 +125,7 @@ class Store(Uncopyable):
             raise CacheClosed("the cache was closed; build a new one")
 
     def reclaim_abandoned(self, is_alone: bool = True) -> None:
-        """First of what is done under the lock: CacheClosed, or give back what collected handles held.
+        """Begin work under the lock: CacheClosed, or release what collected handles held.
 
         is_alone : what `reading` yields
         """
@@ -136,7 +136,7 @@ class Store(Uncopyable):
 
     def _give_back_abandoned(self) -> None:
         # An entry leaves its queue after it was dealt with: an interrupt makes it be dealt with twice, which
-        # changes nothing.  Plans first: their sequences stand in them.
+        # changes nothing.  Plans first, since their sequences are busy.
         while self._abandoned_plans:
             self.roll_back(self._abandoned_plans[0].held)
             self._abandoned_plans.popleft()
@@ -170,7 +170,7 @@ class Store(Uncopyable):
 
     def open_plan(self, step: object, seq_ids: list[int], counts: Counts) -> Plan:
         """Reserve what a step takes, until it ends or is collected."""
-        # As large as the last one and some pages more: enough for a batch that goes on, and no more calls.
+        # As large as the last plan and some pages more: enough for the same batch, without a second call.
         plan = Plan(self.tables.size.plan_bytes + 512)
         noted = Ref(step, self._abandon_plan)
         noted.held = plan
@@ -214,9 +214,9 @@ class Store(Uncopyable):
         return pages_of[integer("layer", layer, 0, self.layout.num_layers - 1)]
 
     def close(self) -> None:
-        """Refuse new calls, wait for those that run, roll open steps back, give the memory back.
+        """Refuse new calls, wait for running ones, roll back open steps, release the memory.
 
-        Each part may be done again: a close that was interrupted is ended by the next one.
+        Each part can be repeated: the next close completes one that was interrupted.
         """
         with self.lock:
             self.closed = True

@@ -1,4 +1,4 @@
-"""Array templates: what an array looks like, apart from where it lies.
+"""Array templates: what an array looks like, apart from its address.
 
 Layers pass arrays that look alike, again and again.  The first one is validated in full (arrays.py).  A later
 one of the same type, dtype, shape and strides needs only its address, in a twentieth of the time.
@@ -21,7 +21,7 @@ from_buffer = ffi.from_buffer
 
 
 class ArrayTemplate:
-    """The looks of an array that was validated: at least one element, three axes, no negative stride.
+    """The looks of an array that was validated: at least one element, three axes, no negative strides.
 
     `bind(array, rows)` writes the address of another array into a `pkv_tensor *`; False, and nothing was
     written, when that array does not look the same.  `new()` is a new array of the same kind, shape and
@@ -48,7 +48,7 @@ class ArrayTemplate:
         self._dtype = array.dtype
         self._shape = array.shape
         low, high = described.extent
-        #: From the first byte to the one behind the last.
+        #: From the first byte to one past the last.
         self.num_bytes = high - low
         if is_tensor(array):
             self._layout, self._item_bytes = array.layout, array.element_size()

@@ -1,7 +1,7 @@
 """Arrays as C sees them: numpy arrays or torch tensors, of three dtypes, strided in the leading axes.
 
-An array becomes an address, strides and a dtype; nothing is copied.  torch is never imported: whoever passes
-a tensor has done that.
+An array becomes an address, strides and a dtype; nothing is copied.  torch is never imported here: a caller
+that passes a tensor has imported it.
 
 Imports _binding.
 """
@@ -21,7 +21,7 @@ _NAMES = {code: name for name, code in DTYPE_CODES.items()}
 
 
 class Array(NamedTuple):
-    """Where an array lies: its address, as a `char *`, and strides in bytes."""
+    """An array's address, as a `char *`, its shape, strides in bytes, and dtype."""
 
     data: Any
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Array(NamedTuple):
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The first byte, and the one behind the last."""
+        """The first byte, and one past the last."""
         address = int(ffi.cast("intptr_t", self.data))
         low, high = address, address + _ITEM_BYTES[self.dtype]
         for stride, size in zip(self.strides, self.shape, strict=True):
@@ -42,7 +42,7 @@ class Array(NamedTuple):
 
     @property
     def item_bytes(self) -> NDArray[np.void]:
-        """The same memory as numpy sees it, whoever made it: only to ask which bytes it covers."""
+        """The same memory as a numpy array, to compare which bytes it covers."""
         holder = type("holder", (), {})()
         holder.__array_interface__ = {
             "version": 3,
@@ -64,7 +64,7 @@ def array_of(name: str, array: object) -> Array:
     """Describe an array whose last axis is dense.
 
     Raises: ArgumentError for what is neither a numpy array nor a torch tensor of this machine's memory, for
-    other dtypes, for tensors that gradients are asked of, and for a last axis with gaps.
+    other dtypes, for tensors that require gradients, and for a last axis with gaps.
     """
     if isinstance(array, np.ndarray):
         described = _numpy_array(name, array)
@@ -82,14 +82,14 @@ def array_of(name: str, array: object) -> Array:
 def _numpy_array(name: str, array: NDArray[Any]) -> Array:
     dtype = _CODES.get(array.dtype)
     if dtype is None:
-        # ml_dtypes registers bfloat16; it is known by its name, so that nobody has to import that.
+        # ml_dtypes registers bfloat16; compare its name, so that ml_dtypes need not be imported.
         if array.dtype.name != "bfloat16" or array.dtype.itemsize != 2:
             raise ArgumentError(f"{name} is {array.dtype}; it must be float32, float16 or bfloat16")
         dtype = _CODES[array.dtype] = DTYPE_CODES["bfloat16"]
     if array.size == 0:
         data = ffi.NULL  # cffi refuses to take the address of no bytes
     elif array.flags.c_contiguous:
-        # The buffer protocol knows no bfloat16.
+        # The buffer protocol has no bfloat16.
         bits = array if dtype != DTYPE_CODES["bfloat16"] else array.view(np.uint16)
         data = ffi.from_buffer(bits)
     else:
@@ -111,7 +111,7 @@ def _tensor(name: str, tensor: Any) -> Array:
 
 
 def _address_of_values(name: str, tensor: Any) -> int:
-    """Where a tensor's first value lies; ArgumentError when its values are not what lies there.
+    """The address of a tensor's first value; ArgumentError when its values are not in its memory.
 
     A tensor may have no memory (fake, distributed, wrapped, its storage freed), less than its shape says (its
     storage shrunk), or memory that means something else (a sign in a flag, a tangent beside it).
@@ -222,7 +222,7 @@ def output(
             continue
         if other is like and (low, high) == other.extent and out.strides == other.strides:
             continue
-        # Slices of one array may lie between each other.
+        # Slices of one array may interleave.
         if np.shares_memory(out.item_bytes, other.item_bytes):
             raise ArgumentError(f"{name} overlaps {other_name}; pass q itself, or memory apart from it")
     return out

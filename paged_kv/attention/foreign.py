@@ -1,4 +1,4 @@
-"""Attention over pages that somebody else owns: in numpy arrays or torch tensors, of any page size and order.
+"""Attention over pages that the caller owns: in numpy arrays or torch tensors, of any page size and order.
 
 Imports attention.
 """
@@ -31,7 +31,7 @@ def paged_attention(
     return_lse: bool = False,
     num_threads: int | None = None,
 ) -> Any:
-    """Attention over pages that somebody else owns: decode, prefill and any mix of them.
+    """Attention over pages that the caller owns: decode, prefill and any mix of them.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def _foreign_pages(k: Array, v: Array) -> Any:
     return ffi.new("pkv_pages *", (k.data, v.data, *strides, k.dtype, v.dtype, *shape))
 
 
-#: What is told of a list: its entry or sequence, what was found there, and what can be.
+#: Messages: {0} is the entry or sequence, {1} what was found there, {2} the limit.
 _FAULTS = {
     lib.PKV_BAD_QO_INDPTR: "qo_indptr must begin with 0, never fall and end at q's {2} rows, not at {1}",
     lib.PKV_BAD_KV_INDPTR: "kv_indptr must begin with 0, never fall and end at {2} at most, not at {1}",
@@ -116,7 +116,7 @@ _FAULTS = {
 def _batch_of_lists(
     batch: Any, num_rows: int, shape: tuple[int, ...], lists: tuple[object, object, object, object]
 ) -> Any:
-    """Fill a `pkv_batch` from its lists over pages of this shape; what is returned holds its arrays."""
+    """Fill a `pkv_batch` from lists over pages of this shape.  Returns its memory, which must outlive it."""
     names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")
     vectors = [index_vector(name, values) for name, values in zip(names, lists, strict=True)]
     rows, pages, page_ids, last = vectors

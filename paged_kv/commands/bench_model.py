@@ -240,7 +240,7 @@ class ModelBench:
     def _against_recompute(self, num_tokens: int) -> float:
         """How much faster `num_tokens` are generated from nothing than where each step computes all again.
 
-        Both from four steps at an eighth, three eighths, ... of the way, whose mean stands for all.
+        Both from four steps at 1/8, 3/8, 5/8 and 7/8 of the context; their mean estimates all.
         """
         lengths = [max(1, num_tokens * i // 8) for i in (1, 3, 5, 7)]
         without, cached = [], []

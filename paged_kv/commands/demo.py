@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     live = LiveLine(sys.stderr if options.json else sys.stdout)
     say: Callable[..., None] = (lambda *_: None) if options.json else print
     need = [num_pages(len(prompt.ids) + options.max_tokens, PAGE_SIZE) for prompt in prompts]
-    # At least what the longest takes while one of its arrays is there twice, as where it is concatenated.
+    # At least the longest sequence with one of its arrays twice, as while it is concatenated.
     smallest = max(need) + -(-max(need) // (2 * model.config.num_hidden_layers))
     pool_pages = max(smallest, round(sum(need) * POOL_SHARE))
     say(
@@ -195,7 +195,7 @@ class Serving:
         cache = ConcatenatedCache(*shape, num_threads=num_cpus())
         row_bytes = config.num_key_value_heads * config.head_dim * 4
         token_bytes = 2 * config.num_hidden_layers * row_bytes
-        # One array of the longest sequence is there twice while it grows.
+        # One array of the longest sequence exists twice while it grows.
         longest = max(len(prompt.ids) for prompt in self.prompts) + self.options.max_tokens
         capacity = pool_pages * PAGE_SIZE * token_bytes - longest * row_bytes
 

@@ -22,7 +22,7 @@ def lines() -> list[str]:
     Cost: a second, and 512 MiB of memory (half of what there is, where that is less).
     """
     available = available_memory()
-    memory = "not told" if available is None else mebibytes(available)
+    memory = "unknown" if available is None else mebibytes(available)
     found = kernels()
     num_bytes = min(2**29, (available or 2**30) // 2) // 2**21 * 2**21
     alone, together = read_gb_per_s(num_bytes, 1), read_gb_per_s(num_bytes, num_cpus())

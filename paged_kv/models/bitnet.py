@@ -124,10 +124,10 @@ class BitNetModel(DecoderModel):
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors, as `from_pretrained` and transformers read them.
 
-        Files that are there are replaced, once the new ones are whole: also those that this model was loaded
-        from, which it goes on reading.
+        Existing files are replaced once the new ones are complete, also those that this model was loaded
+        from, whose bytes it keeps.
 
-        Raises: ArgumentError for what is no BitNet, or has a head that is not its embedding; OSError.
+        Raises: ArgumentError unless the model is a BitNet whose head is its embedding; OSError.
         """
         if self.config.model_type != "bitnet":
             raise ArgumentError(f"a {self.config.model_type} is not written, only a bitnet")
@@ -182,20 +182,20 @@ class BitNetModel(DecoderModel):
         sampler: Sampler | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> NDArray[np.int32]:
-        """Go on with one of the model's own sequences.
+        """Continue one of the model's own sequences.
 
         Parameters
         ----------
         num_tokens : how many tokens to generate; fewer when the end token comes
         batch_idx : which sequence, from 0 to batch_size - 1; each remembers its tokens
-        prompt : ids that come first; None: go on where the sequence stands, or begin with the begin token
+        prompt : ids that come first; None: continue the sequence, or begin with the begin token
         sampler : how to choose; None: the likeliest
         progress : called with the number of new tokens after each
 
-        Returns: int32, the new ids.  `report` tells what it took.
+        Returns: int32, the new ids.  `report` counts tokens and times.
         Raises: ArgumentError; SequenceTooLong when the model's positions are used up; what `sampler` and
-        `progress` raise.  The sequence then holds what was generated before, and the next call goes on there.
-        Threads may use different sequences at once; a second one waits for a sequence that is in use.
+        `progress` raise.  The sequence then holds what was generated so far, and the next call continues it.
+        Threads may use different sequences at once; a second thread waits for a sequence that is in use.
         Cost: the sequence's cache starts with room for 256 tokens and doubles when it is full.
         """
         num_tokens = integer("num_tokens", num_tokens, 0)
@@ -223,7 +223,7 @@ class BitNetModel(DecoderModel):
                     progress(len(new_ids))
                 if new_ids[-1] in self.config.stop_ids:
                     break
-            if new:  # no token was asked for: the prompt waits for the next call
+            if new:  # num_tokens is 0: the prompt is fed by the next call
                 session.ids = session.ids + new
         return np.array(new_ids, np.int32)
 

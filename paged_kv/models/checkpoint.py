@@ -2,8 +2,7 @@
 
 A BitNet projection is stored in 2 bits with its scale, or as float master weights that are made ternary at
 load; a llama's in floats, which are rounded to 8 bits a weight, or to bfloat16.  Projections that share their
-input become one matrix; gate and up lie in turns of eight outputs, so that one gates the other where it is
-computed.
+input become one matrix; gate and up alternate every eight outputs, so that gating is part of the product.
 
 Imports layers, json_file and tensor_file.
 """
@@ -28,7 +27,7 @@ LARGEST_BFLOAT16 = 0x7F7F0000
 
 
 def float32_of_bits(bits: NDArray[np.uint16]) -> FloatArray:
-    """What bfloat16's bits stand for."""
+    """The values of bfloat16's bits."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -47,12 +46,12 @@ PARAMETERS = ("weight", "bias", "weight_scale")
 
 
 class Checkpoint:
-    """The tensors of a model by their names, each held against the shape that the config wants.
+    """The tensors of a model by name, each validated against the shape in the config.
 
-    tensors : by name; uint16 stands for bfloat16
+    tensors : by name; uint16 holds the bits of bfloat16
     where : what errors call it
 
-    It remembers which tensors were taken, so that what nobody takes can be named.
+    It records which tensors were used, so that unused ones can be named in an error.
 
     Raises: ArgumentError that names the tensor: when it is missing, has another shape or dtype, holds values
     that are not finite, or is all zeros where it must not be.
@@ -175,14 +174,14 @@ def open_folder(folder: Path) -> tuple[Fields, Checkpoint]:
     for name, shard in shard_of.items():
         if name not in shards[shard]:
             raise ArgumentError(f"{folder / shard} has no tensor {name}, which {index.name} says it has")
-    # Where two shards hold a tensor, the index decides; what it does not list is there too.
+    # Where two shards hold a tensor, the index decides; tensors that it does not list are found too.
     files = {name: shard for shard in shards.values() for name in shard}
     files |= {name: shards[shard] for name, shard in shard_of.items()}
     return fields, Checkpoint(Shards(files), str(folder))
 
 
 def stop_ids_of(folder: Path) -> tuple[int, ...]:
-    """Tokens that end a text by generation_config.json; none where there is no such file."""
+    """Tokens that end a text by generation_config.json; none without such a file."""
     path = folder / "generation_config.json"
     if not path.exists():
         return ()
@@ -212,7 +211,7 @@ def blocks_of(
 
 
 def interleaved(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
-    """Rows of gate and up in turns of eight, as a gated product wants them."""
+    """Rows of gate and up, alternating every eight, as a gated product needs them."""
     if len(gate) % 8:
         raise ArgumentError(f"intermediate_size is {len(gate)}; it must be a multiple of 8")
     return np.stack([gate.reshape(-1, 8, *gate.shape[1:]), up.reshape(-1, 8, *up.shape[1:])], 1).reshape(

@@ -77,17 +77,16 @@ class DecoderConfig:
         if self.bos_token_id is not None:
             integer("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
         if self.model_type not in DEFAULTS:
-            raise ArgumentError(f"model_type is {self.model_type}; {' and '.join(DEFAULTS)} are there")
+            raise ArgumentError(f"model_type is {self.model_type}; {' and '.join(DEFAULTS)} are supported")
         if self.hidden_act not in ACTIVATIONS:
-            raise ArgumentError(f"hidden_act is {self.hidden_act}; {' and '.join(ACTIVATIONS)} are there")
+            raise ArgumentError(f"hidden_act is {self.hidden_act}; {' and '.join(ACTIVATIONS)} are supported")
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "the model's config") -> "DecoderConfig":
         """From a config.json; fields that are missing have the defaults of transformers.
 
         where : what errors call it
-        Raises: ArgumentError that names the field that is missing, is no such thing, or asks for what is not
-        there.
+        Raises: ArgumentError that names the field that is missing, of another type, or not supported.
         """
         return cls.from_fields(Fields(json_object(text, where), where))
 
@@ -163,9 +162,7 @@ def _rope_scaling(fields: Fields, rope: Fields) -> dict[str, Any] | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ArgumentError(
-            f"{scaling.where}: its type is {kind!r:.60}; of these, default and llama3 are there"
-        )
+        raise ArgumentError(f"{scaling.where}: its type is {kind!r:.60}; default and llama3 are supported")
     low = scaling.number("low_freq_factor", 0)
     return {
         "rope_type": "llama3",

@@ -76,12 +76,13 @@ class DecoderModel(Uncopyable):
 
         head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact
         weights : of a llama's projections, "int8" or "bfloat16"; a BitNet's are ternary
-        progress : called with the blocks that are there, and how many there will be
+        progress : called with the number of loaded blocks, and of all blocks
 
-        Files are read by memory map; projections go into huge pages.  BitNet's come packed in 2 bits, with
-        scales of either direction, or as floats that are made ternary; a llama's as `weights` says.
+        Files are memory-mapped; projections are packed into huge pages.  A BitNet's are stored packed in
+        2 bits, with scales of either direction, or as floats that are made ternary; a llama's become
+        `weights`.
         Raises: ArgumentError, naming the tensor that is missing, of another shape, all zeros, not finite, or
-        that no part of the model takes; and the field of a config that is none; OSError.
+        not used by any part of the model; or the invalid field of a config; OSError.
         """
         fields, checkpoint = open_folder(Path(folder))
         config = DecoderConfig.from_fields(fields).with_stop_ids(stop_ids_of(Path(folder)))
@@ -116,7 +117,7 @@ class DecoderModel(Uncopyable):
         ----------
         ids : int [num_tokens], the step's new tokens, of all its sequences
         step : takes their keys and values and attends
-        rows : int [num_rows], the tokens whose logits are wanted; negative ones count from the last
+        rows : int [num_rows], the tokens to compute logits of; negative ones count from the last
 
         Returns: float32 [num_rows, vocab_size].  A row's bits do not depend on the other rows.
         Raises: ArgumentError, before any work is done, for ids that the vocabulary does not hold, ids that
@@ -152,7 +153,7 @@ class DecoderModel(Uncopyable):
         return logits
 
     def new_cache(self, **options: Any) -> PagedKVCache:
-        """A cache of this model's shape; options as PagedKVCache, float32 pages unless told otherwise."""
+        """A cache of this model's shape; options as PagedKVCache, float32 pages by default."""
         config = self.config
         defaults: dict[str, Any] = {"dtype": "float32", "max_seq_len": config.max_position_embeddings}
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)

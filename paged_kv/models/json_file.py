@@ -32,7 +32,7 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
     if text[:8] in (b"version ", "version "):
         raise ArgumentError(f"{where} is a pointer of git-lfs, not the file; fetch it with `git lfs pull`")
     try:
-        # json tells the encoding from the first bytes.
+        # json detects the encoding from the first bytes.
         found = json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{where} is not JSON: {error}") from None
@@ -126,7 +126,7 @@ class Fields:
         return tuple(values)
 
     def plain(self) -> dict[str, Any]:
-        """All fields that are there."""
+        """All fields of the file."""
         return {name: value for name, value in self._fields.items() if value is not None}
 
 

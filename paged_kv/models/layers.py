@@ -9,12 +9,12 @@ other (ragged rows; nothing is padded).  One token's way through a block::
     ├─ post_attention_norm ── gate, up ── act(gate) * up ── ffn_sub_norm ── down ─────── (+) ── x'
     └──────────────────────────────────────────────────────────────────────────────────────┘
 
-act is relu squared in BitNet, which has the norms of the second and third column, and SiLU in llama, which
-has not.  Norms and activations are part of the products beside them (matrix.py), so a block is six C calls:
-q k v, rope, attend, o, gate and up, down.
+act is relu squared in BitNet, which has attn_sub_norm and ffn_sub_norm, and SiLU in llama, which has neither.
+Norms and activations are fused into the products (matrix.py), so a block is six C calls: q k v, rope, attend,
+o, gate and up, down.
 
-Where keys and values live is not known here: a `KVStep` takes them and answers with attention.  A row's bits
-never depend on the other rows of the call.
+A `KVStep` stores keys and values and computes attention.  A row's bits never depend on the other rows of the
+call.
 
 Imports matrix.
 """
@@ -37,7 +37,7 @@ ACTIVATIONS = {"relu2": RELU2_GATE, "silu": SILU_GATE}
 
 
 class KVStep(Protocol):
-    """What a forward pass asks of a cache's step; `paged_kv.Step` is one.
+    """The step that a forward pass needs; `paged_kv.Step` is one.
 
     positions : int32 [num_tokens], each token's position in its sequence
     """

@@ -20,7 +20,7 @@ from ..pages.pool import PagePool
 from .ternary import FloatArray, Int8Array
 
 OUT_BLOCK, IN_GROUP = 16, 16
-#: From here on weights lie in a mapping of their own, in huge pages.
+#: From this size on, weights have a mapping of their own, in huge pages.
 HUGE_BYTES = 1 << 20
 
 KINDS = {"ternary": lib.PKV_TERNARY, "int8": lib.PKV_INT8, "bfloat16": lib.PKV_BFLOAT16_WEIGHTS}

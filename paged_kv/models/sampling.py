@@ -34,7 +34,7 @@ class Sampler:
             raise ArgumentError(f"top_p is {top_p}; it must be above 0 and at most 1")
         self._generator = np.random.default_rng(integer("seed", seed, 0, 2**64))
 
-    # Weights of unlikely tokens underflow to 0, whatever the caller wants to hear about that.
+    # Weights of unlikely tokens underflow to 0, whatever the caller's np.seterr.
     @np.errstate(all="ignore")
     def sample(self, logits: NDArray[np.float32]) -> int:
         """A token id for logits [vocab].

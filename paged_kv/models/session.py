@@ -1,7 +1,7 @@
-"""A session: one text that a model goes on with, in a cache of its own that grows with it.
+"""A session: one growing text of a model, in a cache of its own that grows with it.
 
     ids      every token so far
-    seq      holds the first len(seq) of them; what is behind them is fed with the next step
+    seq      holds the first len(seq) of them; the next step feeds the rest
 
 so a step that fails has changed nothing, and the next one feeds the same tokens.
 
@@ -29,7 +29,7 @@ class Session(Uncopyable):
     new_cache : makes a cache of the model's shape, from options of PagedKVCache
     most_tokens : the model's positions
 
-    `lock` is held by whoever goes on with the session.
+    The caller holds `lock` while it extends the session.
     """
 
     def __init__(self, new_cache: Callable[..., PagedKVCache], most_tokens: int) -> None:
@@ -49,7 +49,7 @@ class Session(Uncopyable):
         return cache.step([seq], [ids])
 
     def unseen(self, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """All ids with the prompt's behind them, and those of them that the sequence does not hold."""
+        """All ids, followed by the prompt's, and those of them that the sequence does not hold."""
         if len(self.seq) > len(self.ids):  # a reset that was interrupted halfway
             self.seq.truncate(len(self.ids))
         ids = self.ids + prompt

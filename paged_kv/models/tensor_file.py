@@ -2,8 +2,8 @@
 
     8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | bytes of the tensors
 
-Read here and not by the safetensors package, which knows no bfloat16 without torch and copies what it reads.
-A file is hostile until it has been looked at: every length and offset is held against the file's size.
+The safetensors package is not used: it has no bfloat16 without torch, and copies what it reads.  Files are
+untrusted: every length and offset is validated against the file's size.
 
 Imports errors and files.
 """
@@ -23,7 +23,7 @@ from ..files import Writer, replace_files
 
 #: bfloat16 comes as its bits.
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8, "I8": np.int8}
-#: Bytes of a value of dtypes that are passed over where nobody takes the tensor.
+#: Bytes per value of dtypes that can be skipped, in tensors that no part of a model uses.
 OTHER_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "BOOL": 1},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
@@ -62,7 +62,7 @@ class TensorFile(Mapping[str, NDArray[Any]]):
         if type(dtype) is not str or not all(type(number) is int and number >= 0 for number in numbers):
             raise ArgumentError(f"{self.path}: {name} is {dtype!r} {shape}, at {begin!r} to {end!r}")
         item_bytes = np.dtype(DTYPES[dtype]).itemsize if dtype in DTYPES else OTHER_BYTES.get(dtype)
-        # Where even the size of a value is not known, the tensor's place is all there is to check.
+        # Of a dtype whose size is unknown, only the offsets can be checked.
         num_bytes = end - begin if item_bytes is None else math.prod(shape, start=int(item_bytes))
         if begin > end or end > len(self._data) or end - begin != num_bytes:
             raise ArgumentError(

@@ -6,7 +6,7 @@ integers of 8 bits and one factor s.  Their product is a sum of small integers::
     x [tokens, in] --quantise--> q [tokens, in], s [tokens, 1]
     y = (q W^T) / s * scale                                         [tokens, out]
 
-Here is that arithmetic in numpy, as it is read; kernels do it (matrix.py).  The integers travel as float32:
+This is the definition in numpy; kernels compute it (matrix.py).  The integers travel as float32:
 every partial sum of ``q W^T`` is an integer below 2**24, which float32 holds exactly.
 
 In a file a weight takes 2 bits (code = value + 1, four rows of W in one row of bytes)::
@@ -101,7 +101,7 @@ def pack_ternary(weight: Int8Array) -> ByteArray:
 def unpack_ternary(packed: ByteArray) -> Int8Array:
     """Undo `pack_ternary`: uint8 [out / 4, in] to int8 [out, in].
 
-    Raises: ArgumentError, also when a weight has the code 3, which stands for no value.
+    Raises: ArgumentError, also when a weight has the code 3, which is no value.
     """
     _require_matrix(packed, np.uint8, "packed")
     if (packed & packed >> 1 & 0b01010101).any():

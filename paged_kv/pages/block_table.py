@@ -1,12 +1,12 @@
 """Block tables: which pages hold a sequence's tokens, in order, and how a batch of sequences grows.
 
-Token t of a sequence lives in its logical page ``j = t // page_size`` at offset ``t % page_size``.  Page j
-sits in cell j of the sequence's row; with a window, the cells behind those of the sinks' ``s`` pages are a
-ring, and it sits in ``s + (j - s) % (ring_pages - s)``.
-The arrays lie here and C works on them in place, for a whole batch in one call.
+Token t of a sequence is in its logical page ``j = t // page_size`` at offset ``t % page_size``.  Page j is in
+cell j of the sequence's row; with a window, the cells after those of the sinks' ``s`` pages are a ring,
+and it is in ``s + (j - s) % (ring_pages - s)``.  numpy owns the arrays, and C works on them in place, for
+a whole batch in one call.
 
-    seq_lens[r]       tokens that are committed
-    reserved_lens[r]  and those of an open step: more than seq_lens[r] just while the row stands in one
+    seq_lens[r]       committed tokens
+    reserved_lens[r]  and those of an open step: more than seq_lens[r] only while the row is in one
 
 A sequence has an id: a serial number that no other sequence of the process has, and its row.
 
@@ -81,7 +81,7 @@ class BlockTables(Uncopyable):
         self.window = window
         ring_pages = num_pages(max_seq_len, page_size)
         if window is not None:
-            # No row holds more pages than there are; behind the sinks' cells there is one at least.  Where
+            # No row holds more pages than the pool; after the sinks' cells there is at least one.  Where
             # sinks alone would fill the pool, no page ever leaves its cell.
             sinks = min(num_pages(window.num_sink_tokens, page_size), pool.num_pages)
             most = max(pool.num_pages, sinks + 1)
@@ -193,7 +193,7 @@ class BlockTables(Uncopyable):
         check(status, "truncate")
 
     def held_positions(self, row: int) -> NDArray[np.int32]:
-        """Positions of a row's tokens that are there: the sinks and the window's, oldest first."""
+        """Positions of a row's held tokens: the sinks' and the window's, oldest first."""
         seq_len = int(self.seq_lens[row])
         if self.window is None or seq_len <= self.window.size:
             return np.arange(seq_len, dtype=np.int32)
@@ -233,7 +233,7 @@ class BlockTables(Uncopyable):
         plan.num_tokens, plan.num_pages = size.num_tokens, size.num_pages
 
     def pages_needed(self, seq_ids: list[int], counts: Counts) -> int:
-        """What `plan` would take of the pool, be it there or not."""
+        """The pages that `open` would reserve, whether they are free or not."""
         batch = (self.pool.handle, self._tables, len(seq_ids), *int64s(seq_ids, counts))
         status = lib.pkv_step_measure(*batch, self.size, self._refusal)
         if status not in (lib.PKV_OK, lib.PKV_OUT_OF_PAGES):

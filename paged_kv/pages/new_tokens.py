@@ -62,7 +62,7 @@ def _count_of(name: str, entry: object) -> int:
 def int64s(seq_ids: list[int], counts: Counts) -> tuple[Any, Any]:
     """Keys and counts as C takes them; a count that does not fit becomes one that the plan refuses.
 
-    The second may lie in the first, which is to be held as long.
+    The second may be a part of the first: keep both alive.
     """
     if not isinstance(counts, list):
         return int64_array(seq_ids), ffi.from_buffer("int64_t[]", counts)

@@ -1,6 +1,6 @@
 """Plans: what an open step has reserved, as C wrote it.
 
-A plan is one buffer: a `pkv_plan` and, behind it, its arrays.  C opens it, marks layers as written, and ends
+A plan is one buffer: a `pkv_plan`, followed by its arrays.  C opens it, marks layers as written, and ends
 it.  Python reads the arrays in place, as views that cannot be written.
 
 Imports attention.arrays and lifetime.
@@ -91,7 +91,7 @@ class Plan(Uncopyable):
         batch = self.batch
         page_ids = self.int32(batch.kv_indices, self.num_pages)
         num_pages = np.diff(self.int32(batch.kv_indptr, self.num_seqs + 1))
-        # The i-th page of a sequence's list stands in column i, or behind the gap when it is no sink's.
+        # Page i of a sequence's list goes to column i, or past the gap when it holds no sinks.
         gaps = self.int32(batch.first_pages, self.num_seqs) - self.first_page - batch.sink_pages
         gaps = np.where(num_pages > batch.sink_pages, np.maximum(gaps, 0), 0)
         rows = np.repeat(np.arange(self.num_seqs), num_pages)

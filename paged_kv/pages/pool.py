@@ -3,8 +3,7 @@
 A page is free, owned (one reference) or shared (several).  Calls take and give back n pages at once,
 all of them or none.
 
-The memory is taken when the pool is built, so that too little of it is an error then and not a signal
-later.  What a page's bytes mean is layout's business.
+All memory is touched when the pool is built, so that a lack of it is an error then and not a signal later.
 
 Imports _binding, machine and lifetime.
 """
@@ -34,7 +33,7 @@ class PagePool(Uncopyable):
         self.page_bytes = integer("page_bytes", page_bytes, 64, MAX_PAGE_BYTES)
         self.num_bytes = self.num_pages * self.page_bytes
         _require_memory(self.num_bytes)
-        # Its destructor is there before the pool is, so that an interrupt in between loses no memory.
+        # The destructor exists before the pool does, so that an interrupt in between leaks no memory.
         self._owner = ffi.gc(ffi.new("pkv_pool **"), lib.pkv_pool_destroy)
         what = f"a pool of {self.num_pages} pages of {self.page_bytes} bytes ({mebibytes(self.num_bytes)})"
         check(lib.pkv_pool_create(self.num_pages, self.page_bytes, self._owner), what)

@@ -48,7 +48,7 @@ STEP_TOKENS = 256
 
 
 class ServingCache(Protocol):
-    """What serving asks of a cache; PagedKVCache is one."""
+    """The cache that serving needs; PagedKVCache is one."""
 
     def sequence(self) -> Any: ...
 
@@ -216,7 +216,7 @@ class Batch(Uncopyable):
                         self._hand_over(request)
                 if not self._is_done(request):
                     request.take_drawn()
-            except StaleSequence as error:  # somebody else has freed its sequence
+            except StaleSequence as error:  # its sequence was freed from outside
                 self._fail(request, error)
         for request in list(self.running):
             if self._is_done(request):
@@ -293,15 +293,15 @@ class Batch(Uncopyable):
         return chosen
 
     def _open(self, chosen: list[tuple[Request, list[int]]]) -> tuple[list[tuple[Request, list[int]]], Any]:
-        """A step for these, or for those of them that the cache takes; None for nobody."""
+        """Open a step for these, or for those that the cache accepts; None when there are none."""
         newest = chosen[-1][0] if chosen else None
         while chosen:
             try:
                 self._step = self.cache.step([one.seq for one, _ in chosen], [new for _, new in chosen])
                 return chosen, self._step
             except OutOfPages as error:
-                # Others hold pages that admission counted on.  The newest wait; if not even the oldest can
-                # step, the newest ends, so that its pages are there for the others.
+                # Pages that admission counted on are held from outside.  The newest wait; when not even the
+                # oldest can step, the newest ends, so that its pages are free for the others.
                 chosen = chosen[:-1]
                 if not chosen and newest is not None:
                     self._fail(newest, error)
@@ -338,7 +338,7 @@ class Batch(Uncopyable):
 
     def _retire(self, request: Request) -> None:
         if request.seq is not None:  # a sibling may still wait for its prompt
-            # Somebody else may have it in a step, or have freed it: what is left goes with the handle.
+            # It may be in a step of another owner, or freed already: the rest goes with the handle.
             with suppress(SequenceBusy, StaleSequence):
                 request.seq.free()
             request.seq = None

@@ -56,7 +56,7 @@ def generate(
     cache: PagedKVCache | None = None,
     progress: Callable[[Batch], object] | None = None,
 ) -> Generation:
-    """Go on with many prompts at once.
+    """Generate new tokens for many prompts at once.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def generate(
     progress : called with the Batch after each step
 
     Returns: Generation, the new ids of each prompt in order (n of each in a row), and what it took.  A prompt
-    whose logits are no numbers, or that others leave no pages for, has its error in the place of its ids.
+    that fails (logits that are no numbers, pages held from outside) has its error in the place of its ids.
     Raises: ArgumentError, SequenceTooLong, OutOfSequences and OutOfPages for a prompt that could never be
     served, before any work is done; what `progress` and the model raise.
     """
@@ -112,12 +112,12 @@ def generate_stream(
     progress: Callable[[Batch], object] | None = None,
     report: GenerationReport | None = None,
 ) -> Iterator[tuple[int, int | Exception]]:
-    """As `generate`, token by token as they come.
+    """As `generate`, token by token.
 
-    report : filled while it goes on
+    report : updated after each step
 
     Yields: (place in what `generate` would return, id); (place, error) last, for a prompt that failed.
-    Closing the iterator gives back what it holds.
+    Closing the iterator releases what it holds.
     """
     own_cache, n = None, integer("n", n, 1, 2**16)
     max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
