@@ -1,14 +1,15 @@
-"""How does paged_kv compare with everybody else who attends to cached keys and values on this machine?
+"""How does paged_kv compare with the other attention kernels for cached keys and values, on this machine?
 
     python benchmarks/compare.py [--work decode,prefill,append] [--shapes 32/8/128] [--dtypes bfloat16]
                                  [--cells 8x2048] [--json FILE] [--toy]
 
-`make bench-rivals` runs all of it, in an environment that has the rivals. Each case gives everybody the same
-random q, k and v. All are set up first and then take turns, so that a noisy moment meets everybody; caches
-are copied until a gigabyte is walked through in turn, and huge pages are for everyone. Rows: microseconds
-(median and quartiles of all turns), GB/s of keys and values, as a share of a read-only walk of our pages in
-the same turns, GFLOP/s, `ours`: how many times as long as paged_kv it took, and the largest error against
-float64. paged_kv, OpenVINO, ONNX Runtime, vLLM and transformers append the new token in the same call.
+`make bench-rivals` runs all of it, in an environment that has the rivals. Each case gives all of them the
+same random q, k and v. All are set up first and then take turns, so that a noisy moment affects all;
+caches are copied until a gigabyte is walked through in turn, and huge pages are for everyone. Rows:
+microseconds (median and quartiles of all turns), GB/s of keys and values, as a share of a read-only walk
+of our pages in the same turns, GFLOP/s, `ours`: how many times as long as paged_kv it took, and the
+largest error against float64. paged_kv, OpenVINO, ONNX Runtime, vLLM and transformers append the new
+token in the same call.
 
 Decode: one new token for each of `batch` sequences. Prefill: new tokens at the end of one sequence. Append:
 keys and values of one token for each of 64 sequences, nanoseconds for each token and kv head.
@@ -57,7 +58,7 @@ def reference(q, k, v):
 
 
 def set_up(work, inputs, copies, num_threads, expected):
-    """The calls of each rival, and its error; what cannot be set up is told of on stderr."""
+    """The calls of each rival, and its error; what cannot be set up is reported on stderr."""
     calls, errors, rivals = {}, {}, {}
     there, _ = available()
     for name, rival in there.items():

@@ -3,7 +3,7 @@
     python benchmarks/planning.py [--json] [--toy]
 
 Rows: num_sequences, the time of cache.step(seqs, [1, ...]) and commit together, and that for each sequence.
-The write that a commit asks for is timed by itself and taken off.
+The write that a commit needs is timed by itself and subtracted.
 """
 
 import numpy as np

@@ -16,7 +16,7 @@ again later with what it had as its prompt. The paged cache is the real one, dri
 Rows: utilization   tokens held / slots in use, summed over steps; each sequence's tokens count, so that
                     sharing can take it beyond 1
       bound         the same if all held just the pages that they need, shared ones once
-      of_all_memory tokens held / all slots, over the steps at which somebody waited
+      of_all_memory tokens held / all slots, over the steps at which a request waited
       sequences_at_once, mean over these; bytes of memory, for 32 layers, 8 kv heads of 128, 16 bits
 
 The lengths are lognormal. Means of chat and instructions are those that the PagedAttention paper (Kwon et
@@ -60,7 +60,7 @@ class Trace:
         return length if self.window is None else min(length, self.window + self.num_sinks)
 
     def num_pages(self, length: int, page_size: int) -> int:
-        """Pages that a sequence of this length needs, shared with nobody."""
+        """Pages that a sequence of this length needs, without sharing."""
         end = -(-length // page_size)
         if self.window is None or length <= self.window:
             return end
@@ -308,7 +308,7 @@ def measure(trace: Trace, policy: str, page_size: int, size: int) -> tuple[dict[
         memory.cache.check()
         assert memory.cache.stats().num_used_pages == 0
         memory.cache.close()
-    # Once nobody waits, memory is not what holds requests back.
+    # Once no request waits, memory is not the limit.
     busy = [moment for moment in moments if moment.num_waiting] or moments
     tokens = sum(moment.num_tokens for moment in moments)
     row: dict[str, object] = {

@@ -240,7 +240,7 @@ class _Rings(Uncopyable):
         self.seq_lens = ffi.new("int64_t[]", batch_size)  # C counts a token in the call that stores it
         self.metrics = CacheMetrics(storage_bytes=storage.num_bytes)
         entry, head, side, token, _ = storage.strides
-        whole = np.asarray(_Window(self.pool, storage))
+        whole = self.pool.array(storage.shape, "f4", storage.strides, writable=False)
         self._k, self._v = whole[:, :, 0], whole[:, :, 1]
         strides = {"page_stride": entry, "head_stride": head, "token_stride": token}
         self.pages = ffi.new(
@@ -304,21 +304,3 @@ class _Rings(Uncopyable):
         """K and V of the slots start .. end - 1, in place."""
         page_id = self.page_ids[entry]
         return self._k[page_id, :, start:end], self._v[page_id, :, start:end]
-
-
-class _Window:
-    """A pool's memory, which numpy may read and never write; it keeps the pool alive.
-
-    Neither an array over it nor a part of one can be made writeable: numpy asks its base, which offers no
-    writable buffer.
-    """
-
-    def __init__(self, pool: PagePool, storage: BatchKVStorage) -> None:
-        self.pool = pool
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": np.dtype(np.float32).str,
-            "data": (int(ffi.cast("uintptr_t", pool.address)), True),
-            "shape": storage.shape,
-            "strides": storage.strides,
-        }

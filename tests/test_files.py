@@ -1,4 +1,4 @@
-"""A file is replaced whole or stays what it was: whatever writes it fails, and whoever reads it meanwhile."""
+"""A file is replaced whole or stays as it was, whatever fails, and whatever reads it meanwhile."""
 
 import mmap
 import os

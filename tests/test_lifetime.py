@@ -88,7 +88,7 @@ def test_a_handle_that_is_half_built_ends_silently(kind, recwarn):
 
 
 def test_a_key_names_one_sequence_for_ever(rng):
-    """Rows come back to others; who held one before is told so, not shown what is there now."""
+    """Rows are reused; a handle of an earlier owner raises StaleSequence and shows nothing of the new one."""
     cache = make_cache(max_sequences=2)
     stale = []
     for _ in range(20):

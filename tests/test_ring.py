@@ -1,4 +1,4 @@
-"""The four calls: the ten tests that were asked for by name, the layout in bytes, the ring against a list."""
+"""The ring cache: the ten tests that the request names, its layout in bytes, rings compared with lists."""
 
 import threading
 import time

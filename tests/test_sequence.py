@@ -1,4 +1,4 @@
-"""Fork and truncate: several sequences own a page, and whoever would change it for another gets a copy."""
+"""Fork and truncate: several sequences own a page, and one that would change it for others gets a copy."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def test_the_longest_of_all_holders_writes_in_place(rng):
     assert first_pages[1] == cache._store.tables.page_ids[0, 0]  # a, the first of the two longest
     step.rollback()
     assert cache.stats().num_used_pages == 1
-    # With one holder outside the step, everybody copies.
+    # With one holder outside the step, all in the step copy.
     step = cache.step([a, b], [1, 1])
     assert cache._store.tables.page_ids[0, 0] not in step.block_table[:, 0]
     step.rollback()

@@ -1,6 +1,6 @@
 """A random walk over a cache, against a dictionary of what each sequence must hold.
 
-After every rule: contents by gather, page counts, check().  Attention of a step is held against the
+After every rule: contents by gather, page counts, check().  Attention of a step is compared with the
 reference.  Every byte that holds no token is NaN from the start.
 """
 
@@ -36,7 +36,7 @@ ANY = st.integers(0, 2**16)
 class CacheMachine(RuleBasedStateMachine):
     """What the cache must be, in dictionaries.
 
-    held    each live handle's tokens, (k, v) of each layer, also those that a window has let go of
+    held    each live handle's tokens, (k, v) of each layer, also those that a window has released
     pages   each live handle's pages, as names of our own, by logical page: who shares what
     open    each open step's handles and counts, and the pages that it reserved for each
     """
@@ -164,7 +164,7 @@ class CacheMachine(RuleBasedStateMachine):
         length = int(share * self.length(seq))
         needed = {j for j in range(self.num_pages_of(length)) if self.must_hold(j, length)}
         if not needed <= self.pages[seq].keys():
-            with pytest.raises(ArgumentError, match="let go of"):
+            with pytest.raises(ArgumentError, match="pages were released"):
                 seq.truncate(length)
             return
         seq.truncate(length)
@@ -296,7 +296,7 @@ class CacheMachine(RuleBasedStateMachine):
                 np.testing.assert_array_equal(seq.gather(layer), [side[held] for side in expected])
 
     def filled_slots(self):
-        """Of each page, how many of its slots hold a committed token of anybody."""
+        """Of each page, how many of its slots hold a committed token of any sequence."""
         filled = {}
         for seq, pages in self.pages.items():
             for j, page in pages.items():

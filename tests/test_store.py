@@ -28,7 +28,7 @@ def test_a_step_that_is_collected_open_is_rolled_back_before_its_sequences_go(rn
     cache = make_cache()
     kept = cache.sequence()
     fill(cache, [kept], [20], rng)
-    cache.step([kept, cache.sequence()], [30, 40])  # nobody keeps it
+    cache.step([kept, cache.sequence()], [30, 40])  # not referenced
     gc.collect()
     assert cache.stats().num_used_pages == 2 and cache.stats().num_sequences == 1
     cache.check()

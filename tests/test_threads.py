@@ -1,4 +1,4 @@
-"""One set of threads, of which a call uses as many as it was told to; the same bits whoever has them."""
+"""One team of threads, of which a call uses its num_threads; the same bits with any number of them."""
 
 import gc
 import os
@@ -82,7 +82,7 @@ def test_what_is_no_number_of_threads_is_refused(number):
 
 
 def test_a_system_without_more_threads_is_no_error(rng):
-    """A container's limit on processes hits whoever starts the next thread."""
+    """A container's limit on processes applies to the next thread that is started."""
     script = (
         "import resource, numpy as np, paged_kv\n"
         "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, resource.RLIM_INFINITY))\n"

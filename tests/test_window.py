@@ -1,6 +1,6 @@
 """Windows and sinks: a ring of pages, and rows that see the newest tokens and the first.
 
-Pages that a window has let go of are filled with NaN after every step: nobody may read them again.
+Pages that a window has released are filled with NaN after every step: nothing may read them again.
 """
 
 import itertools
@@ -155,7 +155,7 @@ def test_truncate_is_refused_when_the_window_has_let_go_of_what_it_would_hold(rn
     with make_cache(num_layers=1, num_pages=20, window=32, num_sink_tokens=3) as cache:
         seq = serve(cache, [100], rng, window=32, sinks=3)
         stats = cache.stats()
-        with pytest.raises(ArgumentError, match="let go of"):
+        with pytest.raises(ArgumentError, match="pages were released"):
             seq.truncate(90)
         assert cache.stats() == stats and len(seq) == 100
         seq.truncate(97)  # the page of token 97 - 32 is held

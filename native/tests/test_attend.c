@@ -1,4 +1,4 @@
-/* Attention and threads alone: equal scores give means, whoever computes them and how often. */
+/* Attention and threads alone: equal scores give means, with any number of threads. */
 #undef NDEBUG
 #include <assert.h>
 #include <math.h>

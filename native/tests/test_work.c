@@ -1,4 +1,5 @@
-/* Work cut into blocks and pieces: every row meets every span of it once for each head, whatever is cut. */
+/* Work split into items and pieces: every row visits each of its spans once for each head, however it is
+ * split. */
 #undef NDEBUG
 #include <assert.h>
 #include <stdlib.h>

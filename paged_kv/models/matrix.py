@@ -123,19 +123,7 @@ def new_bytes(count: int) -> NDArray[np.uint8]:
     """Memory for weights: in huge pages when it is large."""
     if count < HUGE_BYTES:
         return np.empty(count, np.uint8)
-    return np.asarray(_Mapped(PagePool(1, _up(count, 64)), count))
-
-
-class _Mapped:
-    """Bytes of a pool, as an array that keeps it alive."""
-
-    def __init__(self, pool: PagePool, count: int) -> None:
-        self.pool = pool
-        address = int(ffi.cast("intptr_t", pool.address))
-        self.__array_interface__ = {
-            **{"version": 3, "typestr": "|u1"},
-            **{"data": (address, False), "shape": (count,)},
-        }
+    return PagePool(1, _up(count, 64)).array((count,), "u1", writable=True)
 
 
 def ternary_matrix(weight: Int8Array, scale: FloatArray) -> Matrix:

@@ -187,7 +187,7 @@ class BlockTables(Uncopyable):
         status = lib.pkv_tables_truncate(self.pool.handle, self._tables, row, length)
         if status == lib.PKV_TOKENS_GONE:
             raise ArgumentError(
-                f"at length {length} the window would hold tokens that it has let go of; "
+                f"at length {length} the window would need tokens whose pages were released; "
                 f"truncate fewer of the {self.seq_lens[row]}, or reset the sequence"
             )
         check(status, "truncate")

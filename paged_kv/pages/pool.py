@@ -76,14 +76,45 @@ class PagePool(Uncopyable):
         """
         return np.frombuffer(ffi.buffer(self.address, self.num_bytes), np.uint8)
 
+    def array(
+        self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None, *, writable: bool
+    ) -> NDArray[Any]:
+        """The first bytes as an array, in place, which keeps the pool alive; strides in bytes, None: dense.
+
+        Neither an array that is not writable nor a part of it can be made so: its base has no writable
+        buffer.
+        """
+        return np.asarray(_Memory(self, shape, dtype, strides, writable))
+
     @property
     def address(self) -> Any:
         """The first byte, as a `char *`; a multiple of 2 MiB."""
         return lib.pkv_pool_data(self.handle)
 
     def close(self) -> None:
-        """Give the memory back.  Nothing of the pool may be used afterwards."""
+        """Release the memory.  Nothing of the pool may be used afterwards."""
         ffi.release(self._owner)
+
+
+class _Memory:
+    """A pool's memory in the form that numpy reads."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        shape: tuple[int, ...],
+        dtype: str,
+        strides: tuple[int, ...] | None,
+        writable: bool,
+    ) -> None:
+        self.pool = pool
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": np.dtype(dtype).str,
+            "data": (int(ffi.cast("uintptr_t", pool.address)), not writable),
+            "shape": shape,
+            "strides": strides,
+        }
 
 
 def _require_memory(num_bytes: int) -> None:

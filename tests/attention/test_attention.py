@@ -22,7 +22,7 @@ def stored(array, dtype):
 
 @st.composite
 def cases(draw):
-    """A cache's shape, what is asked of one call, and how long the sequences are."""
+    """A cache's shape, the options of one call, and the lengths of the sequences."""
     shape = {
         "num_kv_heads": draw(st.sampled_from([1, 2, 3])),
         "head_dim": draw(st.sampled_from([8, 16, 40, 64, 72, 128, 256])),
@@ -166,7 +166,7 @@ def test_bits_are_the_same_for_any_chunks_and_threads(
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("head_dim", [8, 24, 72, 96, 128])
 def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
-    """Many rows are met by loops of their own: in another order of steps, not of sums."""
+    """Many rows have loops of their own: another order of steps, not of sums."""
     q, k, v = (rows(rng, 150, heads, head_dim) for heads in (6, 2, 2))
     q = q.astype(DTYPES[dtype])
     shape = {"num_layers": 1, "head_dim": head_dim, "dtype": dtype, "num_threads": 1}

@@ -1,4 +1,4 @@
-"""Pages of somebody else's: any size, order and mix, against the reference; and lists that cannot be."""
+"""Pages of the caller: any size, order and mix, compared with the reference; and invalid lists."""
 
 import ml_dtypes
 import numpy as np

@@ -1,6 +1,6 @@
 """Random models beside transformers': BitNetForCausalLM with scales of either direction, LlamaForCausalLM.
 
-Rounding to 8 bits is a step function, so BitNet is held against what transformers' model differs by from
+Rounding to 8 bits is a step function, so BitNet is compared with what transformers' model differs by from
 itself when its embedding is off by 1e-6 of its value (the largest of four seeds), at most and at the median.
 A llama has no such steps: its tolerance is its activations' rounding.
 """

@@ -156,7 +156,7 @@ def test_stop_ids_that_are_none_are_refused(model, stop_ids):
 
 def test_a_request_that_fails_takes_nobody_with_it(model, undisturbed):
     """vLLM PR #9634, flashinfer #2402: one request's bad logits or sampler stopped the engine
-    for everybody.
+    for all others.
     """
     with model.new_cache(num_pages=64) as cache:
         batch = new_batch(model, cache)
@@ -246,7 +246,7 @@ def test_sequences_that_others_hold_make_requests_wait_or_end(model, undisturbed
 
 
 def test_more_prompts_than_sequences_are_served_in_turn(model):
-    """vLLM #53130: the limit on sequences was full, and nobody was admitted any more."""
+    """vLLM #53130: the limit on sequences was full, and no request was admitted any more."""
     with model.new_cache(memory="64MiB", max_sequences=4) as cache:
         result = generate(model, [[5 + i] for i in range(30)], max_new_tokens=3, cache=cache, stop_ids=())
         assert [len(ids) for ids in result.ids] == [3] * 30

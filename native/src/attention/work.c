@@ -47,10 +47,10 @@ work pkv_work_of(const pkv_pages *pages, const pkv_batch *batch, int32_t num_q_h
 
 /* The cost of some rows: the tokens that they read. */
 static int64_t cost_of(const pkv_batch *batch, int32_t seq, int32_t first_row, int32_t num_rows) {
-  int64_t met = num_seen(batch, seq, first_row + num_rows - 1);
-  if (batch->window && met > (int64_t)batch->window + batch->num_sink_tokens)
-    met = (int64_t)batch->window + batch->num_sink_tokens;
-  return num_rows * met;
+  int64_t visible_tokens = num_seen(batch, seq, first_row + num_rows - 1);
+  if (batch->window && visible_tokens > (int64_t)batch->window + batch->num_sink_tokens)
+    visible_tokens = (int64_t)batch->window + batch->num_sink_tokens;
+  return num_rows * visible_tokens;
 }
 
 int64_t pkv_cost_of_work(const pkv_batch *batch) {

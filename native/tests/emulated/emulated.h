@@ -36,7 +36,7 @@ static inline simde__m512 _mm512_cvtph_ps(__m256i x) {
   return to.floats;
 }
 
-/* Rounding is an immediate: to nearest even, the one that is asked for. */
+/* Rounding is an immediate: to nearest even, the only one in use. */
 static inline __m256i pkv_nearest_halves(simde__m512 x) {
   pkv_512 from = {x};
   pkv_256 to;
@@ -47,7 +47,7 @@ static inline __m256i pkv_nearest_halves(simde__m512 x) {
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(x, rounding) pkv_nearest_halves(x)
 
-/* Of eight values: the mask that is asked for. */
+/* Of eight values: the only mask in use. */
 static inline simde__m512 pkv_eight_floats(const float *from) {
   pkv_512 to = {0};
   memcpy(&to, from, 8 * sizeof *from);
