@@ -23,7 +23,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ from pathlib import Path
 import ceiling
 import numpy as np
 import torch
-from harness import machine, progress, show
+from harness import machine, packed, progress, show
 from rivals import NAMES, available
 
 from paged_kv.files import replace_files
@@ -199,7 +198,7 @@ def main() -> None:
             rows += run(shape, DTYPES[dtype], *sizes, options)
             gc.collect()
             if options.json:
-                text = json.dumps({"machine": machine(), "rows": rows}, indent=0).encode()
+                text = packed({"machine": machine(), "rows": rows})
                 replace_files({Path(options.json): lambda file, text=text: file.write(text)})
     for work in options.work.split(","):
         show([row for row in rows if row["work"].endswith(work)], False)

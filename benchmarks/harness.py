@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,6 +81,31 @@ def machine() -> dict[str, object]:
         "numpy": np.__version__,
         "paged_kv": version("paged_kv"),
     }
+
+
+def packed(results: dict[str, Any]) -> bytes:
+    """JSON for a results file: lists of rows become the names of columns, and a line of values per row."""
+    parts = []
+    for name, part in results.items():
+        text = json.dumps(part)
+        if isinstance(part, list) and part:
+            columns = list(dict.fromkeys(column for row in part for column in row))
+            lines = ",\n".join(json.dumps([row.get(column) for column in columns]) for row in part)
+            text = f'{{"columns": {json.dumps(columns)}, "rows": [\n{lines}\n]}}'
+        parts.append(f"{json.dumps(name)}: {text}")
+    return ("{\n" + ",\n".join(parts) + "\n}\n").encode()
+
+
+def unpacked(text: str | bytes) -> dict[str, Any]:
+    """What `packed` was given: rows are dictionaries, without what a row does not have."""
+
+    def rows(part: Any) -> Any:
+        if not isinstance(part, dict) or part.keys() != {"columns", "rows"}:
+            return part
+        pairs = [zip(part["columns"], row, strict=True) for row in part["rows"]]
+        return [{column: value for column, value in row if value is not None} for row in pairs]
+
+    return {name: rows(part) for name, part in json.loads(text).items()}
 
 
 def show(rows: Sequence[dict[str, object]], as_json: bool) -> None:

@@ -7,8 +7,9 @@ Writes FOLDER/decode.png (a panel for each shape and dtype, a group of bars for 
 """
 
 import argparse
-import json
 from pathlib import Path
+
+from harness import unpacked
 
 from paged_kv.extras import require
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    rows = json.loads(options.results.read_text())["rows"]
+    rows = unpacked(options.results.read_text())["rows"]
     options.folder.mkdir(parents=True, exist_ok=True)
     for work in TITLES:
         if own := [row for row in rows if row["work"] == work]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import machine
+from harness import machine, packed
 
 from paged_kv.files import replace_files
 
@@ -41,14 +41,7 @@ def main() -> None:
     cpu = re.sub(r"[^a-z0-9]+", "-", str(results["machine"]["cpu"]).lower()).strip("-")
     path = options.results / f"{datetime.date.today():%Y-%m-%d}-{cpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {
-        name: "[\n" + ",\n".join(json.dumps(row) for row in part) + "\n]"
-        if isinstance(part, list)
-        else json.dumps(part)
-        for name, part in results.items()
-    }
-    text = "{\n" + ",\n".join(f'"{name}": {text}' for name, text in rows.items()) + "\n}\n"
-    replace_files({path: lambda file: file.write(text.encode())})
+    replace_files({path: lambda file: file.write(packed(results))})
     print(path)
 
 

@@ -46,10 +46,36 @@ def test_a_benchmark_prints_a_table():
     assert lines[0].startswith("cpu ") and len(lines) == 4
 
 
-def test_rivals_give_what_float64_gives(tmp_path):
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import harness
+
+    return harness
+
+
+def test_results_are_packed_without_loss(harness):
+    results = {
+        "machine": {"cpu": "a", "cpus": 2},
+        "rows": [{"a": 1, "b": "x"}, {"a": 2.5, "c": [1, 2]}],
+        "nothing": [],
+    }
+    text = harness.packed(results)
+    assert harness.unpacked(text) == results
+    assert text.count(b"\n") == 8  # a line for each row
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_results_that_are_kept_can_be_read(harness, path):
+    results = harness.unpacked(path.read_text())
+    assert results.pop("machine")["cpu"]
+    assert all(isinstance(rows, list) and rows and isinstance(rows[0], dict) for rows in results.values())
+
+
+def test_rivals_give_what_float64_gives(tmp_path, harness):
     pytest.importorskip("torch")
     run("compare.py", "--json", str(tmp_path / "rows.json"))
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    rows = harness.unpacked((tmp_path / "rows.json").read_text())["rows"]
     assert {row["work"] for row in rows} == {"decode", "prefill", "append"}
     assert {"paged_kv", "torch", "walk"} <= {row["rival"] for row in rows}
     assert all(row["error"] < 1e-5 for row in rows)

@@ -83,7 +83,7 @@ static void move(cursor *at, const pkv_pages *pages, int64_t num_tokens, const i
 }
 
 /* Rows are scattered over memory, and a store needs its cache line: prefetch a few rows ahead. */
-static void ask_for(const cursor *at, const pkv_pages *pages) {
+static void prefetch_slot(const cursor *at, const pkv_pages *pages) {
   int64_t k_bytes = row_bytes(pages->head_dim, pages->k_dtype);
   int64_t v_bytes = row_bytes(pages->head_dim_v, pages->v_dtype);
   for (int64_t i = 0; i < k_bytes; i += 64) __builtin_prefetch(at->address.k + i, 1);
@@ -95,14 +95,14 @@ void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t nu
   if (num_tokens < 1) return;
   cursor at = {0, 0, address_of(pages, slots[0])}, ahead = at;
   for (int i = 0; i < ROWS_AHEAD && ahead.token < num_tokens && !past_caches; i++) {
-    ask_for(&ahead, pages);
+    prefetch_slot(&ahead, pages);
     move(&ahead, pages, num_tokens, slots);
   }
   void (*write)(const pkv_kernel *, char *, int32_t, const char *, int32_t, int32_t) =
       past_caches ? convert_past_caches : convert;
   for (; at.token < num_tokens; move(&at, pages, num_tokens, slots)) {
     if (ahead.token < num_tokens && !past_caches) {
-      ask_for(&ahead, pages);
+      prefetch_slot(&ahead, pages);
       move(&ahead, pages, num_tokens, slots);
     }
     write(kernel, at.address.k, pages->k_dtype,
