@@ -1,8 +1,8 @@
 """Linear maps whose weights take 2, 8 or 16 bits, computed by the library's kernels.
 
 Weights are packed once into the order in which the kernels read them, in blocks of 16 outputs, in huge pages
-where they are large (native/src/bitlinear.h draws it).  A call norms and rounds its rows, multiplies, scales,
-and stores, adds or gates: one C call, nothing in between is kept.
+where they are large (native/src/kernels/product.h draws it).  A call norms and rounds its rows,
+multiplies, scales, and stores, adds or gates: one C call, nothing in between is kept.
 
 Imports ternary.
 """

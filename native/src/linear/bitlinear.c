@@ -11,7 +11,7 @@
  * inputs.
  *
  * Source: Ma et al., The Era of 1-bit LLMs, 2024. */
-#include "bitlinear.h"
+#include "kernels/product.h"
 
 #include <stdatomic.h>
 #include <stdbool.h>

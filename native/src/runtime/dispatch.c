@@ -12,7 +12,7 @@
 #include <string.h>
 
 #include "paged_kv.h"
-#include "linear/bitlinear.h"
+#include "kernels/product.h"
 #include "kernels/kernel.h"
 
 static int always(void) { return 1; }

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #include "linear.h"
-#include "linear/bitlinear.h"
+#include "kernels/product.h"
 #include "kernels/loops.h"
 
 /* Sixteen values at a time, in two vectors: gcc keeps wider ones in memory. */

@@ -14,8 +14,8 @@
  * activations floats.
  *
  * Integer sums are exact: the same bits in any order. */
-#ifndef PKV_BITLINEAR_H
-#define PKV_BITLINEAR_H
+#ifndef PKV_PRODUCT_H
+#define PKV_PRODUCT_H
 #include <stdbool.h>
 #include <stdint.h>
 
