@@ -259,10 +259,11 @@ class Moment:
 
 
 def needed_slots(trace: Trace, running: Iterable[Request], page_size: int) -> int:
+    """One of a family appends in place to the page in which the shared prompt ends, the others to copies."""
     pages, families = 0, {}
     for request in running:
         pages += trace.num_pages(request.length, page_size) - request.num_shared // page_size
-        families[request.family] = -(-request.num_shared // page_size)
+        families[request.family] = request.num_shared // page_size
     return (pages + sum(families.values())) * page_size
 
 

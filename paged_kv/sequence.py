@@ -76,19 +76,26 @@ class Sequence(Uncopyable):
         return k, v
 
     @overload
-    def fork(self, count: None = None) -> "Sequence": ...
+    def fork(self, count: None = None, *, at: int | None = None) -> "Sequence": ...
     @overload
-    def fork(self, count: int) -> "list[Sequence]": ...
-    def fork(self, count: int | None = None) -> "Sequence | list[Sequence]":
-        """A sequence that shares every page of this one, or a list of `count` such.
+    def fork(self, count: int, *, at: int | None = None) -> "list[Sequence]": ...
+    def fork(self, count: int | None = None, *, at: int | None = None) -> "Sequence | list[Sequence]":
+        """A sequence that shares the pages of this one, or a list of `count` such.
 
-        Nothing is copied now: the first sequence to append to a page that is still shared gets a copy of it,
-        reserved with its step.
-        Raises: OutOfSequences, ArgumentError, SequenceBusy, StaleSequence, CacheClosed.
+        Parameters
+        ----------
+        count : None: one, and no list
+        at : how many of its first tokens they hold; None: all that are committed
+
+        Nothing is copied now.  The first sequence to append after the newest token of a shared page writes in
+        place, since no other one sees that slot; the others get a copy of their tokens in the page, reserved
+        with their steps.  A sequence in an open step can be forked.
+        Raises: OutOfSequences, ArgumentError, also when the window at that length would need tokens whose
+        pages were released; StaleSequence, CacheClosed.
         Cost: O(pages); takes no page.
         """
         num_forks = 1 if count is None else integer("count", count, 0)
-        forks = new_sequences(self._store, num_forks, self)
+        forks = new_sequences(self._store, num_forks, self, at)
         return forks[0] if count is None else forks
 
     def truncate(self, length: int) -> None:
@@ -145,19 +152,21 @@ class Sequence(Uncopyable):
             self.free()
 
 
-def new_sequences(store: Store, count: int, parent: Sequence | None = None) -> list[Sequence]:
-    """Handles of `count` new sequences: empty, or holding what `parent` holds.
+def new_sequences(
+    store: Store, count: int, parent: Sequence | None = None, at: object = None
+) -> list[Sequence]:
+    """Handles of `count` new sequences: empty, or holding the first `at` tokens of `parent`.
 
-    Raises: OutOfSequences, SequenceBusy, StaleSequence, CacheClosed.
+    Raises: OutOfSequences, ArgumentError, StaleSequence, CacheClosed.
     """
     with store.lock:
         store.reclaim_abandoned()
-        # Whom we fork is looked at before there is room for it.
+        # The parent is looked up before there is room for its forks.
         seq_id = None if parent is None else parent._seq_id
         if seq_id is not None:
-            store.tables.idle_row(seq_id)
+            store.tables.row(seq_id)
         seq_ids = store.tables.next_seq_ids(count)
         # Handles are made before their rows are taken, so that an interrupt loses none.
         handles = [Sequence(store, seq_id) for seq_id in seq_ids]
-        store.tables.add(seq_ids, seq_id)
+        store.tables.add(seq_ids, seq_id, at)
     return handles

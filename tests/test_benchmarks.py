@@ -119,5 +119,6 @@ def test_pages_waste_what_the_last_page_must_and_fill_memory(utilization, trace)
 def test_forks_and_windows_hold_more_than_arrays_do(utilization, trace, least):
     """Shared prompts, held once, take what sequences see beyond what memory has; rings let go of the rest."""
     row, _ = utilization.measure(utilization.TRACES[trace], "paged", 16, 10)
-    assert row["utilization"] == row["bound"]
+    # Where the one that appended in place has ended, the page stays with the shared prompt.
+    assert 0.97 * row["bound"] <= row["utilization"] <= row["bound"]
     assert row["of_all_memory"] >= least

@@ -80,9 +80,10 @@ def test_the_longest_of_all_holders_writes_in_place(rng):
     assert first_pages[1] == cache._store.tables.page_ids[0, 0]  # a, the first of the two longest
     step.rollback()
     assert cache.stats().num_used_pages == 1
-    # With one holder outside the step, all in the step copy.
-    step = cache.step([a, b], [1, 1])
-    assert cache._store.tables.page_ids[0, 0] not in step.block_table[:, 0]
+    # Also with a holder outside the step, which does not see the slot.
+    step = cache.step([b, a], [1, 1])
+    first_pages = step.block_table[:, 0].tolist()
+    assert first_pages[1] == cache._store.tables.page_ids[0, 0] != first_pages[0]
     step.rollback()
     cache.check()
 
@@ -110,18 +111,77 @@ def test_a_copy_counts_as_a_page_that_must_be_free(rng):
     a = cache.sequence()
     fill(cache, [a], [20], rng)
     b = a.fork()
+    fill(cache, [a], [1], rng)  # in place: nobody else sees that slot
     with pytest.raises(OutOfPages, match="needs 1 new pages, 0 of 2"):
         cache.step([b], [1])
-    b.free()
-    fill(cache, [a], [1], rng)
+    a.free()
+    fill(cache, [b], [1], rng)  # alone with its pages
     cache.check()
+
+
+def test_of_those_who_end_at_the_same_token_the_first_to_step_writes_in_place(rng):
+    cache = make_cache()
+    a = cache.sequence()
+    fill(cache, [a], [20], rng)
+    b, c = a.fork(2)
+    before = contents(a)
+    assert cache.pages_needed([b], [3]) == 0 and cache.pages_needed([b, a, c], [3, 3, 3]) == 2
+    first = cache.step([b], [3])
+    assert cache.pages_needed([a], [3]) == 1  # the slots are reserved
+    second = cache.step([a], [3])
+    first.rollback()
+    assert cache.pages_needed([c], [3]) == 0  # and free again
+    second.rollback()
+    fill(cache, [c, a, b], [5, 6, 7], rng)
+    assert cache.stats().num_copies == 2
+    for seq, count in ((a, 6), (b, 7), (c, 5)):
+        assert len(seq) == 20 + count
+        for got, want in zip(contents(seq), before, strict=True):
+            np.testing.assert_array_equal(got[:20], want)
+    cache.check()
+
+
+@pytest.mark.parametrize("at", [0, 1, 15, 16, 17, 33, 40])
+@pytest.mark.parametrize("is_open", [False, True], ids=["idle", "in an open step"])
+def test_a_fork_at_a_position_holds_the_tokens_before_it(at, is_open, rng):
+    cache = make_cache()
+    a = cache.sequence()
+    fill(cache, [a], [40], rng)
+    before = contents(a)
+    step = cache.step([a], [5]) if is_open else None
+    b, c = a.fork(at=at), a.fork(2, at=at)[1]
+    assert len(b) == len(c) == at
+    assert_same(b, [array[:at] for array in before])
+    new = fill(cache, [b], [7], rng)
+    assert_same(b, [np.concatenate([old[:at], x]) for old, x in zip(before, sum(new, ()), strict=True)])
+    assert_same(a, before)
+    assert_same(c, [array[:at] for array in before])
+    if step is not None:
+        step.rollback()
+    cache.check()
+    for seq in (b, c, a):
+        seq.free()
+    assert cache.stats().num_used_pages == 0
+
+
+def test_a_copy_holds_no_token_that_its_row_does_not_see(rng):
+    """What a sibling wrote behind them stays the sibling's."""
+    cache = make_cache(num_layers=1)
+    a = cache.sequence()
+    fill(cache, [a], [12], rng)
+    b = a.fork(at=5)
+    with cache.step([b], [2]) as step:
+        page = int(step.slot_mapping[0]) // 16
+        step.write(0, *(rows(rng, 2, 2, 32) for _ in "kv"))
+    pages = cache._store.pool.data().view(np.float32).reshape(16, 2, 2, 16, 32)  # [page][head][k or v][slot]
+    assert np.isfinite(pages[page, :, :, :7]).all() and np.isnan(pages[page, :, :, 7:]).all()
 
 
 def test_a_second_write_of_a_layer_keeps_the_copy(rng):
     cache = make_cache(num_layers=1)
     a = cache.sequence()
     fill(cache, [a], [5], rng)
-    b = a.fork()
+    b = a.fork(at=4)
     before = b.gather(0)[0]
     k, v = rows(rng, 3, 2, 32), rows(rng, 3, 2, 32)
     with cache.step([b], [3]) as step:
@@ -164,13 +224,15 @@ def test_what_cannot_be_forked_or_truncated_is_refused(rng):
             a.fork(bad)
     with pytest.raises(OutOfSequences, match="asked for 3 forks, 2 of 3"):
         a.fork(3)
+    for bad in (-1, 21, 2**63, True, 3.0, "3"):
+        with pytest.raises(ArgumentError, match=r"at is|at must"):
+            a.fork(at=bad)
     for call in (freed.fork, lambda: freed.truncate(0)):
         with pytest.raises(StaleSequence):
             call()
     step = cache.step([a], [1])
-    for call in (a.fork, lambda: a.fork(2), lambda: a.truncate(3)):
-        with pytest.raises(SequenceBusy):
-            call()
+    with pytest.raises(SequenceBusy):
+        a.truncate(3)
     step.rollback()
     assert_same(a, before)
     assert cache.stats() == stats

@@ -38,6 +38,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     held    each live handle's tokens, (k, v) of each layer, also those that a window has released
     pages   each live handle's pages, as names of our own, by logical page: who shares what
+    filled  of each page, by name, the slots that were reserved since it was taken
     open    each open step's handles and counts, and the pages that it reserved for each
     """
 
@@ -62,7 +63,7 @@ class CacheMachine(RuleBasedStateMachine):
         empty = np.empty((0, NUM_KV_HEADS, HEAD_DIM), np.float32)
         self.empty = [(empty, empty)] * NUM_LAYERS
         self.names = itertools.count()
-        self.held, self.pages, self.open = {}, {}, {}
+        self.held, self.pages, self.filled, self.open = {}, {}, {}, {}
         self.handles = []  # the live ones, and a few that were freed; never empty
         self.create()
 
@@ -96,29 +97,31 @@ class CacheMachine(RuleBasedStateMachine):
             return True
         return (logical_page + 1) * self.page_size > length - self.window
 
-    def must_copy(self, seqs):
-        """Who of a step appends to a page that others hold too; the longest of all holders is spared."""
-        copies = []
-        for seq in seqs:
-            holders = [other for other in self.pages if self.tail(seq) in self.pages[other].values()]
-            appenders = [other for other in seqs if self.tail(other) == self.tail(seq)]
-            if self.tail(seq) is None or len(holders) == 1:
-                continue
-            longest = max(appenders, key=self.length)  # of equals, the first
-            if len(appenders) != len(holders) or seq is not longest:
-                copies.append(seq)
-        return copies
-
     def reserve(self, seqs, counts):
-        """The pages that each sequence holds while its new tokens are not committed."""
-        copies, grown = self.must_copy(seqs), []
+        """The pages that each sequence holds while its new tokens are not committed, and `filled` then.
+
+        A sequence appends in place where no sequence has reserved the next slot, or where it holds the page
+        alone; else to a copy.
+        """
+        filled, grown = dict(self.filled), []
         for seq, count in zip(seqs, counts, strict=True):
-            pages = dict(self.pages[seq])
-            if seq in copies:
-                pages[self.length(seq) // self.page_size] = next(self.names)
-            first, end = map(self.num_pages_of, (self.length(seq), self.length(seq) + count))
-            grown.append(pages | {page: next(self.names) for page in range(first, end)})
-        return grown
+            length, pages, tail = self.length(seq), dict(self.pages[seq]), self.tail(seq)
+            if tail is not None:
+                is_alone = sum(tail in held.values() for held in self.pages.values()) == 1
+                if filled[tail] != length % self.page_size and not is_alone:
+                    tail = pages[length // self.page_size] = next(self.names)
+                filled[tail] = min(length % self.page_size + count, self.page_size)
+            for page in range(self.num_pages_of(length), self.num_pages_of(length + count)):
+                pages[page] = next(self.names)
+                filled[pages[page]] = min(length + count - page * self.page_size, self.page_size)
+            grown.append(pages)
+        return grown, filled
+
+    def rollback(self, seqs, reserved):
+        """The slots that were reserved in place are free again."""
+        for seq, pages in zip(seqs, reserved, strict=True):
+            if (tail := self.tail(seq)) in pages.values():
+                self.filled[tail] = self.length(seq) % self.page_size
 
     def commit(self, seqs, new, reserved):
         for seq, layers, pages in zip(seqs, new, reserved, strict=True):
@@ -136,19 +139,27 @@ class CacheMachine(RuleBasedStateMachine):
         self.held[seq], self.pages[seq] = self.empty, {}
         self.handles.append(seq)
 
-    @rule(choice=ANY, count=st.integers(0, 3))
-    def fork(self, choice, count):
-        seq = self.handle(choice)
-        if seq not in self.held or seq in self.busy:
-            with pytest.raises(SequenceBusy if seq in self.held else StaleSequence):
+    @rule(choice=ANY, count=st.integers(0, 3), share=st.one_of(st.none(), st.floats(0, 1)))
+    def fork(self, choice, count, share):
+        seq = self.handle(choice)  # which may be in an open step: its committed tokens are shared
+        if seq not in self.held:
+            with pytest.raises(StaleSequence):
                 seq.fork(count)
             return
         if len(self.held) + count > MAX_SEQUENCES:
             with pytest.raises(OutOfSequences):
                 seq.fork(count)
             return
-        for fork in seq.fork(count) if count != 1 else [seq.fork()]:
-            self.held[fork], self.pages[fork] = self.held[seq], dict(self.pages[seq])
+        at = self.length(seq) if share is None else int(share * self.length(seq))
+        needed = {j for j in range(self.num_pages_of(at)) if self.must_hold(j, at)}
+        if not needed <= self.pages[seq].keys():
+            with pytest.raises(ArgumentError, match="pages were released"):
+                seq.fork(count, at=at)
+            return
+        options = {} if share is None else {"at": at}
+        for fork in seq.fork(count, **options) if count != 1 else [seq.fork(**options)]:
+            self.held[fork] = [(k[:at], v[:at]) for k, v in self.held[seq]]
+            self.pages[fork] = {j: page for j, page in self.pages[seq].items() if j in needed}
             self.handles.append(fork)
 
     @rule(choice=ANY, share=st.floats(0, 1), beyond=st.booleans())
@@ -188,7 +199,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.stats() == before
             return
         step = self.cache.step(seqs, counts)
-        reserved = self.reserve(seqs, counts)
+        reserved, self.filled = self.reserve(seqs, counts)
         if ending == "leave open":
             self.open[step] = list(zip(seqs, counts, reserved, strict=True))
             return
@@ -196,11 +207,13 @@ class CacheMachine(RuleBasedStateMachine):
         if ending == "commit":
             step.commit()
             self.commit(seqs, new, reserved)
-        elif ending == "rollback":
-            step.rollback()
         else:
-            with pytest.raises(ZeroDivisionError), step:
-                raise ZeroDivisionError
+            self.rollback(seqs, reserved)
+            if ending == "rollback":
+                step.rollback()
+            else:
+                with pytest.raises(ZeroDivisionError), step:
+                    raise ZeroDivisionError
         with pytest.raises(StepClosed):
             step.commit()
 
@@ -218,7 +231,7 @@ class CacheMachine(RuleBasedStateMachine):
             most = NUM_PAGES * self.page_size if self.window is None else MAX_SEQ_LEN
             if self.length(seq) + count > most:
                 return SequenceTooLong
-        reserved = set().union(*(pages.values() for pages in self.reserve(seqs, counts)))
+        reserved = set().union(*(pages.values() for pages in self.reserve(seqs, counts)[0]))
         new_pages = reserved - self.used_pages
         assert self.cache.pages_needed(seqs, counts) == len(new_pages)
         return OutOfPages if len(new_pages) > NUM_PAGES - len(self.used_pages) else None
@@ -254,6 +267,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.commit(seqs, new, reserved)
         else:
             step.rollback()
+            self.rollback(seqs, reserved)
 
     @rule(choice=ANY)
     def reset(self, choice):

@@ -206,7 +206,7 @@ def test_pages_needed_tells_what_a_step_would_take(rng):
         assert cache.pages_needed([a], [12]) == 0
         assert cache.pages_needed([a], [13]) == 1
         b = a.fork()
-        assert cache.pages_needed([b], [1]) == 1  # a copy
+        assert cache.pages_needed([b], [1]) == 0  # in place
         assert cache.pages_needed([a, b], [1, 1]) == 1  # of one of them
         assert cache.pages_needed([a, b], [30, 30]) == 5
         with pytest.raises(OutOfPages):

@@ -120,22 +120,24 @@ static void new_rows_are_written_first(pkv_pages pages, pkv_threads *threads) {
 static void shared_pages_are_copied_once(pkv_pages pages) {
   plan_arrays arrays;
   pkv_plan plan = open_plan(&arrays);
-  int32_t from[] = {2}, to[] = {3};
+  int32_t from[] = {2}, to[] = {3}, tokens[] = {PAGE_SIZE - 1};
   plan.num_copies = 1;
+  plan.copied_tokens = tokens;
   plan.copied_from = from;
   plan.copied_to = to;
   float row[HEADS * HEAD_DIM] = {0};
   pkv_tensor rows = dense(row, HEADS);
-  float *original = (float *)(pages.k + 2 * pages.k_page_stride);
-  float *copy = (float *)(pages.k + 3 * pages.k_page_stride);
-  size_t last = (size_t)pages.k_page_stride / sizeof(float) - 1; /* of the last token's values */
-  float before = original[last];
-  original[last] = 5;
-  copy[last] = 7;
-  assert(pkv_step_write(&pages, &plan, &rows, &rows) == PKV_OK && copy[last] == 5);
-  copy[last] = 7;
-  assert(pkv_step_write(&pages, &plan, &rows, &rows) == PKV_OK && copy[last] == 7);
-  original[last] = before;
+  enum { TOKEN = HEADS * HEAD_DIM, LAST = PAGE_SIZE * TOKEN - 1 }; /* floats; of the page's last value */
+  float *original = v_rows + 2 * PAGE_SIZE * TOKEN, *copy = v_rows + 3 * PAGE_SIZE * TOKEN;
+  float before[2] = {original[LAST - TOKEN], original[LAST]};
+  original[LAST - TOKEN] = original[LAST] = 5;
+  copy[LAST - TOKEN] = copy[LAST] = 7;
+  assert(pkv_step_write(&pages, &plan, &rows, &rows) == PKV_OK);
+  assert(copy[LAST - TOKEN] == 5 && copy[LAST] == 7); /* a token that the row does not see */
+  copy[LAST - TOKEN] = 7;
+  assert(pkv_step_write(&pages, &plan, &rows, &rows) == PKV_OK && copy[LAST - TOKEN] == 7);
+  original[LAST - TOKEN] = before[0];
+  original[LAST] = before[1];
 }
 
 static void rows_without_tokens_give_zeros(const pkv_pages *pages) {

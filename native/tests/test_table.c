@@ -16,7 +16,8 @@ enum {
 
 static int64_t row_ids[ROWS];
 static int32_t next_free[ROWS];
-static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[2 * NUM_PAGES];
+static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[NUM_PAGES],
+    filled[NUM_PAGES];
 static int32_t tail_copies[ROWS] = {-1, -1, -1};
 static pkv_tables tables = {.seq_ids = row_ids,
                             .next_free = next_free,
@@ -25,6 +26,7 @@ static pkv_tables tables = {.seq_ids = row_ids,
                             .seq_lens = seq_lens,
                             .reserved_lens = reserved_lens,
                             .tail_copies = tail_copies,
+                            .filled = filled,
                             .page_marks = page_marks,
                             .max_sequences = ROWS,
                             .ring_pages = RING,
@@ -54,9 +56,9 @@ static void rows_are_given_and_taken_back(pkv_pool *pool) {
   int32_t rows[ROWS + 1];
   int64_t seq_ids[ROWS] = {seq_id(0), seq_id(1), seq_id(2)};
   assert(pkv_tables_next_rows(&tables, ROWS + 1, rows) == ROWS && rows[0] == 0 && rows[2] == 2);
-  assert(pkv_tables_add(pool, &tables, 1, seq_ids + 1, -1) == PKV_BAD_ARGUMENT); /* row 0 comes first */
-  assert(pkv_tables_add(pool, &tables, 2, seq_ids, 2) == PKV_STALE_SEQUENCE);
-  assert(pkv_tables_add(pool, &tables, ROWS, seq_ids, -1) == PKV_OK && tables.num_sequences == ROWS);
+  assert(pkv_tables_add(pool, &tables, 1, seq_ids + 1, -1, 0) == PKV_BAD_ARGUMENT); /* row 0 comes first */
+  assert(pkv_tables_add(pool, &tables, 2, seq_ids, 2, 0) == PKV_STALE_SEQUENCE);
+  assert(pkv_tables_add(pool, &tables, ROWS, seq_ids, -1, 0) == PKV_OK && tables.num_sequences == ROWS);
   assert(pkv_tables_next_rows(&tables, 1, rows) == 0);
   assert(pkv_tables_remove(pool, &tables, seq_ids[1]) == PKV_OK);
   assert(pkv_tables_remove(pool, &tables, seq_ids[1]) == PKV_STALE_SEQUENCE);
@@ -67,7 +69,7 @@ static void rows_are_given_and_taken_back(pkv_pool *pool) {
   next_free[1] = 0; /* a circle */
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
   next_free[1] = -1;
-  assert(pkv_tables_add(pool, &tables, 2, seq_ids, -1) == PKV_OK);
+  assert(pkv_tables_add(pool, &tables, 2, seq_ids, -1, 0) == PKV_OK);
 }
 
 static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
@@ -153,9 +155,9 @@ static void a_stray_write_into_the_tables_is_found(pkv_pool *pool) {
 /* Row 2 has 17 tokens in two pages, row 0 has 3 in one, two pages are free. */
 static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
   int64_t fork = seq_id(1);
-  assert(pkv_tables_add(pool, &tables, 1, &fork, 2) == PKV_OUT_OF_SEQUENCES);
+  assert(pkv_tables_add(pool, &tables, 1, &fork, 2, seq_lens[2]) == PKV_OUT_OF_SEQUENCES);
   assert(pkv_tables_remove(pool, &tables, fork) == PKV_OK);
-  assert(pkv_tables_add(pool, &tables, 1, &fork, 2) == PKV_OK && pkv_pool_num_free(pool) == 2);
+  assert(pkv_tables_add(pool, &tables, 1, &fork, 2, seq_lens[2]) == PKV_OK && pkv_pool_num_free(pool) == 2);
   assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 20);
   int64_t seq_ids[2] = {seq_id(1), seq_id(2)}, counts[2] = {1, 1};
   /* Both who hold the page append: they are equally long, so the first one writes in place. */
@@ -167,13 +169,18 @@ static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 1);
   assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && tail_copies[2] == -1);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 2);
-  /* One of the two: it gets a copy, and after commit each has a page of its own. */
+  /* One of the two: it writes in place, and the other gets a copy of what it sees. */
+  assert(measure(pool, 1, seq_ids + 1, counts) == PKV_OK && size.num_copies == 0);
+  assert(open_step(pool, 1, seq_ids + 1, counts) == PKV_OK && filled[page_ids[RING + 1]] == 2);
+  assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && filled[page_ids[RING + 1]] == 1);
+  assert(open_step(pool, 1, seq_ids + 1, counts) == PKV_OK);
+  assert(pkv_step_commit(pool, &tables, plan) == PKV_OK && page_ids[RING + 1] == page_ids[2 * RING + 1]);
   assert(measure(pool, 1, seq_ids, counts) == PKV_OK && size.num_copies == 1);
-  assert(open_step(pool, 1, seq_ids, counts) == PKV_OK);
+  assert(open_step(pool, 1, seq_ids, counts) == PKV_OK && plan->copied_tokens[0] == 1);
   assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
   assert(page_ids[RING] == page_ids[2 * RING] && page_ids[RING + 1] != page_ids[2 * RING + 1]);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 1);
-  assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 16 + 2 + 1 + 3);
+  assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 16 + 2 + 2 + 3);
   assert(pkv_tables_truncate(pool, &tables, 1, 18 + 1) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_truncate(pool, &tables, 1, -1) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_truncate(pool, &tables, 1, 16) == PKV_OK && pkv_pool_num_free(pool) == 2);

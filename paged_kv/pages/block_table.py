@@ -93,13 +93,15 @@ class BlockTables(Uncopyable):
         self.tail_copies = np.zeros(max_sequences, np.int32)
         self.seq_ids = np.zeros(max_sequences, np.int64)
         self._next_free = np.zeros(max_sequences, np.int32)
-        self._page_marks = np.zeros(2 * pool.num_pages, np.int32)
+        self._filled = np.zeros(pool.num_pages, np.int32)
+        self._page_marks = np.zeros(pool.num_pages, np.int32)
         arrays = {
             "page_ids": self.page_ids,
             "seq_lens": self.seq_lens,
             "reserved_lens": self.reserved_lens,
             "tail_copies": self.tail_copies,
             "next_free": self._next_free,
+            "filled": self._filled,
             "page_marks": self._page_marks,
         }
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
@@ -147,10 +149,18 @@ class BlockTables(Uncopyable):
         lib.pkv_tables_next_rows(self._tables, count, rows)
         return [(next(_serials) % MAX_SERIAL + 1) << ROW_BITS | rows[i] for i in range(count)]
 
-    def add(self, seq_ids: list[int], parent: int | None = None) -> None:
-        """Rows for new sequences of these ids: empty, or sharing the pages of `parent`."""
-        row = -1 if parent is None else self.idle_row(parent)
-        if status := lib.pkv_tables_add(self.pool.handle, self._tables, len(seq_ids), seq_ids, row):
+    def add(self, seq_ids: list[int], parent: int | None = None, at: object = None) -> None:
+        """Rows for new sequences of these ids: empty, or sharing the first `at` tokens of `parent`."""
+        row, length = -1, 0
+        if parent is not None:
+            row = self.row(parent)
+            length = seq_len = int(self.seq_lens[row])
+            if at is not None:
+                length = integer("at", at, 0, seq_len)
+        status = lib.pkv_tables_add(self.pool.handle, self._tables, len(seq_ids), seq_ids, row, length)
+        if status == lib.PKV_TOKENS_GONE:
+            self._refuse_length("at", length, row)
+        if status:
             check(status, "add")
 
     def remove(self, seq_id: int) -> bool:
@@ -186,11 +196,14 @@ class BlockTables(Uncopyable):
         length = integer("length", length, 0, int(self.seq_lens[row]))
         status = lib.pkv_tables_truncate(self.pool.handle, self._tables, row, length)
         if status == lib.PKV_TOKENS_GONE:
-            raise ArgumentError(
-                f"at length {length} the window would need tokens whose pages were released; "
-                f"truncate fewer of the {self.seq_lens[row]}, or reset the sequence"
-            )
+            self._refuse_length("length", length, row)
         check(status, "truncate")
+
+    def _refuse_length(self, name: str, length: int, row: int) -> NoReturn:
+        raise ArgumentError(
+            f"at {name} {length} the window would need tokens whose pages were released; "
+            f"keep more of the {self.seq_lens[row]} tokens, or reset the sequence"
+        )
 
     def held_positions(self, row: int) -> NDArray[np.int32]:
         """Positions of a row's held tokens: the sinks' and the window's, oldest first."""

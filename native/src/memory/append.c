@@ -32,12 +32,30 @@ static slot_address address_of(const pkv_pages *pages, int64_t slot) {
                         pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
 }
 
-/* A layer's share of a page is one block of k_page_stride bytes, which begins with its keys. */
+/* One side of each head, of the first tokens of a page: those that the row sees, and no others. */
+static void copy_tokens(char *side, int64_t page_stride, int64_t head_stride, int64_t token_stride,
+                        int32_t num_heads, int64_t token_bytes, const pkv_plan *plan, int64_t i) {
+  char *to = side + plan->copied_to[i] * page_stride, *from = side + plan->copied_from[i] * page_stride;
+  bool is_dense = token_stride == token_bytes;
+  int64_t num_tokens = plan->copied_tokens[i], num_rows = is_dense ? 1 : num_tokens;
+  size_t num_bytes = (size_t)(is_dense ? num_tokens * token_bytes : token_bytes);
+  for (int32_t head = 0; head < num_heads; head++)
+    for (int64_t row = 0; row < num_rows; row++) {
+      int64_t offset = head * head_stride + row * token_stride;
+      memcpy(to + offset, from + offset, num_bytes);
+    }
+}
+
 void pkv_copy_shared_pages(const pkv_pages *pages, const pkv_plan *plan) {
   if (plan->is_written[pages->layer]) return;
-  for (int64_t i = 0; i < plan->num_copies; i++)
-    memcpy(pages->k + plan->copied_to[i] * pages->k_page_stride,
-           pages->k + plan->copied_from[i] * pages->k_page_stride, (size_t)pages->k_page_stride);
+  int64_t k_bytes = row_bytes(pages->head_dim, pages->k_dtype);
+  int64_t v_bytes = row_bytes(pages->head_dim_v, pages->v_dtype);
+  for (int64_t i = 0; i < plan->num_copies; i++) {
+    copy_tokens(pages->k, pages->k_page_stride, pages->k_head_stride, pages->k_token_stride,
+                pages->num_kv_heads, k_bytes, plan, i);
+    copy_tokens(pages->v, pages->v_page_stride, pages->v_head_stride, pages->v_token_stride,
+                pages->num_kv_heads, v_bytes, plan, i);
+  }
 }
 
 /* One head's values from any dtype to any other, rounded and saturated. */

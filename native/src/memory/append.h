@@ -10,7 +10,7 @@
 void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
                     const int64_t *slots, const pkv_tensor *k, const pkv_tensor *v, bool past_caches);
 
-/* Before a layer's first write: copy its share of the pages that the plan names. */
+/* Before a layer's first write: copy the tokens that the plan names, each row's own. */
 void pkv_copy_shared_pages(const pkv_pages *pages, const pkv_plan *plan);
 
 #endif

@@ -5,9 +5,9 @@
  * Commit copies reserved_lens to seq_lens; rollback does the reverse and releases the pages between
  * them.
  *
- * Copy-on-write: a row whose last page is partly filled and shared appends to a copy, which waits in
- * tail_copies until commit.  One row is exempt: when all rows that hold the page append to it in this
- * step, the longest of them writes in place, because the others, which end before it, have copies.
+ * Copy-on-write: a row whose next slot is the page's first unreserved one (filled) appends in place, whoever
+ * else holds the page; so does a row that holds it alone.  Any other row appends to a copy, which waits in
+ * tail_copies until commit.
  *
  * The caller holds the cache's lock: nothing here is thread-safe. */
 #include <stdbool.h>
@@ -60,6 +60,36 @@ static int64_t row_of(const pkv_tables *tables, int64_t seq_id) {
 
 int64_t pkv_tables_row(const pkv_tables *tables, int64_t seq_id) { return row_of(tables, seq_id); }
 
+/* ---- copy-on-write */
+
+enum { TO_BE_COPIED = -2 }; /* in tail_copies, while a step is measured */
+
+/* The cell of the page that a row's next token goes into, when that page holds tokens of the row; else NULL.
+ */
+static int32_t *tail_of(const pkv_tables *tables, int64_t row) {
+  int32_t seq_len = tables->seq_lens[row];
+  return seq_len % tables->page_size ? cell_of(tables, row, seq_len / tables->page_size) : NULL;
+}
+
+/* Reserve `count` slots in the page that a row appends to, if it may append in place.  Returns: does it need
+ * a copy instead? */
+static bool needs_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t count) {
+  const int32_t *tail = tail_of(tables, row);
+  if (!tail) return false;
+  int32_t *filled = &tables->filled[*tail], offset = tables->seq_lens[row] % tables->page_size;
+  if (*filled != offset && pkv_pool_ref_count(pool, *tail) > 1) return true;
+  *filled = (int32_t)min64(offset + count, tables->page_size);
+  return false;
+}
+
+/* Undo needs_copy, of a row that needed none. */
+static void unfill_tail(const pkv_tables *tables, int64_t row) {
+  const int32_t *tail = tail_of(tables, row);
+  if (tail) tables->filled[*tail] = tables->seq_lens[row] % tables->page_size;
+}
+
+/* ---- measuring a step */
+
 static pkv_status refuse(pkv_refusal *refusal, pkv_status status, int64_t index, int64_t asked,
                          int64_t available) {
   *refusal = (pkv_refusal){index, asked, available};
@@ -73,8 +103,9 @@ static bool stands_earlier(const int64_t *seq_ids, int64_t index) {
 }
 
 /* Measure sequence i, and mark its row as reserved, so that a second entry of it is noticed. */
-static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *seq_ids, const int64_t *counts,
-                                   int64_t i, pkv_step_size *size, pkv_refusal *refusal) {
+static pkv_status measure_sequence(const pkv_pool *pool, const pkv_tables *tables, const int64_t *seq_ids,
+                                   const int64_t *counts, int64_t i, pkv_step_size *size,
+                                   pkv_refusal *refusal) {
   int64_t row = row_of(tables, seq_ids[i]);
   if (row < 0) return refuse(refusal, PKV_STALE_SEQUENCE, i, seq_ids[i], 0);
   if (counts[i] < 1 || counts[i] > INT32_MAX)
@@ -89,70 +120,15 @@ static pkv_status measure_sequence(const pkv_tables *tables, const int64_t *seq_
   if (new_len > tables->max_seq_len)
     return refuse(refusal, PKV_SEQUENCE_TOO_LONG, i, new_len, tables->max_seq_len);
   tables->reserved_lens[row] = (int32_t)new_len;
+  if (needs_copy(pool, tables, row, counts[i])) {
+    tables->tail_copies[row] = TO_BE_COPIED;
+    size->num_copies++;
+    size->num_new_pages++;
+  }
   size->num_tokens += counts[i];
   size->num_pages += num_pages_seen(tables, old_len, new_len);
   size->num_new_pages += pages_for(tables, new_len) - pages_for(tables, old_len);
   return PKV_OK;
-}
-
-/* ---- copy-on-write */
-
-enum { NUM_APPENDERS, LONGEST }; /* marks of a shared page */
-
-static int32_t *marks_of(const pkv_tables *tables, int32_t page_id) {
-  return tables->page_marks + 2 * (int64_t)page_id;
-}
-
-/* The cell of the page that a row would append to and shares with others, or NULL. */
-static const int32_t *shared_tail(const pkv_pool *pool, const pkv_tables *tables, int64_t row) {
-  int32_t seq_len = tables->seq_lens[row];
-  if (seq_len % tables->page_size == 0) return NULL;
-  const int32_t *cell = cell_of(tables, row, seq_len / tables->page_size);
-  return pkv_pool_ref_count(pool, *cell) > 1 ? cell : NULL;
-}
-
-/* Count the rows that append to each shared page, and find the longest of them (its index + 1).
- * Returns: is there such a page? */
-static bool mark_shared_tails(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
-                              const int64_t *seq_ids) {
-  bool is_any_shared = false;
-  for (int64_t i = 0; i < num_seqs; i++) {
-    int64_t row = row_in(seq_ids[i]);
-    const int32_t *cell = shared_tail(pool, tables, row);
-    if (!cell) continue;
-    is_any_shared = true;
-    int32_t *marks = marks_of(tables, *cell);
-    int64_t longest = marks[LONGEST] ? row_in(seq_ids[marks[LONGEST] - 1]) : -1;
-    if (longest < 0 || tables->seq_lens[row] > tables->seq_lens[longest]) marks[LONGEST] = (int32_t)i + 1;
-    marks[NUM_APPENDERS]++;
-  }
-  return is_any_shared;
-}
-
-static bool appends_to_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t i, int64_t row) {
-  const int32_t *cell = shared_tail(pool, tables, row);
-  if (!cell) return false;
-  const int32_t *marks = marks_of(tables, *cell);
-  return marks[NUM_APPENDERS] != pkv_pool_ref_count(pool, *cell) || marks[LONGEST] != i + 1;
-}
-
-/* By cells, which have not changed since the pages were marked. */
-static void unmark_tails(const pkv_tables *tables, int64_t num_seqs, const int64_t *seq_ids) {
-  for (int64_t i = 0; i < num_seqs; i++) {
-    int64_t row = row_in(seq_ids[i]);
-    if (tables->seq_lens[row] % tables->page_size == 0) continue;
-    int32_t *marks = marks_of(tables, *cell_of(tables, row, tables->seq_lens[row] / tables->page_size));
-    marks[NUM_APPENDERS] = marks[LONGEST] = 0;
-  }
-}
-
-static int64_t count_copies(const pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs,
-                            const int64_t *seq_ids) {
-  if (!mark_shared_tails(pool, tables, num_seqs, seq_ids)) return 0;
-  int64_t num_copies = 0;
-  for (int64_t i = 0; i < num_seqs; i++) num_copies += appends_to_copy(pool, tables, i, row_in(seq_ids[i]));
-  unmark_tails(tables, num_seqs, seq_ids);
-  return num_copies;
 }
 
 /* ---- steps */
@@ -164,21 +140,21 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   int64_t num_marked = 0;
   *size = (pkv_step_size){0, 0, 0, 0, 0};
   while (num_marked < num_seqs && status == PKV_OK) {
-    status = measure_sequence(tables, seq_ids, counts, num_marked, size, refusal);
+    status = measure_sequence(pool, tables, seq_ids, counts, num_marked, size, refusal);
     num_marked += status == PKV_OK;
   }
-  for (int64_t i = 0; i < num_marked; i++) {
+  for (int64_t i = num_marked - 1; i >= 0; i--) { /* as it was before */
     int64_t row = row_in(seq_ids[i]);
+    if (tables->tail_copies[row] != TO_BE_COPIED) unfill_tail(tables, row);
+    tables->tail_copies[row] = -1;
     tables->reserved_lens[row] = tables->seq_lens[row];
   }
   if (status != PKV_OK) return status;
   /* positions, and all counts of tokens, are int32 */
   if (size->num_tokens > INT32_MAX || size->num_pages > INT32_MAX)
     return refuse(refusal, PKV_BAD_ARGUMENT, -1, size->num_tokens, INT32_MAX);
-  size->num_copies = count_copies(pool, tables, num_seqs, seq_ids);
-  size->num_new_pages += size->num_copies;
   int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 3 * num_seqs + size->num_pages;
-  num_int32 += 2 * size->num_copies;
+  num_int32 += 3 * size->num_copies;
   size->plan_bytes = (int64_t)sizeof(pkv_plan) + size->num_tokens * (int64_t)sizeof(int64_t);
   size->plan_bytes += num_int32 * (int64_t)sizeof(int32_t) + tables->num_layers;
   int64_t num_free = pkv_pool_num_free(pool);
@@ -213,7 +189,8 @@ static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs
   plan.batch.kv_indices = plan.rows + num_seqs;
   plan.copied_from = plan.batch.kv_indices + size->num_pages;
   plan.copied_to = plan.copied_from + size->num_copies;
-  plan.is_written = (uint8_t *)(plan.copied_to + size->num_copies);
+  plan.copied_tokens = plan.copied_to + size->num_copies;
+  plan.is_written = (uint8_t *)(plan.copied_tokens + size->num_copies);
   plan.num_layers = tables->num_layers;
   memset(plan.is_written, 0, (size_t)plan.num_layers);
   return plan;
@@ -227,33 +204,49 @@ static pkv_status release_pages(pkv_pool *pool, const pkv_tables *tables, int64_
   return PKV_OK;
 }
 
-/* Take pages for the logical pages first .. end - 1 of a row: all of them, or none. */
+/* Take a row's pages from logical page `first` on, up to new_len tokens: all of them, or none. */
 static pkv_status acquire_pages(pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t first,
-                                int64_t end) {
-  for (int64_t page = first; page < end; page++) {
-    pkv_status status = pkv_pool_acquire(pool, 1, cell_of(tables, row, page));
-    if (status == PKV_OK) continue;
-    release_pages(pool, tables, row, first, page);
-    return status;
+                                int64_t new_len) {
+  for (int64_t page = first; page < pages_for(tables, new_len); page++) {
+    int32_t *cell = cell_of(tables, row, page);
+    pkv_status status = pkv_pool_acquire(pool, 1, cell);
+    if (status != PKV_OK) {
+      release_pages(pool, tables, row, first, page);
+      return status;
+    }
+    tables->filled[*cell] = (int32_t)min64(new_len - page * tables->page_size, tables->page_size);
   }
   return PKV_OK;
 }
 
-/* Reserve what a row needs: a copy of its tail, when it appends to a shared page, and pages up to
- * new_len. */
-static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t row, bool on_copy,
-                              int32_t new_len) {
+/* Release what a row's step reserved. */
+static pkv_status unreserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t row) {
   int32_t *copy = &tables->tail_copies[row];
-  pkv_status status = on_copy ? pkv_pool_acquire(pool, 1, copy) : PKV_OK;
-  if (status != PKV_OK) return status;
-  int64_t num_old = pages_for(tables, tables->seq_lens[row]);
-  status = acquire_pages(pool, tables, row, num_old, pages_for(tables, new_len));
-  if (status == PKV_OK) {
-    tables->reserved_lens[row] = new_len;
-  } else if (on_copy) {
-    pkv_pool_release(pool, 1, copy);
-    *copy = -1;
+  int64_t num_held = pages_for(tables, tables->seq_lens[row]);
+  pkv_status status =
+      release_pages(pool, tables, row, num_held, pages_for(tables, tables->reserved_lens[row]));
+  if (status == PKV_OK && *copy >= 0) status = pkv_pool_release(pool, 1, copy);
+  if (*copy < 0) unfill_tail(tables, row);
+  *copy = -1;
+  tables->reserved_lens[row] = tables->seq_lens[row];
+  return status;
+}
+
+/* Reserve what a row needs: slots in its tail, or a copy of it, and pages up to new_len. */
+static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t row, int32_t new_len) {
+  int32_t seq_len = tables->seq_lens[row], *copy = &tables->tail_copies[row];
+  pkv_status status = PKV_OK;
+  if (needs_copy(pool, tables, row, new_len - seq_len)) {
+    status = pkv_pool_acquire(pool, 1, copy);
+    if (status != PKV_OK) return status;
+    int32_t offset = seq_len % tables->page_size;
+    tables->filled[*copy] = (int32_t)min64(offset + new_len - seq_len, tables->page_size);
   }
+  status = acquire_pages(pool, tables, row, pages_for(tables, seq_len), new_len);
+  if (status == PKV_OK)
+    tables->reserved_lens[row] = new_len;
+  else
+    unreserve_row(pool, tables, row);
   return status;
 }
 
@@ -273,14 +266,13 @@ static int64_t list_pages(const pkv_tables *tables, int64_t row, int64_t first, 
 static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan);
 
 static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int64_t *seq_ids,
-                            const int64_t *counts, bool any_copies, pkv_plan *plan) {
+                            const int64_t *counts, pkv_plan *plan) {
   pkv_batch batch = plan->batch;
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
   for (int64_t i = 0; i < batch.num_seqs; i++) {
     int64_t row = row_in(seq_ids[i]);
     int32_t old_len = tables->seq_lens[row], new_len = old_len + (int32_t)counts[i];
-    bool on_copy = any_copies && appends_to_copy(pool, tables, i, row);
-    pkv_status status = reserve_row(pool, tables, row, on_copy, new_len);
+    pkv_status status = reserve_row(pool, tables, row, new_len);
     if (status != PKV_OK) { /* the pool has fewer pages than it says */
       plan->batch.num_seqs = i;
       give_back(pool, tables, plan);
@@ -291,9 +283,10 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
     int64_t num_pages = list_pages(tables, row, first_page, end_page, page_ids);
     /* New tokens from the sinks on see all pages; later ones skip the pages between sinks and window. */
     int64_t skipped = first_page > tables->sink_pages ? first_page - tables->sink_pages : 0;
-    if (on_copy) {
+    if (tables->tail_copies[row] >= 0) {
       int32_t *tail = page_ids + old_len / tables->page_size - skipped;
       plan->copied_from[plan->num_copies] = *tail;
+      plan->copied_tokens[plan->num_copies] = old_len % tables->page_size;
       plan->copied_to[plan->num_copies++] = *tail = tables->tail_copies[row];
     }
     place_tokens(tables, page_ids, skipped, old_len, new_len, plan->slot_mapping + first,
@@ -314,9 +307,7 @@ pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
   if (status != PKV_OK) return status;
   if (size->plan_bytes > plan_bytes) return PKV_PLAN_TOO_SMALL;
   *plan = lay_out(tables, (char *)(plan + 1), num_seqs, size);
-  if (size->num_copies) mark_shared_tails(pool, tables, num_seqs, seq_ids);
-  status = plan_rows(pool, tables, seq_ids, counts, size->num_copies > 0, plan);
-  if (size->num_copies) unmark_tails(tables, num_seqs, seq_ids);
+  status = plan_rows(pool, tables, seq_ids, counts, plan);
   plan->is_open = status == PKV_OK;
   return status;
 }
@@ -348,14 +339,7 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
 static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
   /* In reverse, so that the free list is as it was before the step. */
   for (int64_t i = plan->batch.num_seqs - 1; i >= 0; i--) {
-    int32_t row = plan->rows[i], *copy = &tables->tail_copies[row];
-    int64_t num_held = pages_for(tables, tables->seq_lens[row]);
-    pkv_status status =
-        release_pages(pool, tables, row, num_held, pages_for(tables, tables->reserved_lens[row]));
-    if (status == PKV_OK && *copy >= 0) status = pkv_pool_release(pool, 1, copy);
-    if (status != PKV_OK) return PKV_INVARIANT;
-    *copy = -1;
-    tables->reserved_lens[row] = tables->seq_lens[row];
+    if (unreserve_row(pool, tables, plan->rows[i]) != PKV_OK) return PKV_INVARIANT;
   }
   return PKV_OK;
 }
@@ -388,8 +372,16 @@ int64_t pkv_tables_next_rows(const pkv_tables *tables, int64_t count, int32_t *r
   return found;
 }
 
-static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t from, int32_t to) {
-  int64_t seq_len = tables->seq_lens[from], first = first_page_at(tables, seq_len);
+/* Does a row hold what it would hold at this length, at most its own? */
+static bool can_end_at(const pkv_tables *tables, int32_t row, int64_t length) {
+  return pages_for(tables, length) <= tables->sink_pages ||
+         first_page_at(tables, length) >= first_page_at(tables, tables->seq_lens[row]);
+}
+
+/* Share the pages of the first seq_len tokens of `from`. */
+static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t from, int32_t to,
+                              int64_t seq_len) {
+  int64_t first = first_page_at(tables, seq_len);
   for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
     if (page == tables->sink_pages && page < first) page = first;
     int32_t *cell = cell_of(tables, from, page);
@@ -411,9 +403,10 @@ static bool name_the_next_rows(const pkv_tables *tables, int64_t count, const in
 }
 
 pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, const int64_t *seq_ids,
-                          int32_t from) {
+                          int32_t from, int64_t length) {
   if (from >= 0 && (!is_row(tables, from) || tables->seq_ids[from] == 0)) return PKV_STALE_SEQUENCE;
-  if (from >= 0 && is_busy(tables, from)) return PKV_SEQUENCE_BUSY;
+  if (from >= 0 && (length < 0 || length > tables->seq_lens[from])) return PKV_BAD_ARGUMENT;
+  if (from >= 0 && !can_end_at(tables, from, length)) return PKV_TOKENS_GONE;
   if (count > tables->max_sequences - tables->num_sequences) return PKV_OUT_OF_SEQUENCES;
   if (!name_the_next_rows(tables, count, seq_ids)) return PKV_BAD_ARGUMENT;
   for (int64_t i = 0; i < count; i++) {
@@ -425,7 +418,7 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
     tables->seq_ids[row] = seq_ids[i];
     tables->tail_copies[row] = -1;
     tables->num_sequences++;
-    if (from >= 0 && share_pages(pool, tables, from, row) != PKV_OK) return PKV_INVARIANT;
+    if (from >= 0 && share_pages(pool, tables, from, row, length) != PKV_OK) return PKV_INVARIANT;
   }
   return PKV_OK;
 }
@@ -447,7 +440,7 @@ pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t
   if (is_busy(tables, row)) return PKV_SEQUENCE_BUSY;
   int64_t first_held = first_page_at(tables, tables->seq_lens[row]);
   int64_t num_kept = pages_for(tables, length), end = pages_for(tables, tables->seq_lens[row]);
-  if (num_kept > tables->sink_pages && first_page_at(tables, length) < first_held) return PKV_TOKENS_GONE;
+  if (!can_end_at(tables, row, length)) return PKV_TOKENS_GONE;
   pkv_status status = release_pages(pool, tables, row, num_kept > first_held ? num_kept : first_held, end);
   if (status == PKV_OK) status = release_pages(pool, tables, row, num_kept, min64(tables->sink_pages, end));
   if (status == PKV_OK) tables->seq_lens[row] = tables->reserved_lens[row] = (int32_t)length;
@@ -466,19 +459,20 @@ int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
     for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
       if (page == tables->sink_pages && page < first) page = first;
       int32_t filled = (int32_t)min64(seq_len - page * tables->page_size, tables->page_size);
-      int32_t *mark = marks_of(tables, *cell_of(tables, row, page));
+      int32_t *mark = &tables->page_marks[*cell_of(tables, row, page)];
       if (*mark < filled) *mark = filled;
     }
   }
   int64_t num_tokens = 0;
   for (int32_t page_id = 0; page_id < num_pages; page_id++) {
-    num_tokens += *marks_of(tables, page_id);
-    *marks_of(tables, page_id) = 0;
+    num_tokens += tables->page_marks[page_id];
+    tables->page_marks[page_id] = 0;
   }
   return num_tokens;
 }
 
-/* Count the references of the tables to each page. */
+/* Count the references of the tables to each page, which has as many reserved slots as any row has tokens in
+ * it. */
 static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, int32_t *references) {
   for (int64_t row = 0; row < tables->num_rows; row++) {
     int64_t seq_len = tables->seq_lens[row], reserved_len = tables->reserved_lens[row];
@@ -489,6 +483,9 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
       int32_t page_id = *cell_of(tables, row, page);
       if (page_id < 0 || page_id >= num_pages) return PKV_INVARIANT;
       references[page_id]++;
+      int64_t num_in_page = min64(seq_len - page * tables->page_size, tables->page_size);
+      int32_t filled = tables->filled[page_id];
+      if (filled < num_in_page || filled > tables->page_size) return PKV_INVARIANT;
     }
     int32_t copy = tables->tail_copies[row];
     if (copy < -1 || copy >= num_pages || (copy >= 0 && seq_len == reserved_len)) return PKV_INVARIANT;
@@ -521,8 +518,8 @@ pkv_status pkv_tables_check(const pkv_pool *pool, const pkv_tables *tables, int6
   if (!references) return PKV_OUT_OF_MEMORY;
   status = count_references(tables, num_pages, references);
   for (int32_t page = 0; page < num_pages && status == PKV_OK; page++) {
-    const int32_t *marks = marks_of(tables, page);
-    if (references[page] != pkv_pool_ref_count(pool, page) || marks[0] || marks[1]) status = PKV_INVARIANT;
+    bool is_explained = references[page] == pkv_pool_ref_count(pool, page) && !tables->page_marks[page];
+    if (!is_explained) status = PKV_INVARIANT;
   }
   free(references);
   return status;
