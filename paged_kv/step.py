@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .attention.prepared import PreparedAppend, PreparedAttention
 from .errors import ArgumentError, LayerNotWritten, ReentrantCall, StepClosed
 from .lifetime import Uncopyable
-from .pages.new_tokens import counts_of
+from .pages.new_tokens import new_tokens_of
 from .sequence import Sequence
 from .store import Store
 
@@ -48,10 +48,10 @@ class Step(Uncopyable):
     def __init__(self, store: Store, seqs: Iterable[Sequence], new: object) -> None:
         self._store = store
         self._seqs, seq_ids = seq_ids_of(seqs)
-        counts = counts_of(new, len(seq_ids))
+        tokens = new_tokens_of(new, len(seq_ids))
         with store.lock:
             store.reclaim_abandoned()
-            self._plan = plan = store.open_plan(self, seq_ids, counts)
+            self._plan = plan = store.open_plan(self, seq_ids, tokens)
             try:
                 self._handle = plan.handle
                 #: Prepared calls, by what they do.  A method takes one for as long as it runs, so that a call

@@ -24,7 +24,7 @@ from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_child
 from .machine import shared_cache_bytes
 from .pages.block_table import BlockTables, Window
 from .pages.layout import PageLayout
-from .pages.new_tokens import Counts
+from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
 
@@ -168,7 +168,7 @@ class Store(Uncopyable):
 
     # ---- steps
 
-    def open_plan(self, step: object, seq_ids: list[int], counts: Counts) -> Plan:
+    def open_plan(self, step: object, seq_ids: list[int], new: NewTokens) -> Plan:
         """Reserve what a step takes, until it ends or is collected."""
         # As large as the last plan and some pages more: enough for the same batch, without a second call.
         plan = Plan(self.tables.size.plan_bytes + 512)
@@ -176,7 +176,7 @@ class Store(Uncopyable):
         noted.held = plan
         self.open_plans[id(plan)] = noted
         try:
-            self.tables.open(plan, seq_ids, counts)
+            self.tables.open(plan, seq_ids, new)
         except BaseException:
             self.roll_back(plan)
             raise

@@ -39,6 +39,7 @@ class CacheMachine(RuleBasedStateMachine):
     held    each live handle's tokens, (k, v) of each layer, also those that a window has released
     pages   each live handle's pages, as names of our own, by logical page: who shares what
     filled  of each page, by name, the slots that were reserved since it was taken
+    known   each live handle's first ids, as far as all of them were given
     open    each open step's handles and counts, and the pages that it reserved for each
     """
 
@@ -63,7 +64,7 @@ class CacheMachine(RuleBasedStateMachine):
         empty = np.empty((0, NUM_KV_HEADS, HEAD_DIM), np.float32)
         self.empty = [(empty, empty)] * NUM_LAYERS
         self.names = itertools.count()
-        self.held, self.pages, self.filled, self.open = {}, {}, {}, {}
+        self.held, self.pages, self.filled, self.known, self.open = {}, {}, {}, {}, {}
         self.handles = []  # the live ones, and a few that were freed; never empty
         self.create()
 
@@ -78,12 +79,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def busy(self):
-        return {seq for entries in self.open.values() for seq, _, _ in entries}
+        return {seq for entries in self.open.values() for seq, *_ in entries}
 
     @property
     def used_pages(self):
         steps = self.open.values()
-        reserved = {page for entries in steps for _, _, pages in entries for page in pages.values()}
+        reserved = {page for entries in steps for _, _, pages, _ in entries for page in pages.values()}
         return reserved.union(*(pages.values() for pages in self.pages.values()))
 
     def tail(self, seq):
@@ -123,8 +124,10 @@ class CacheMachine(RuleBasedStateMachine):
             if (tail := self.tail(seq)) in pages.values():
                 self.filled[tail] = self.length(seq) % self.page_size
 
-    def commit(self, seqs, new, reserved):
-        for seq, layers, pages in zip(seqs, new, reserved, strict=True):
+    def commit(self, seqs, new, reserved, ids):
+        for seq, layers, pages, own_ids in zip(seqs, new, reserved, ids, strict=True):
+            if own_ids and len(self.known[seq]) == self.length(seq):
+                self.known[seq] = self.known[seq] + own_ids
             self.held[seq] = layers
             length = self.length(seq)
             self.pages[seq] = {j: page for j, page in pages.items() if self.must_hold(j, length)}
@@ -136,7 +139,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.sequence()
             return
         seq = self.cache.sequence()
-        self.held[seq], self.pages[seq] = self.empty, {}
+        self.held[seq], self.pages[seq], self.known[seq] = self.empty, {}, []
         self.handles.append(seq)
 
     @rule(choice=ANY, count=st.integers(0, 3), share=st.one_of(st.none(), st.floats(0, 1)))
@@ -160,6 +163,7 @@ class CacheMachine(RuleBasedStateMachine):
         for fork in seq.fork(count, **options) if count != 1 else [seq.fork(**options)]:
             self.held[fork] = [(k[:at], v[:at]) for k, v in self.held[seq]]
             self.pages[fork] = {j: page for j, page in self.pages[seq].items() if j in needed}
+            self.known[fork] = self.known[seq][:at]
             self.handles.append(fork)
 
     @rule(choice=ANY, share=st.floats(0, 1), beyond=st.booleans())
@@ -180,6 +184,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         seq.truncate(length)
         self.held[seq] = [(k[:length], v[:length]) for k, v in self.held[seq]]
+        self.known[seq] = self.known[seq][:length]
         self.pages[seq] = {j: page for j, page in self.pages[seq].items() if j in needed}
 
     @rule(
@@ -187,8 +192,9 @@ class CacheMachine(RuleBasedStateMachine):
         counts=st.lists(st.integers(1, 70), min_size=4, max_size=4),
         seed=st.integers(0, 2**32),
         ending=st.sampled_from(["commit", "rollback", "leave open", "exception"]),
+        have_ids=st.lists(st.booleans(), min_size=4, max_size=4),
     )
-    def step(self, choices, counts, seed, ending):
+    def step(self, choices, counts, seed, ending, have_ids):
         seqs = [self.handle(choice) for choice in choices]
         counts = counts[: len(seqs)]
         refusal = self.expected_refusal(seqs, counts)
@@ -198,15 +204,18 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.step(seqs, counts)
             assert self.cache.stats() == before
             return
-        step = self.cache.step(seqs, counts)
+        # Some sequences get ids, the others counts.
+        ids = np.random.default_rng(seed).integers(0, 50, (len(seqs), 70)).tolist()
+        ids = [own[:count] if has else None for own, count, has in zip(ids, counts, have_ids, strict=False)]
+        step = self.cache.step(seqs, [own or count for own, count in zip(ids, counts, strict=True)])
         reserved, self.filled = self.reserve(seqs, counts)
         if ending == "leave open":
-            self.open[step] = list(zip(seqs, counts, reserved, strict=True))
+            self.open[step] = list(zip(seqs, counts, reserved, ids, strict=True))
             return
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
         if ending == "commit":
             step.commit()
-            self.commit(seqs, new, reserved)
+            self.commit(seqs, new, reserved, ids)
         else:
             self.rollback(seqs, reserved)
             if ending == "rollback":
@@ -260,11 +269,11 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.open:
             return
         step, entries = self.open.popitem()
-        seqs, counts, reserved = zip(*entries, strict=True)
+        seqs, counts, reserved, ids = zip(*entries, strict=True)
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
         if commits:
             step.commit()
-            self.commit(seqs, new, reserved)
+            self.commit(seqs, new, reserved, ids)
         else:
             step.rollback()
             self.rollback(seqs, reserved)
@@ -277,7 +286,7 @@ class CacheMachine(RuleBasedStateMachine):
                 seq.reset()
             return
         seq.reset()
-        self.held[seq], self.pages[seq] = self.empty, {}
+        self.held[seq], self.pages[seq], self.known[seq] = self.empty, {}, []
 
     @rule(choice=ANY)
     def free(self, choice):
@@ -289,7 +298,7 @@ class CacheMachine(RuleBasedStateMachine):
                 seq.free()
             return
         seq.free()
-        del self.held[seq], self.pages[seq]
+        del self.held[seq], self.pages[seq], self.known[seq]
         stale = [handle for handle in self.handles if handle not in self.held]
         self.handles = [*self.held, *stale[-2:]]
         for call in (seq.free, seq.reset, lambda: len(seq), lambda: self.cache.step([seq], [1])):
@@ -303,8 +312,11 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.num_used_pages == len(self.used_pages)
         assert stats.num_sequences == len(self.held)
         assert stats.num_tokens == sum(self.filled_slots().values())
+        tables = self.cache._store.tables
         for seq, layers in self.held.items():
             assert len(seq) == self.length(seq)
+            if self.window is None:
+                assert tables.known_ids(tables.row(seq._seq_id)).tolist() == self.known[seq]
             for layer, expected in enumerate(layers):
                 held = seq.held_positions
                 np.testing.assert_array_equal(seq.gather(layer), [side[held] for side in expected])

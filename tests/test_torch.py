@@ -155,7 +155,8 @@ def test_foreign_pages_and_indices_may_be_tensors(rng):
     out = paged_kv.paged_attention(q, k, v, **given)
     wide = paged_kv.paged_attention(q.float().numpy(), k.float().numpy(), v.float().numpy(), **lists)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, torch.from_numpy(wide).to(torch.bfloat16))
+    # a kernel that multiplies pairs of bfloat16 rounds in another order than one that widens them first
+    torch.testing.assert_close(out.float(), torch.from_numpy(wide), rtol=2**-7, atol=2**-7)
 
 
 def test_parts_may_be_tensors(rng):

@@ -17,7 +17,7 @@ enum {
 static int64_t row_ids[ROWS];
 static int32_t next_free[ROWS];
 static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[NUM_PAGES],
-    filled[NUM_PAGES];
+    filled[NUM_PAGES], num_known[ROWS], token_ids[NUM_PAGES * PAGE_SIZE];
 static int32_t tail_copies[ROWS] = {-1, -1, -1};
 static pkv_tables tables = {.seq_ids = row_ids,
                             .next_free = next_free,
@@ -27,6 +27,8 @@ static pkv_tables tables = {.seq_ids = row_ids,
                             .reserved_lens = reserved_lens,
                             .tail_copies = tail_copies,
                             .filled = filled,
+                            .token_ids = token_ids,
+                            .num_known = num_known,
                             .page_marks = page_marks,
                             .max_sequences = ROWS,
                             .ring_pages = RING,
@@ -48,8 +50,8 @@ static pkv_status measure(pkv_pool *pool, int64_t num_seqs, const int64_t *seq_i
 }
 
 static pkv_status open_step(pkv_pool *pool, int64_t num_seqs, const int64_t *seq_ids, const int64_t *counts) {
-  return pkv_step_open(pool, &tables, num_seqs, seq_ids, counts, plan, (int64_t)sizeof memory, &size,
-                       &refusal);
+  return pkv_step_open(pool, &tables, num_seqs, seq_ids, counts, NULL, NULL, plan, (int64_t)sizeof memory,
+                       &size, &refusal);
 }
 
 static void rows_are_given_and_taken_back(pkv_pool *pool) {
@@ -78,7 +80,7 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   assert(measure(pool, 2, seq_ids, counts) == PKV_OK);
   assert(size.num_tokens == 20 && size.num_pages == 3 && size.num_new_pages == 3);
   assert(reserved_lens[2] == 0);
-  assert(size.plan_bytes == (int64_t)sizeof(pkv_plan) + 20 * 8 + (20 + 3 + 3 + 2 + 2 + 2 + 3) * 4);
+  assert(size.plan_bytes == (int64_t)sizeof(pkv_plan) + 20 * 8 + (20 + 3 + 3 + 2 + 2 + 2 + 2 + 3) * 4);
   assert(open_step(pool, 2, seq_ids, counts) == PKV_OK);
   assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   assert(plan->slot_mapping[16] == (int64_t)page_ids[2 * RING + 1] * PAGE_SIZE);
@@ -88,8 +90,8 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
 
-  assert(pkv_step_open(pool, &tables, 2, seq_ids, counts, plan, size.plan_bytes - 1, &size, &refusal) ==
-         PKV_PLAN_TOO_SMALL);
+  assert(pkv_step_open(pool, &tables, 2, seq_ids, counts, NULL, NULL, plan, size.plan_bytes - 1, &size,
+                       &refusal) == PKV_PLAN_TOO_SMALL);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && reserved_lens[2] == 0);
   assert(open_step(pool, 2, seq_ids, counts) == PKV_OK);
   assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);

@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..lifetime import Uncopyable
 from .layout import num_pages
-from .new_tokens import MAX_TOKENS, Counts, int64s
+from .new_tokens import MAX_TOKENS, Counts, NewTokens, int64s
 from .plan import Plan
 from .pool import PagePool
 
@@ -94,6 +94,9 @@ class BlockTables(Uncopyable):
         self.seq_ids = np.zeros(max_sequences, np.int64)
         self._next_free = np.zeros(max_sequences, np.int32)
         self._filled = np.zeros(pool.num_pages, np.int32)
+        #: [num_pages, page_size]: the id of the token in each slot, where it is known.
+        self.token_ids = np.zeros((pool.num_pages, page_size), np.int32)
+        self.num_known = np.zeros(max_sequences, np.int32)
         self._page_marks = np.zeros(pool.num_pages, np.int32)
         arrays = {
             "page_ids": self.page_ids,
@@ -102,6 +105,8 @@ class BlockTables(Uncopyable):
             "tail_copies": self.tail_copies,
             "next_free": self._next_free,
             "filled": self._filled,
+            "token_ids": self.token_ids,
+            "num_known": self.num_known,
             "page_marks": self._page_marks,
         }
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
@@ -223,6 +228,13 @@ class BlockTables(Uncopyable):
         slots: NDArray[np.int64] = self.page_ids[row, cells] * np.int64(self.page_size) + offsets
         return slots
 
+    def known_ids(self, row: int) -> NDArray[np.int32]:
+        """Ids of a row's first tokens, as far as they are known; without a window only."""
+        num_known = int(self.num_known[row])
+        pages = self.page_ids[row, : num_pages(num_known, self.page_size)]
+        ids: NDArray[np.int32] = self.token_ids[pages].reshape(-1)[:num_known]
+        return ids
+
     @property
     def num_tokens(self) -> int:
         """Committed tokens, of all sequences; a slot that several share counts once."""
@@ -230,13 +242,17 @@ class BlockTables(Uncopyable):
 
     # ---- steps
 
-    def open(self, plan: Plan, seq_ids: list[int], counts: Counts) -> None:
-        """Reserve slots for counts[i] new tokens of each sequence: for all of them, or none.
+    def open(self, plan: Plan, seq_ids: list[int], new: NewTokens) -> None:
+        """Reserve slots for the new tokens of each sequence: for all of them, or none.
 
         Raises: StaleSequence, SequenceBusy, SequenceTooLong, OutOfPages, ArgumentError.
         Cost: one C call; O(tokens + pages of the batch).
         """
-        batch, size = (self.pool.handle, self._tables, len(seq_ids), *int64s(seq_ids, counts)), self.size
+        ids = has_ids = ffi.NULL
+        if new.ids is not None and new.ids.size:
+            ids, has_ids = ffi.from_buffer("int32_t[]", new.ids), ffi.from_buffer("uint8_t[]", new.has_ids)
+        numbers = int64s(seq_ids, new.counts)
+        batch, size = (self.pool.handle, self._tables, len(seq_ids), *numbers, ids, has_ids), self.size
         status = lib.pkv_step_open(*batch, plan.handle, plan.num_bytes, size, self._refusal)
         if status == lib.PKV_PLAN_TOO_SMALL:
             plan.take_memory(size.plan_bytes)

@@ -3,7 +3,8 @@
 Imports attention.arrays.
 """
 
-from typing import Any, TypeAlias
+import itertools
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,21 @@ INT64_ARRAY = ffi.typeof("int64_t[]")
 MAX_TOKENS = 2**31 - 1
 
 
-def counts_of(new: object, num_seqs: int) -> Counts:
-    """How many new tokens each sequence gets: from ids, counts, or an integer array of counts.
+class NewTokens(NamedTuple):
+    """What each sequence of a step gets.
+
+    counts : how many tokens, of each sequence
+    ids : int32, the ids of sequences that were given ids, one after the other; None: there are none
+    has_ids : a byte for each sequence, 1 where its ids are in `ids`
+    """
+
+    counts: Counts
+    ids: NDArray[np.int32] | None = None
+    has_ids: bytes = b""
+
+
+def new_tokens_of(new: object, num_seqs: int) -> NewTokens:
+    """What each sequence gets: from lists of ids, counts, or an integer array of counts.
 
     Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).  Counts below 1 are left for
     the plan to refuse.
@@ -30,9 +44,14 @@ def counts_of(new: object, num_seqs: int) -> Counts:
     if isinstance(new, (list, tuple)):
         if len(new) != num_seqs:
             raise ArgumentError(f"new has {len(new)} entries for {num_seqs} sequences; give one for each")
-        if list(map(type, new)).count(int) != num_seqs:
-            new = [_count_of(f"new[{i}]", entry) for i, entry in enumerate(new)]
-        return new if isinstance(new, list) else list(new)
+        types = list(map(type, new))
+        if types.count(int) == num_seqs:
+            return NewTokens(new if isinstance(new, list) else list(new))
+        alike = types[0] if types and types.count(types[0]) == num_seqs else None
+        ids = _ids_of_lists(new) if alike is list else _ids_of_arrays(new) if alike is np.ndarray else None
+        if ids is not None:
+            return NewTokens(list(map(len, new)), ids, b"\x01" * num_seqs)
+        return _mixed([_entry(f"new[{i}]", entry) for i, entry in enumerate(new)])
     new = numpy_of("new", new)
     if not isinstance(new, np.ndarray):
         raise ArgumentError(f"new is {type(new).__name__}; give a list with ids or a count for each sequence")
@@ -42,10 +61,36 @@ def counts_of(new: object, num_seqs: int) -> Counts:
         )
     # What does not fit an int64 must not wrap into what does.
     counts = np.minimum(new, MAX_TOKENS + 1) if new.dtype == np.uint64 else new
-    return np.ascontiguousarray(counts, np.int64)
+    return NewTokens(np.ascontiguousarray(counts, np.int64))
 
 
-def _count_of(name: str, entry: object) -> int:
+def counts_of(new: object, num_seqs: int) -> Counts:
+    """How many new tokens each sequence gets.  Raises: as new_tokens_of."""
+    return new_tokens_of(new, num_seqs).counts
+
+
+def _ids_of_lists(new: Any) -> NDArray[np.int32] | None:
+    """All ids of lists of Python integers; None when one of them has to be named in an error."""
+    flat = list(itertools.chain.from_iterable(new))
+    if list(map(type, flat)).count(int) != len(flat):
+        return None
+    if flat and not 0 <= min(flat) <= max(flat) <= MAX_TOKENS:
+        return None
+    return np.array(flat, np.int32)
+
+
+def _ids_of_arrays(new: Any) -> NDArray[np.int32] | None:
+    """The same of arrays."""
+    if not all(array.ndim == 1 and array.dtype.kind in "iu" for array in new):
+        return None
+    ids = np.concatenate(new)
+    if ids.size and not 0 <= ids.min() <= ids.max() <= MAX_TOKENS:
+        return None
+    return ids.astype(np.int32)
+
+
+def _entry(name: str, entry: object) -> int | NDArray[np.int32]:
+    """A count, or ids."""
     if isinstance(entry, (int, np.integer)) and not isinstance(entry, bool):
         return int(entry)
     if hasattr(entry, "__len__") and not isinstance(entry, (str, bytes)):
@@ -53,14 +98,22 @@ def _count_of(name: str, entry: object) -> int:
         if ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) and ids.size:
             if ids.min() < 0 or ids.max() > MAX_TOKENS:
                 raise ArgumentError(f"{name} holds an id outside [0, 2**31)")
-            return ids.size
+            return ids.astype(np.int32)
         if ids.ndim == 1 and not ids.size:
             return 0
     raise ArgumentError(f"{name} is {entry!r:.60}; give token ids, or how many there are")
 
 
+def _mixed(entries: list[int | NDArray[np.int32]]) -> NewTokens:
+    given = [entry for entry in entries if not isinstance(entry, int)]
+    counts = [entry if isinstance(entry, int) else len(entry) for entry in entries]
+    if not given:
+        return NewTokens(counts)
+    return NewTokens(counts, np.concatenate(given), bytes(not isinstance(entry, int) for entry in entries))
+
+
 def int64s(seq_ids: list[int], counts: Counts) -> tuple[Any, Any]:
-    """Keys and counts as C takes them; a count that does not fit becomes one that the plan refuses.
+    """Sequences and counts as C takes them; a count that does not fit becomes one that the plan refuses.
 
     The second may be a part of the first: keep both alive.
     """

@@ -153,7 +153,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   /* positions, and all counts of tokens, are int32 */
   if (size->num_tokens > INT32_MAX || size->num_pages > INT32_MAX)
     return refuse(refusal, PKV_BAD_ARGUMENT, -1, size->num_tokens, INT32_MAX);
-  int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 3 * num_seqs + size->num_pages;
+  int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 4 * num_seqs + size->num_pages;
   num_int32 += 3 * size->num_copies;
   size->plan_bytes = (int64_t)sizeof(pkv_plan) + size->num_tokens * (int64_t)sizeof(int64_t);
   size->plan_bytes += num_int32 * (int64_t)sizeof(int32_t) + tables->num_layers;
@@ -163,12 +163,15 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   return PKV_OK;
 }
 
-/* Slots and positions of a sequence's new tokens; page_ids begins with logical page `first`. */
+/* Slots and positions of a sequence's new tokens, and ids into their slots; page_ids begins with logical page
+ * `first`. */
 static void place_tokens(const pkv_tables *tables, const int32_t *page_ids, int64_t first, int32_t old_len,
-                         int32_t new_len, int64_t *slots, int32_t *positions) {
+                         int32_t new_len, const int32_t *ids, int64_t *slots, int32_t *positions) {
   for (int32_t position = old_len; position < new_len; position++) {
     int64_t page_id = page_ids[position / tables->page_size - first];
-    *slots++ = page_id * tables->page_size + position % tables->page_size;
+    int64_t slot = page_id * tables->page_size + position % tables->page_size;
+    if (ids) tables->token_ids[slot] = *ids++;
+    *slots++ = slot;
     *positions++ = position;
   }
 }
@@ -186,7 +189,8 @@ static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs
   plan.batch.seq_lens = plan.batch.kv_indptr + num_seqs + 1;
   plan.batch.first_pages = plan.batch.seq_lens + num_seqs;
   plan.rows = plan.batch.first_pages + num_seqs;
-  plan.batch.kv_indices = plan.rows + num_seqs;
+  plan.new_known = plan.rows + num_seqs;
+  plan.batch.kv_indices = plan.new_known + num_seqs;
   plan.copied_from = plan.batch.kv_indices + size->num_pages;
   plan.copied_to = plan.copied_from + size->num_copies;
   plan.copied_tokens = plan.copied_to + size->num_copies;
@@ -265,8 +269,14 @@ static int64_t list_pages(const pkv_tables *tables, int64_t row, int64_t first, 
 
 static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan);
 
+static void copy_ids(const pkv_tables *tables, int64_t from, int64_t to, int32_t count) {
+  memcpy(tables->token_ids + to * tables->page_size, tables->token_ids + from * tables->page_size,
+         (size_t)count * sizeof(int32_t));
+}
+
 static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int64_t *seq_ids,
-                            const int64_t *counts, pkv_plan *plan) {
+                            const int64_t *counts, const int32_t *ids, const uint8_t *has_ids,
+                            pkv_plan *plan) {
   pkv_batch batch = plan->batch;
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
   for (int64_t i = 0; i < batch.num_seqs; i++) {
@@ -287,10 +297,14 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
       int32_t *tail = page_ids + old_len / tables->page_size - skipped;
       plan->copied_from[plan->num_copies] = *tail;
       plan->copied_tokens[plan->num_copies] = old_len % tables->page_size;
+      copy_ids(tables, *tail, tables->tail_copies[row], old_len % tables->page_size);
       plan->copied_to[plan->num_copies++] = *tail = tables->tail_copies[row];
     }
-    place_tokens(tables, page_ids, skipped, old_len, new_len, plan->slot_mapping + first,
+    const int32_t *own_ids = ids && has_ids[i] ? ids : NULL;
+    if (own_ids) ids += counts[i];
+    place_tokens(tables, page_ids, skipped, old_len, new_len, own_ids, plan->slot_mapping + first,
                  plan->positions + first);
+    plan->new_known[i] = own_ids ? (int32_t)counts[i] : 0;
     batch.first_pages[i] = (int32_t)first_page;
     batch.qo_indptr[i + 1] = first + (int32_t)counts[i];
     batch.kv_indptr[i + 1] = batch.kv_indptr[i] + (int32_t)num_pages;
@@ -301,13 +315,13 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
 }
 
 pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *seq_ids,
-                         const int64_t *counts, pkv_plan *plan, int64_t plan_bytes, pkv_step_size *size,
-                         pkv_refusal *refusal) {
+                         const int64_t *counts, const int32_t *ids, const uint8_t *has_ids, pkv_plan *plan,
+                         int64_t plan_bytes, pkv_step_size *size, pkv_refusal *refusal) {
   pkv_status status = pkv_step_measure(pool, tables, num_seqs, seq_ids, counts, size, refusal);
   if (status != PKV_OK) return status;
   if (size->plan_bytes > plan_bytes) return PKV_PLAN_TOO_SMALL;
   *plan = lay_out(tables, (char *)(plan + 1), num_seqs, size);
-  status = plan_rows(pool, tables, seq_ids, counts, plan);
+  status = plan_rows(pool, tables, seq_ids, counts, ids, has_ids, plan);
   plan->is_open = status == PKV_OK;
   return status;
 }
@@ -327,6 +341,7 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
       *cell = tables->tail_copies[row];
       tables->tail_copies[row] = -1;
     }
+    if (tables->num_known[row] == old_len) tables->num_known[row] += plan->new_known[i];
     tables->seq_lens[row] = (int32_t)new_len;
     /* Pages that have left the window are released only now, so that the step could be rolled back. */
     pkv_status status =
@@ -389,6 +404,7 @@ static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t 
     *cell_of(tables, to, page) = *cell;
   }
   tables->seq_lens[to] = tables->reserved_lens[to] = (int32_t)seq_len;
+  tables->num_known[to] = (int32_t)min64(tables->num_known[from], seq_len);
   return PKV_OK;
 }
 
@@ -443,7 +459,9 @@ pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t
   if (!can_end_at(tables, row, length)) return PKV_TOKENS_GONE;
   pkv_status status = release_pages(pool, tables, row, num_kept > first_held ? num_kept : first_held, end);
   if (status == PKV_OK) status = release_pages(pool, tables, row, num_kept, min64(tables->sink_pages, end));
-  if (status == PKV_OK) tables->seq_lens[row] = tables->reserved_lens[row] = (int32_t)length;
+  if (status != PKV_OK) return status;
+  tables->seq_lens[row] = tables->reserved_lens[row] = (int32_t)length;
+  tables->num_known[row] = (int32_t)min64(tables->num_known[row], length);
   return status;
 }
 
@@ -477,6 +495,7 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
   for (int64_t row = 0; row < tables->num_rows; row++) {
     int64_t seq_len = tables->seq_lens[row], reserved_len = tables->reserved_lens[row];
     if (seq_len < 0 || seq_len > reserved_len || reserved_len > tables->max_seq_len) return PKV_INVARIANT;
+    if (tables->num_known[row] < 0 || tables->num_known[row] > seq_len) return PKV_INVARIANT;
     int64_t first = first_page_at(tables, seq_len);
     for (int64_t page = 0; page < pages_for(tables, reserved_len); page++) {
       if (page == tables->sink_pages && page < first) page = first;
