@@ -1,7 +1,7 @@
 """The page pool: fixed-size pages in one aligned mapping, counted by their owners.
 
-A page is free, owned (one reference) or shared (several).  Calls take and give back n pages at once,
-all of them or none.
+A page is free, owned (one reference), shared (several), or kept: no owner holds it, but an index names it.
+Calls take and give back n pages at once, all of them or none.
 
 All memory is touched when the pool is built, so that a lack of it is an error then and not a signal later.
 
@@ -43,6 +43,19 @@ class PagePool(Uncopyable):
     def num_free(self) -> int:
         return int(lib.pkv_pool_num_free(self.handle))
 
+    @property
+    def num_kept(self) -> int:
+        return int(lib.pkv_pool_num_kept(self.handle))
+
+    @property
+    def oldest_kept(self) -> int:
+        """The page that has been kept for longest; -1 when there is none."""
+        return int(lib.pkv_pool_oldest_kept(self.handle))
+
+    def set_indexed(self, page_id: int, is_indexed: bool) -> None:
+        """Note whether an index names an owned or kept page; a kept page that none names is free."""
+        check(lib.pkv_pool_set_indexed(self.handle, page_id, is_indexed), "set_indexed")
+
     def acquire(self, count: int) -> NDArray[np.int32]:
         """`count` free pages, now owned; OutOfPages, and nothing taken, when there are fewer."""
         count = integer("count", count, 0)
@@ -56,7 +69,7 @@ class PagePool(Uncopyable):
         return page_ids
 
     def share(self, page_ids: NDArray[np.int32]) -> None:
-        """One owner more for each page; PagedKVError, and nothing changed, when one is not owned."""
+        """One owner more for each page; PagedKVError, and nothing changed, when one is free."""
         ids = int32_pointer("page_ids", page_ids)
         check(lib.pkv_pool_share(self.handle, len(page_ids), ids), "share")
 

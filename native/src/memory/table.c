@@ -6,8 +6,8 @@
  * them.
  *
  * Copy-on-write: a row whose next slot is the page's first unreserved one (filled) appends in place, whoever
- * else holds the page; so does a row that holds it alone.  Any other row appends to a copy, which waits in
- * tail_copies until commit.
+ * else holds the page; so does a row that holds it alone, where no index names it.  Any other row appends to
+ * a copy, which waits in tail_copies until commit.
  *
  * The caller holds the cache's lock: nothing here is thread-safe. */
 #include <stdbool.h>
@@ -77,7 +77,8 @@ static bool needs_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t r
   const int32_t *tail = tail_of(tables, row);
   if (!tail) return false;
   int32_t *filled = &tables->filled[*tail], offset = tables->seq_lens[row] % tables->page_size;
-  if (*filled != offset && pkv_pool_ref_count(pool, *tail) > 1) return true;
+  bool is_own = pkv_pool_ref_count(pool, *tail) == 1 && !pkv_pool_is_indexed(pool, *tail);
+  if (*filled != offset && !is_own) return true;
   *filled = (int32_t)min64(offset + count, tables->page_size);
   return false;
 }
@@ -341,7 +342,11 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
       *cell = tables->tail_copies[row];
       tables->tail_copies[row] = -1;
     }
-    if (tables->num_known[row] == old_len) tables->num_known[row] += plan->new_known[i];
+    if (tables->num_known[row] == old_len && plan->new_known[i]) {
+      tables->num_known[row] += plan->new_known[i];
+      int64_t old_pages = old_len / tables->page_size;
+      if (tables->num_known[row] / tables->page_size > old_pages) plan->is_page_completed = 1;
+    }
     tables->seq_lens[row] = (int32_t)new_len;
     /* Pages that have left the window are released only now, so that the step could be rolled back. */
     pkv_status status =
@@ -436,6 +441,23 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
     tables->num_sequences++;
     if (from >= 0 && share_pages(pool, tables, from, row, length) != PKV_OK) return PKV_INVARIANT;
   }
+  return PKV_OK;
+}
+
+pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_id, const int32_t *page_ids,
+                                int64_t seq_len) {
+  if (tables->window || seq_len < 0 || seq_len > tables->max_seq_len) return PKV_BAD_ARGUMENT;
+  int64_t num_pages = pages_for(tables, seq_len);
+  pkv_status status = pkv_pool_share(pool, num_pages, page_ids);
+  if (status != PKV_OK) return status;
+  status = pkv_tables_add(pool, tables, 1, &seq_id, -1, 0);
+  if (status != PKV_OK) {
+    pkv_pool_release(pool, num_pages, page_ids);
+    return status;
+  }
+  int32_t row = (int32_t)row_in(seq_id);
+  memcpy(cell_of(tables, row, 0), page_ids, (size_t)num_pages * sizeof *page_ids);
+  tables->seq_lens[row] = tables->reserved_lens[row] = tables->num_known[row] = (int32_t)seq_len;
   return PKV_OK;
 }
 
