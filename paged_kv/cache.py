@@ -8,29 +8,33 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from ._binding import integer, kernels
-from .errors import ArgumentError
+from .errors import ArgumentError, InvariantViolation
 from .lifetime import Uncopyable
 from .pages.block_table import Window
 from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
-from .pages.new_tokens import MAX_TOKENS, counts_of
+from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
-from .sequence import Sequence, new_sequences
+from .sequence import Sequence, matched_sequence, new_sequences
 from .step import Step, seq_ids_of
 from .store import Store
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache holds at one moment: num_pages = num_used_pages + num_free_pages."""
+    """What a cache holds at one moment: num_pages = num_used_pages + num_kept_pages + num_free_pages."""
 
     num_pages: int
     num_used_pages: int  # owned by a sequence, or reserved by an open step
+    num_kept_pages: int  # of cached prefixes that nobody owns; they give way to whoever needs pages
     num_free_pages: int
     num_sequences: int
     num_tokens: int  # committed, in held pages; a slot that several share counts once
     utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
     pool_bytes: int
     num_copies: int  # of shared pages, for those who appended to them; since the cache was built
+    num_queried_tokens: int  # that `sequence` was given with prefix caching, since the cache was built
+    num_hit_tokens: int  # of these, those that were there
+    num_evictions: int  # of cached pages, for steps that needed room
 
 
 class PagedKVCache(Uncopyable):
@@ -48,6 +52,8 @@ class PagedKVCache(Uncopyable):
     window, num_sink_tokens : a token sees the last `window` tokens, itself included, and the first sinks;
         pages that no later token sees are released at commit.  None: all tokens
     max_step_tokens : of one sequence in one step; limited with a window only
+    prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
+        an owner until a step needs them; not with a window
     num_threads : threads of one attend; None: the CPUs that the process may use
 
     Raises: ArgumentError; MemoryError, naming both sizes, when there is too little of it.
@@ -70,6 +76,7 @@ class PagedKVCache(Uncopyable):
         max_step_tokens: int = 2048,
         window: int | None = None,
         num_sink_tokens: int = 0,
+        prefix_caching: bool = False,
         num_threads: int | None = None,
     ) -> None:
         kernels()  # an unknown PAGED_KV_KERNEL is an error here, before memory is taken
@@ -95,6 +102,11 @@ class PagedKVCache(Uncopyable):
             most = min(most, integer("max_seq_len", max_seq_len, 1, MAX_TOKENS))
         num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
         max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
+        if type(prefix_caching) is not bool or (prefix_caching and window is not None):
+            raise ArgumentError(
+                f"prefix_caching is {prefix_caching!r} and window is {window!r}; "
+                "give False, or True and no window"
+            )
         seen = None
         if window is not None:
             window = integer("window", window, 1, MAX_TOKENS)
@@ -106,6 +118,7 @@ class PagedKVCache(Uncopyable):
             most,
             seen,
             None if num_threads is None else integer("num_threads", num_threads, 1, 1024),
+            prefix_caching,
         )
 
     @property
@@ -144,9 +157,25 @@ class PagedKVCache(Uncopyable):
         window = self._store.tables.window
         return self.max_seq_len if window is None else window.max_step_tokens
 
-    def sequence(self) -> Sequence:
-        """A new, empty sequence.  Raises: OutOfSequences, CacheClosed."""
-        return new_sequences(self._store, 1)[0]
+    def sequence(self, tokens: object = None) -> Sequence:
+        """A new sequence: empty, or with prefix_caching the longest prefix of `tokens` that the cache holds.
+
+        Parameters
+        ----------
+        tokens : the ids of a prompt, a list or an integer array [n].  The sequence begins with those first
+            ones that any sequence has committed with their ids, whether it still has them, has released them
+            or goes on appending; never with the last token, which has to be computed.  `len(seq)` and
+            `seq.num_cached_tokens` say how many: `step([seq], [tokens[len(seq):]])` computes the rest.
+
+        Pages are shared, and nothing is copied now.  Keys and values must depend on the tokens alone: one
+        cache serves one model, and users who must not learn from timing what others asked use caches of
+        their own.
+        Raises: OutOfSequences, ArgumentError, CacheClosed.
+        Cost: O(tokens); takes no page.
+        """
+        if tokens is None:
+            return new_sequences(self._store, 1)[0]
+        return matched_sequence(self._store, token_ids_of("tokens", tokens))
 
     def step(self, seqs: Iterable[Sequence], new: object) -> Step:
         """Reserve slots for the next tokens of some sequences: of all of them, or of none.
@@ -181,16 +210,22 @@ class PagedKVCache(Uncopyable):
             store.reclaim_abandoned(is_alone)
             num_pages, num_free = store.pool.num_pages, store.pool.num_free
             num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
-        slots = (num_pages - num_free) * store.layout.page_size
+            num_kept, index = store.pool.num_kept, store.index
+        num_used = num_pages - num_free - num_kept
+        slots = num_used * store.layout.page_size
         return CacheStats(
             num_pages=num_pages,
-            num_used_pages=num_pages - num_free,
+            num_used_pages=num_used,
+            num_kept_pages=num_kept,
             num_free_pages=num_free,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
             utilization=num_tokens / slots if slots else 0.0,
             pool_bytes=store.pool.num_bytes,
             num_copies=store.tables.num_copies,
+            num_queried_tokens=index.num_queried_tokens if index else 0,
+            num_hit_tokens=index.num_hit_tokens if index else 0,
+            num_evictions=index.num_evictions if index else 0,
         )
 
     def check(self) -> None:
@@ -198,6 +233,9 @@ class PagedKVCache(Uncopyable):
         with self._store.reading() as is_alone:
             self._store.reclaim_abandoned(is_alone)
             self._store.tables.check()
+            broken = self._store.index.broken_rule() if self._store.index is not None else None
+        if broken is not None:
+            raise InvariantViolation(f"prefix index: {broken}")
 
     def close(self) -> None:
         """Wait for running calls, roll back open steps, release the memory.  A second close does nothing."""

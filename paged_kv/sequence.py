@@ -6,7 +6,7 @@ Imports store.
 """
 
 from types import TracebackType
-from typing import overload
+from typing import NoReturn, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,13 @@ class Sequence(Uncopyable):
     and is always true.  `with` frees at exit; a handle that is collected is freed, too.
     """
 
-    __slots__ = ("__weakref__", "_seq_id", "_store")
+    __slots__ = ("__weakref__", "_num_cached_tokens", "_seq_id", "_store")
     _instead = "fork() shares its pages"
 
     def __init__(self, store: Store, seq_id: int) -> None:
         self._store = store
         self._seq_id = seq_id
+        self._num_cached_tokens = 0
         store.note_handle(self, seq_id)
 
     def __len__(self) -> int:
@@ -42,6 +43,11 @@ class Sequence(Uncopyable):
 
     def __bool__(self) -> bool:
         return True
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """How many of its tokens came from the prefix cache when it was made; 0 after `reset`."""
+        return self._num_cached_tokens
 
     @property
     def held_positions(self) -> NDArray[np.int32]:
@@ -107,7 +113,11 @@ class Sequence(Uncopyable):
         """
         with self._store.lock:
             self._store.reclaim_abandoned()
-            self._store.tables.truncate(self._seq_id, length)
+            tables, index = self._store.tables, self._store.index
+            tables.truncate(self._seq_id, length)
+            if index is not None:
+                row = tables.row(self._seq_id)
+                index.shorten(row, int(tables.seq_lens[row]))
 
     def reset(self) -> None:
         """Forget every token and release the pages; the sequence can be used again.
@@ -116,7 +126,10 @@ class Sequence(Uncopyable):
         """
         with self._store.lock:
             self._store.reclaim_abandoned()
+            if self._store.index is not None:
+                self._store.index.leave(self._store.tables.idle_row(self._seq_id))
             self._store.tables.reset(self._seq_id)
+            self._num_cached_tokens = 0
 
     def free(self) -> None:
         """Release everything; the handle is stale afterwards.
@@ -168,5 +181,51 @@ def new_sequences(
         seq_ids = store.tables.next_seq_ids(count)
         # Handles are made before their rows are taken, so that an interrupt loses none.
         handles = [Sequence(store, seq_id) for seq_id in seq_ids]
-        store.tables.add(seq_ids, seq_id, at)
+        try:
+            store.tables.add(seq_ids, seq_id, at)
+            if parent is not None:
+                _share_prefix(store, parent, handles)
+        except BaseException as error:
+            _free_all(store, seq_ids, error)
     return handles
+
+
+def _free_all(store: Store, seq_ids: list[int], error: BaseException) -> NoReturn:
+    """Raise what came between rows and their caller, who has no handle; the error may keep ours for long."""
+    for seq_id in seq_ids:
+        store.free(seq_id)
+    raise error
+
+
+def _share_prefix(store: Store, parent: Sequence, forks: list[Sequence]) -> None:
+    """Forks offer, and were given, as much of a cached prefix as they hold."""
+    for fork in forks:
+        row = store.tables.row(fork._seq_id)
+        seq_len = int(store.tables.seq_lens[row])
+        fork._num_cached_tokens = min(parent._num_cached_tokens, seq_len)
+        if store.index is not None:
+            path = store.index.paths.get(store.tables.row(parent._seq_id), [])
+            store.index.begin(row, path[: seq_len // store.tables.page_size])
+
+
+def matched_sequence(store: Store, ids: NDArray[np.int32]) -> Sequence:
+    """A new sequence that shares the longest prefix of these ids that the cache holds.
+
+    Raises: OutOfSequences, CacheClosed.
+    """
+    with store.lock:
+        store.reclaim_abandoned()
+        (seq_id,) = store.tables.next_seq_ids(1)
+        handle = Sequence(store, seq_id)
+        if store.index is None:
+            store.tables.add([seq_id])
+            return handle
+        path, page_ids, num_tokens = store.index.match(ids)
+        try:
+            store.index.begin(store.tables.add_pages(seq_id, page_ids, num_tokens), path)
+            handle._num_cached_tokens = num_tokens
+            store.index.num_queried_tokens += len(ids)
+            store.index.num_hit_tokens += num_tokens
+        except BaseException as error:
+            _free_all(store, [seq_id], error)
+    return handle

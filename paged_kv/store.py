@@ -11,7 +11,7 @@ so nothing is lost when a handle is collected or an interrupt comes, at whatever
 seq_ids are in use and which plans are open, in the call that changes it; the dictionaries only name the
 owners.
 
-Imports block_table and attention.
+Imports prefix_index and attention.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
-from .errors import CacheClosed
+from .errors import CacheClosed, OutOfPages
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
 from .pages.block_table import BlockTables, Window
@@ -27,6 +27,7 @@ from .pages.layout import PageLayout
 from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
+from .pages.prefix_index import PrefixIndex
 
 #: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.
 Calls: TypeAlias = dict[str, Any]
@@ -48,6 +49,7 @@ class Store(Uncopyable):
         max_seq_len: int,
         window: Window | None,
         num_threads: int | None,
+        prefix_caching: bool = False,
     ) -> None:
         self.layout = layout
         self.threads = shared_threads(num_threads)
@@ -55,6 +57,7 @@ class Store(Uncopyable):
         self.tables = BlockTables(
             self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
         )
+        self.index = PrefixIndex(self.tables) if prefix_caching else None
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
         #: Of steps that ended, by their number of tokens, the last one at the end.
@@ -156,6 +159,8 @@ class Store(Uncopyable):
 
     def free(self, seq_id: int) -> bool:
         """Release what a sequence holds, if it is not freed yet; False when it is in an open step."""
+        if self.index is not None and self.tables.is_idle(seq_id):
+            self.index.leave(self.tables.row(seq_id))
         is_free = self.tables.remove(seq_id)
         if is_free:
             self.handles.pop(seq_id, None)
@@ -176,14 +181,28 @@ class Store(Uncopyable):
         noted.held = plan
         self.open_plans[id(plan)] = noted
         try:
-            self.tables.open(plan, seq_ids, new)
+            try:
+                self.tables.open(plan, seq_ids, new)
+            except OutOfPages:
+                if self.index is None or not self._make_room(self.index, seq_ids, new):
+                    raise
+                self.tables.open(plan, seq_ids, new)
         except BaseException:
             self.roll_back(plan)
             raise
         return plan
 
+    def _make_room(self, index: PrefixIndex, seq_ids: list[int], new: NewTokens) -> bool:
+        """Evict what nobody owns, so that a step can be opened that would open without an index."""
+        if index.make_room(self.tables.pages_needed(seq_ids, new.counts)):
+            return True
+        index.release_tails([self.tables.row(seq_id) for seq_id in seq_ids])
+        return index.make_room(self.tables.pages_needed(seq_ids, new.counts))
+
     def commit(self, plan: Plan) -> None:
         self.tables.commit(plan)
+        if self.index is not None and plan.handle.is_page_completed:
+            self.index.publish(plan.rows)
         self.open_plans.pop(id(plan), None)
 
     def roll_back(self, plan: Plan) -> None:

@@ -16,10 +16,10 @@ SIGNATURES = {
         ["num_layers", "num_kv_heads", "head_dim"],
         [
             *("head_dim_v", "dtype", "num_pages", "memory", "page_size", "max_sequences", "max_seq_len"),
-            *("max_step_tokens", "window", "num_sink_tokens", "num_threads"),
+            *("max_step_tokens", "window", "num_sink_tokens", "prefix_caching", "num_threads"),
         ],
     ),
-    paged_kv.PagedKVCache.sequence: ([], []),
+    paged_kv.PagedKVCache.sequence: (["tokens"], []),
     paged_kv.PagedKVCache.step: (["seqs", "new"], []),
     paged_kv.PagedKVCache.pages_needed: (["seqs", "new"], []),
     paged_kv.PagedKVCache.stats: ([], []),
@@ -114,4 +114,4 @@ def test_the_types_and_dtypes_of_what_a_step_tells(rng):
     fork, forks = a.fork(), a.fork(2)
     assert isinstance(fork, paged_kv.Sequence) and [type(f) for f in forks] == [paged_kv.Sequence] * 2
     stats = cache.stats()
-    assert stats.num_pages == stats.num_used_pages + stats.num_free_pages
+    assert stats.num_pages == stats.num_used_pages + stats.num_kept_pages + stats.num_free_pages

@@ -24,6 +24,7 @@ FLOORS = [
     {"attention.foreign"},
     {"pages.pool", "pages.plan", "pages.new_tokens"},
     {"pages.block_table"},
+    {"pages.prefix_index"},
     {"store"},
     {"sequence"},
     {"step"},

@@ -37,7 +37,7 @@ def subclasses(kind):
 
 def owners():
     """One of each class that owns something."""
-    cache = make_cache(num_layers=1)
+    cache = make_cache(num_layers=1, prefix_caching=True)
     seq, held = cache.sequence(), cache.sequence()
     step = cache.step([held], [3])
     manager = paged_kv.KVCacheManager()
@@ -47,7 +47,7 @@ def owners():
     weights = matrix.ternary_matrix(np.zeros((16, 16), np.int8), np.ones(1, np.float32))
     batch = generate.Batch(model, cache, generate.Admission.pages_of(cache))
     store = cache._store
-    inner = [store, store.pool, store.tables, step._plan, manager._ring, model._entry(0)]
+    inner = [store, store.pool, store.tables, store.index, step._plan, manager._ring, model._entry(0)]
     return [cache, seq, step, manager, model, plain, weights, batch, *inner]
 
 

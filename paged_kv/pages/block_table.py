@@ -168,6 +168,12 @@ class BlockTables(Uncopyable):
         if status:
             check(status, "add")
 
+    def add_pages(self, seq_id: int, page_ids: list[int], seq_len: int) -> int:
+        """A row for a new sequence that shares these pages' first seq_len tokens.  Returns: the row."""
+        ids = ffi.new("int32_t[]", page_ids)
+        check(lib.pkv_tables_add_pages(self.pool.handle, self._tables, seq_id, ids, seq_len), "add")
+        return self.row(seq_id)
+
     def remove(self, seq_id: int) -> bool:
         """Release a sequence's row and pages, if there is one; False when it is in an open step."""
         status = lib.pkv_tables_remove(self.pool.handle, self._tables, seq_id)
@@ -190,6 +196,11 @@ class BlockTables(Uncopyable):
         if self.reserved_lens[row] != self.seq_lens[row]:
             raise SequenceBusy("the sequence is in an open step; commit it or roll it back first")
         return row
+
+    def is_idle(self, seq_id: int) -> bool:
+        """Is there a sequence of this id, and in no open step?"""
+        row = int(lib.pkv_tables_row(self._tables, seq_id))
+        return row >= 0 and bool(self.reserved_lens[row] == self.seq_lens[row])
 
     def reset(self, seq_id: int) -> None:
         """Give a row's pages back; it is empty then."""
@@ -298,7 +309,8 @@ class BlockTables(Uncopyable):
             )
         if status == lib.PKV_OUT_OF_PAGES:
             raise OutOfPages(
-                f"the step needs {asked} new pages, {available} of {self.pool.num_pages} are free; "
+                f"the step needs {asked} new pages, {available + self.pool.num_kept} of "
+                f"{self.pool.num_pages} are free; "
                 "free a sequence, step fewer, or build a larger pool"
             )
         if status != lib.PKV_BAD_ARGUMENT:

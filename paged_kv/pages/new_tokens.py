@@ -69,6 +69,21 @@ def counts_of(new: object, num_seqs: int) -> Counts:
     return new_tokens_of(new, num_seqs).counts
 
 
+def token_ids_of(name: str, tokens: object) -> NDArray[np.int32]:
+    """Ids of one sequence, int32 [n].  Raises: ArgumentError for what holds no ids in [0, 2**31)."""
+    ids = None
+    if type(tokens) is list:
+        ids = _ids_of_lists([tokens])
+    if ids is None:
+        entry = _entry(name, tokens)
+        if isinstance(entry, int) and hasattr(tokens, "__len__"):
+            return np.empty(0, np.int32)
+        if isinstance(entry, int):
+            raise ArgumentError(f"{name} is {entry}; give the tokens' ids, not their count")
+        ids = entry
+    return ids
+
+
 def _ids_of_lists(new: Any) -> NDArray[np.int32] | None:
     """All ids of lists of Python integers; None when one of them has to be named in an error."""
     flat = list(itertools.chain.from_iterable(new))

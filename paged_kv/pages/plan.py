@@ -70,6 +70,11 @@ class Plan(Uncopyable):
         return self.int32(self.batch.qo_indptr, self.num_seqs + 1)
 
     @property
+    def rows(self) -> NDArray[np.int32]:
+        """int32 [num_seqs]: rows of the block tables."""
+        return self.int32(self.handle.rows, self.num_seqs)
+
+    @property
     def seq_lens(self) -> NDArray[np.int32]:
         """int32 [num_seqs], including the new tokens."""
         return self.int32(self.batch.seq_lens, self.num_seqs)

@@ -1,0 +1,228 @@
+"""The prefix index: which pages hold which tokens, so that a new sequence begins with what is there already.
+
+    entries   sorted: the serial number of the entry before it, and the page's token ids -> entry
+    by_page   page id -> its entry; a page has at most one
+    paths     row -> the entries of its full pages whose ids are known, in order
+
+A key holds all tokens of its page and names the entry of the page before, so a look-up compares every token
+of the prefix.  Keys that follow the same entry stand side by side in the order of their tokens: the page that
+agrees longest with some tokens is a neighbour of their place.
+
+The first copy of a page is the indexed one.  The pool keeps an indexed page when its last owner releases it,
+until `make_room` needs it.  The last, open page of a sequence is found in the block tables, without an entry.
+
+Entries and pages stay consistent when an interrupt comes between two lines: a page is marked as indexed
+before it has an entry, and until after it had one.
+
+Imports block_table and lifetime.  The caller holds the cache's lock.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sortedcontainers import SortedDict
+
+from ..lifetime import Uncopyable
+from .block_table import BlockTables
+
+#: Before the first page of a sequence.
+ROOT = bytes(8)
+
+
+class Entry:
+    """An indexed page: the ids of its first tokens follow the parent's serial number in `key`."""
+
+    __slots__ = ("is_dropped", "key", "page_id", "serial")
+
+    def __init__(self, key: bytes, page_id: int, serial: bytes) -> None:
+        self.key, self.page_id, self.serial = key, page_id, serial
+        self.is_dropped = False
+
+
+class PrefixIndex(Uncopyable):
+    """The index of one cache's pages, which has no window."""
+
+    def __init__(self, tables: BlockTables) -> None:
+        self.tables, self.pool, self.page_size = tables, tables.pool, tables.page_size
+        self.entries: Any = SortedDict()
+        self.by_page: dict[int, Entry] = {}
+        self.paths: dict[int, list[Entry]] = {}
+        #: Of each row, the serial number of its path's last entry.
+        self._ends = np.zeros(tables.max_sequences, np.int64)
+        self._serials = itertools.count(1)
+        self.num_evictions = self.num_queried_tokens = self.num_hit_tokens = 0
+
+    # ---- look-up
+
+    def match(self, ids: NDArray[np.int32]) -> tuple[list[Entry], list[int], int]:
+        """The longest prefix that is there, short of the last token, which has to be computed.
+
+        Returns: the entries of its full pages; all its page ids; its number of tokens.
+        Cost: a look-up for each page, and a comparison with the open pages of sequences that agree so far.
+        """
+        limit, width = max(0, len(ids) - 1), 4 * self.page_size
+        tokens, entries, serial = _key_of(ids[:limit]), [], ROOT
+        for begin in range(0, limit // self.page_size * width, width):
+            entry = self.entries.get(serial + tokens[begin : begin + width])
+            if entry is None:
+                break
+            entries.append(entry)
+            serial = entry.serial
+        page_ids, num_tokens = [entry.page_id for entry in entries], len(entries) * self.page_size
+        rest = ids[num_tokens : min(limit, num_tokens + self.page_size)]
+        page_id, num_more = self._longest(serial, len(entries), rest)
+        if num_more:
+            page_ids.append(page_id)
+        return entries, page_ids, num_tokens + num_more
+
+    def _longest(self, serial: bytes, depth: int, rest: NDArray[np.int32]) -> tuple[int, int]:
+        """The page that follows an entry and agrees with `rest` for longest, and for how many tokens."""
+        best = (-1, 0)
+        place = self.entries.bisect_left(serial + _key_of(rest))
+        for index in (place - 1, place):
+            if 0 <= index < len(self.entries):
+                key, entry = self.entries.peekitem(index)
+                if key.startswith(serial):
+                    agreed = _num_common(np.frombuffer(key, ">i4", offset=8), rest)
+                    best = max(best, (entry.page_id, agreed), key=lambda found: found[1])
+        # Open pages: of rows whose path ends here, as far as their ids are known.
+        tables, first = self.tables, depth * self.page_size
+        rows = np.flatnonzero(self._ends == int.from_bytes(serial))
+        num_known = np.minimum(tables.num_known[rows] - first, len(rest))
+        rows, num_known = rows[num_known > best[1]], num_known[num_known > best[1]]
+        if rows.size:
+            page_ids = tables.page_ids[rows, depth]
+            agrees = tables.token_ids[page_ids, : len(rest)] == rest
+            agreed = np.minimum(np.logical_and.accumulate(agrees, axis=1).sum(axis=1), num_known)
+            longest = int(agreed.argmax())
+            best = max(best, (int(page_ids[longest]), int(agreed[longest])), key=lambda found: found[1])
+        return best
+
+    # ---- what rows offer
+
+    def begin(self, row: int, path: list[Entry]) -> None:
+        """A new sequence has these pages, as a match found them or a fork shares them."""
+        self.paths[row] = path
+        self._ends[row] = int.from_bytes(path[-1].serial) if path else 0
+
+    def publish(self, rows: NDArray[np.int32]) -> None:
+        """Index the full pages of known ids that a commit has completed."""
+        tables = self.tables
+        for row in rows.tolist():
+            path = self.paths.get(row, [])
+            if path and path[-1].is_dropped:
+                path = []
+            num_full = int(tables.num_known[row]) // self.page_size
+            page_ids = tables.page_ids[row, len(path) : num_full]
+            for page_id, ids in zip(page_ids.tolist(), tables.token_ids[page_ids], strict=True):
+                path.append(self._entry(path[-1].serial if path else ROOT, ids, page_id))
+            self.begin(row, path)
+
+    def shorten(self, row: int, length: int) -> None:
+        """A row forgets its tokens from `length` on; its full pages stay indexed."""
+        self.begin(row, self.paths.get(row, [])[: length // self.page_size])
+
+    def leave(self, row: int) -> None:
+        """Before a row releases its pages: index the open one, too."""
+        path, num_known = self.paths.get(row, []), int(self.tables.num_known[row])
+        num_open = num_known - len(path) * self.page_size
+        if not (path and path[-1].is_dropped) and 0 < num_open < self.page_size:
+            page_id = int(self.tables.page_ids[row, len(path)])
+            ids = self.tables.token_ids[page_id, :num_open]
+            serial = path[-1].serial if path else ROOT
+            if not self._is_indexed(serial, ids):
+                self._entry(serial, ids, page_id)
+        self.begin(row, [])
+
+    def _is_indexed(self, serial: bytes, ids: NDArray[np.int32]) -> bool:
+        """Does an entry behind this one begin with these tokens?"""
+        key = serial + _key_of(ids)
+        place = self.entries.bisect_left(key)
+        return place < len(self.entries) and bool(self.entries.peekitem(place)[0].startswith(key))
+
+    def _entry(self, parent: bytes, ids: NDArray[np.int32], page_id: int) -> Entry:
+        """The entry of these tokens: the one that is there, or a new one of this page, which a row holds."""
+        key = parent + _key_of(ids)
+        there: Entry | None = self.entries.get(key)
+        if there is not None:
+            return there
+        shorter = self.by_page.get(page_id)  # the page was open when it was indexed
+        if shorter is not None:
+            self.drop(shorter)
+        self.pool.set_indexed(page_id, True)
+        entry = Entry(key, page_id, next(self._serials).to_bytes(8))
+        self.by_page[page_id] = entry
+        self.entries[key] = entry
+        return entry
+
+    # ---- what has to go
+
+    def drop(self, entry: Entry) -> int:
+        """Forget an entry and all that follow it; kept pages of theirs are free then.  Returns: how many."""
+        found = [entry]
+        for one in found:
+            following = (int.from_bytes(one.serial) + 1).to_bytes(8)
+            found += [self.entries[key] for key in self.entries.irange(one.serial, following)]
+        for one in reversed(found):
+            one.is_dropped = True
+            self.entries.pop(one.key, None)
+            if self.by_page.get(one.page_id) is one:
+                del self.by_page[one.page_id]
+                self.pool.set_indexed(one.page_id, False)
+        return len(found)
+
+    def make_room(self, num_pages: int) -> bool:
+        """Evict kept pages, those released first before others, until so many are free.
+
+        Returns False, and evicts nothing, when there are too few.
+        """
+        pool = self.pool
+        if pool.num_free + pool.num_kept < num_pages:
+            return False
+        while pool.num_free < num_pages:
+            page_id = pool.oldest_kept
+            entry = self.by_page.get(page_id)
+            if entry is None:  # an interrupt came while it was indexed
+                pool.set_indexed(page_id, False)
+            else:
+                self.num_evictions += self.drop(entry)
+        return True
+
+    def release_tails(self, rows: list[int]) -> None:
+        """Forget the pages that these rows append to, so that sole owners append in place."""
+        tables = self.tables
+        for row in rows:
+            page, offset = divmod(int(tables.seq_lens[row]), self.page_size)
+            indexed = self.by_page.get(int(tables.page_ids[row, page])) if offset else None
+            if indexed is not None:
+                self.drop(indexed)
+
+    def broken_rule(self) -> str | None:
+        """A sentence about what is wrong, for `check`; None: entries and pages agree.  Cost: O(pages)."""
+        serials = {entry.serial for entry in self.entries.values()} | {ROOT}
+        entry: Entry
+        for key, entry in self.entries.items():
+            ids = np.frombuffer(key, ">i4", offset=8)
+            if key != entry.key or key[:8] not in serials:
+                return f"the entry of page {entry.page_id} follows one that was dropped"
+            if self.by_page.get(entry.page_id) is not entry:
+                return f"page {entry.page_id} has several entries"
+            if not np.array_equal(ids, self.tables.token_ids[entry.page_id, : len(ids)]):
+                return f"page {entry.page_id} holds other tokens than its entry"
+        if len(self.by_page) != len(self.entries):
+            return "a page is named by no entry"
+        return None
+
+
+def _key_of(ids: NDArray[np.int32]) -> bytes:
+    """Ids as bytes that sort as the ids do."""
+    return ids.astype(">i4").tobytes()
+
+
+def _num_common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """How many first ids two arrays have in common."""
+    shorter = min(len(a), len(b))
+    differs = a[:shorter] != b[:shorter]
+    return int(differs.argmax()) if differs.any() else shorter

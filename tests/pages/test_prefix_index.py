@@ -1,0 +1,294 @@
+"""The prefix cache: what `sequence(tokens)` finds, against a list of everything that was ever offered.
+
+Keys of a token depend on the tokens up to it, so a wrong page shows in what `gather` reads.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from conftest import make_cache
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from paged_kv import ArgumentError, OutOfPages, OutOfSequences
+
+PAGE_SIZE = 16
+STEPS = 40
+#: Few different ids, so that prompts agree for a while.
+IDS = st.lists(st.sampled_from([1, 2, 3]), max_size=3)
+
+
+def prefix_values(tokens):
+    """For each token a number that depends on it and on all before it, exact in float32."""
+    values, value = [], 7
+    for token in tokens:
+        value = (value * 31 + token) % 65521
+        values.append(value)
+    return np.array(values, np.float32)
+
+
+def extend(cache, seq, held, ids):
+    """Append ids to a sequence that holds `held`."""
+    step = cache.step([seq], [ids])
+    values = prefix_values(held + ids)[len(held) :]
+    rows = np.repeat(values, 8).reshape(len(ids), 1, 8)
+    step.write(0, rows, -rows)
+    return step
+
+
+def prefix_cache(**changes):
+    size = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "page_size": PAGE_SIZE, "dtype": "float32"}
+    return make_cache(**(size | {"prefix_caching": True, "num_pages": 64, "max_sequences": 6} | changes))
+
+
+def start(cache, tokens):
+    """A sequence that holds all of these tokens, and how many of them were there."""
+    seq = cache.sequence(tokens)
+    num_cached = seq.num_cached_tokens
+    assert len(seq) == num_cached
+    extend(cache, seq, tokens[:num_cached], tokens[num_cached:]).commit()
+    return seq, num_cached
+
+
+def holds(seq, tokens):
+    k, v = seq.gather(0)
+    np.testing.assert_array_equal(k[:, 0, 0], prefix_values(tokens))
+    np.testing.assert_array_equal(v[:, 0, 0], -prefix_values(tokens))
+
+
+PROMPT = list(range(1, 41))  # two pages and a half
+
+
+def test_a_prompt_is_found_after_its_sequence_was_freed():
+    with prefix_cache() as cache:
+        seq, num_cached = start(cache, PROMPT)
+        assert num_cached == 0
+        seq.free()
+        stats = cache.stats()
+        assert (stats.num_used_pages, stats.num_kept_pages, stats.num_free_pages) == (0, 3, 61)
+        again, num_cached = start(cache, PROMPT)
+        assert num_cached == len(PROMPT) - 1  # the last token has to be computed
+        holds(again, PROMPT)
+        stats = cache.stats()
+        assert (stats.num_queried_tokens, stats.num_hit_tokens) == (80, 39)
+
+
+def test_tokens_of_a_running_sequence_are_found_and_it_goes_on_in_place():
+    with prefix_cache() as cache:
+        first, _ = start(cache, PROMPT)
+        second = cache.sequence([*PROMPT, 99])
+        assert second.num_cached_tokens == len(PROMPT)
+        extend(cache, first, PROMPT, [50]).commit()
+        assert cache.stats().num_copies == 0
+        extend(cache, second, PROMPT, [99]).commit()
+        assert cache.stats().num_copies == 1
+        holds(first, [*PROMPT, 50])
+        holds(second, [*PROMPT, 99])
+
+
+def test_a_match_ends_at_the_first_token_that_differs():
+    with prefix_cache() as cache:
+        start(cache, PROMPT)
+        for length in (0, 1, 15, 16, 17, 31, 32, 33, 39):
+            other = cache.sequence([*PROMPT[:length], 77, *PROMPT[length + 1 :], 78])
+            assert other.num_cached_tokens == length
+            holds(other, PROMPT[:length])
+            other.free()
+        for length in (1, 16, 17, 32, 40):
+            with cache.sequence(PROMPT[:length]) as other:
+                assert other.num_cached_tokens == length - 1
+
+
+def test_a_step_that_rolls_back_offers_nothing():
+    with prefix_cache() as cache:
+        seq = cache.sequence()
+        extend(cache, seq, [], PROMPT).rollback()
+        open_step = extend(cache, seq, [], PROMPT)
+        assert cache.sequence(PROMPT).num_cached_tokens == 0
+        open_step.rollback()
+        assert cache.sequence(PROMPT).num_cached_tokens == 0
+
+
+def test_after_a_bare_count_nothing_later_is_offered():
+    with prefix_cache() as cache:
+        seq, _ = start(cache, PROMPT[:20])
+        with cache.step([seq], [1]) as step:
+            step.write(0, np.zeros((1, 1, 8), np.float32), np.zeros((1, 1, 8), np.float32))
+            step.commit()
+        extend(cache, seq, [*PROMPT[:20], 0], PROMPT[21:]).commit()
+        assert cache.sequence(PROMPT).num_cached_tokens == 20
+        seq.free()
+        assert cache.sequence(PROMPT).num_cached_tokens == 20
+
+
+def test_kept_pages_give_way_and_those_kept_longest_first():
+    with prefix_cache(num_pages=4) as cache:
+        for first in (100, 200):
+            start(cache, [first, *PROMPT[:20]])[0].free()
+        assert cache.stats().num_kept_pages == 4
+        seq, num_cached = start(cache, [300])
+        assert num_cached == 0 and cache.stats().num_evictions == 1
+        with cache.sequence([200, *PROMPT[:21]]) as kept:
+            assert kept.num_cached_tokens == 21
+        with cache.sequence([100, *PROMPT[:21]]) as cut:
+            assert cut.num_cached_tokens == 16  # its last page went before its first
+        with pytest.raises(OutOfPages, match="needs 4 new pages, 3 of 4 are free"):
+            cache.step([seq, cache.sequence()], [63, 1])
+
+
+def test_a_step_that_opens_without_an_index_opens_with_one():
+    with prefix_cache(num_pages=1) as cache:
+        seq, _ = start(cache, PROMPT[:16])
+        seq.truncate(8)  # its only page is indexed, and no page is there for a copy
+        extend(cache, seq, PROMPT[:8], [5]).commit()
+        holds(seq, [*PROMPT[:8], 5])
+        assert cache.sequence(PROMPT[:16]).num_cached_tokens == 8
+        cache.check()
+
+
+def test_a_fork_offers_what_it_appends():
+    with prefix_cache() as cache:
+        seq, _ = start(cache, PROMPT)
+        fork = seq.fork(at=20)
+        seq.free()
+        extend(cache, fork, PROMPT[:20], [8] * 20).commit()
+        wanted = [*PROMPT[:20], *[8] * 20, 9]
+        assert cache.sequence(wanted).num_cached_tokens == 40
+        again = cache.sequence(wanted).fork(at=5)
+        assert (len(again), again.num_cached_tokens) == (5, 5)
+
+
+@pytest.mark.parametrize("tokens", [5, "abc", [1.5], [-1], [2**31], [[1, 2]], [True], object()])
+def test_what_holds_no_ids_is_refused(tokens):
+    with prefix_cache() as cache:
+        with pytest.raises(ArgumentError, match="tokens"):
+            cache.sequence(tokens)
+        assert cache.stats().num_sequences == 0
+
+
+def test_prefix_caching_takes_true_or_false_and_no_window():
+    with pytest.raises(ArgumentError, match="prefix_caching is 1"):
+        make_cache(prefix_caching=1)
+    with pytest.raises(ArgumentError, match="window is 32"):
+        make_cache(prefix_caching=True, window=32)
+
+
+def test_without_prefix_caching_a_sequence_begins_empty():
+    with prefix_cache(prefix_caching=False) as cache:
+        start(cache, PROMPT)[0].free()
+        assert cache.sequence(np.array(PROMPT)).num_cached_tokens == 0
+        assert cache.stats().num_kept_pages == 0
+
+
+def num_common(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class PrefixMachine(RuleBasedStateMachine):
+    """held: tokens of each live sequence; offered: what freed and cut ones left behind."""
+
+    num_pages, is_roomy = 400, True
+
+    def __init__(self):
+        super().__init__()
+        self.cache = prefix_cache(num_pages=self.num_pages)
+        self.held, self.offered = {}, []
+
+    def teardown(self):
+        self.cache.close()
+
+    def any_of(self, choice):
+        return list(self.held)[choice % len(self.held)] if self.held else None
+
+    def most(self, tokens):
+        everything = self.offered + list(self.held.values())
+        return max((num_common(tokens[:-1], offered) for offered in everything), default=0)
+
+    @rule(choice=st.integers(0, 99), length=st.integers(0, 60), more=IDS, is_new=st.booleans())
+    def begin(self, choice, length, more, is_new):
+        """A prompt like one that was there, with another end."""
+        known = self.offered + list(self.held.values()) or [[]]
+        tokens = ([] if is_new else known[choice % len(known)][:length]) + more
+        try:
+            seq = self.cache.sequence(np.array(tokens, np.int64))
+        except OutOfSequences:
+            assert len(self.held) == 6
+            return
+        num_cached = seq.num_cached_tokens
+        assert len(seq) == num_cached <= self.most(tokens)
+        assert not self.is_roomy or num_cached == self.most(tokens)
+        self.held[seq] = tokens[:num_cached]
+
+    @rule(choice=st.integers(0, 99), ids=IDS, times=st.sampled_from([1, 7, 16]), commits=st.booleans())
+    def append(self, choice, ids, times, commits):
+        seq, ids = self.any_of(choice), ids * times
+        if seq is None or not ids:
+            return
+        try:
+            step = extend(self.cache, seq, self.held[seq], ids)
+        except OutOfPages:
+            num_owned = self.cache.stats().num_used_pages
+            assert not self.is_roomy and num_owned + len(ids) // PAGE_SIZE + 2 > self.num_pages
+            return
+        if commits:
+            step.commit()
+            self.held[seq] = self.held[seq] + ids
+        else:
+            step.rollback()
+
+    @rule(choice=st.integers(0, 99), at=st.integers(0, 99))
+    def fork(self, choice, at):
+        seq = self.any_of(choice)
+        if seq is not None and len(self.held) < 6:
+            at = at % (len(self.held[seq]) + 1)
+            fork = seq.fork(at=at)
+            self.held[fork] = self.held[seq][:at]
+
+    @rule(choice=st.integers(0, 99), length=st.integers(0, 99))
+    def truncate(self, choice, length):
+        seq = self.any_of(choice)
+        if seq is not None:
+            tokens = self.held[seq]
+            length = length % (len(tokens) + 1)
+            seq.truncate(length)
+            self.offered.append(tokens[: len(tokens) // PAGE_SIZE * PAGE_SIZE])
+            self.held[seq] = tokens[:length]
+
+    @rule(choice=st.integers(0, 99), is_freed=st.booleans())
+    def leave(self, choice, is_freed):
+        seq = self.any_of(choice)
+        if seq is not None:
+            self.offered.append(self.held[seq])
+            self.held[seq] = []
+            if is_freed:
+                seq.free()
+                del self.held[seq]
+            else:
+                seq.reset()
+
+    @invariant()
+    def contents_hold(self):
+        self.cache.check()
+        for seq, tokens in self.held.items():
+            holds(seq, tokens)
+
+
+class PressedMachine(PrefixMachine):
+    num_pages, is_roomy = 9, False
+
+
+@pytest.mark.parametrize("machine", [PrefixMachine, PressedMachine])
+def test_whatever_happens_a_match_is_token_exact(machine):
+    num_examples = max(1, int(os.environ.get("PAGED_KV_NUM_RULES", "3000")) // STEPS // 2)
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=num_examples,
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck) if num_examples > 200 else [],
+            derandomize=num_examples > 200,
+        ),
+    )
