@@ -56,6 +56,9 @@ class PagePool(Uncopyable):
         """Note whether an index names an owned or kept page; a kept page that none names is free."""
         check(lib.pkv_pool_set_indexed(self.handle, page_id, is_indexed), "set_indexed")
 
+    def is_indexed(self, page_id: int) -> bool:
+        return bool(lib.pkv_pool_is_indexed(self.handle, page_id))
+
     def acquire(self, count: int) -> NDArray[np.int32]:
         """`count` free pages, now owned; OutOfPages, and nothing taken, when there are fewer."""
         count = integer("count", count, 0)

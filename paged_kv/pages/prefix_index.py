@@ -209,6 +209,8 @@ class PrefixIndex(Uncopyable):
                 return f"the entry of page {entry.page_id} follows one that was dropped"
             if self.by_page.get(entry.page_id) is not entry:
                 return f"page {entry.page_id} has several entries"
+            if not self.pool.is_indexed(entry.page_id):
+                return f"page {entry.page_id} is not marked as indexed"
             if not np.array_equal(ids, self.tables.token_ids[entry.page_id, : len(ids)]):
                 return f"page {entry.page_id} holds other tokens than its entry"
         if len(self.by_page) != len(self.entries):

@@ -3,16 +3,18 @@
 Keys of a token depend on the tokens up to it, so a wrong page shows in what `gather` reads.
 """
 
+import contextlib
+import gc
 import os
 
 import numpy as np
 import pytest
-from conftest import make_cache
+from conftest import SEED, STRIDE, Tripwire, make_cache
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from paged_kv import ArgumentError, OutOfPages, OutOfSequences
+from paged_kv import ArgumentError, OutOfPages, OutOfSequences, PagedKVError
 
 PAGE_SIZE = 16
 STEPS = 40
@@ -292,3 +294,69 @@ def test_whatever_happens_a_match_is_token_exact(machine):
             derandomize=num_examples > 200,
         ),
     )
+
+
+def life(cache, tripwire):
+    """Prompts that share, grow, leave and press each other out, each call by itself."""
+    live = {}
+    for prompt in (PROMPT, [*PROMPT[:36], 70, 71], PROMPT[:20], [*PROMPT, *range(60, 90)]):
+        seq = None
+        with tripwire:
+            seq = cache.sequence(prompt)
+            live[seq] = prompt[: len(seq)]
+        if seq is None or seq not in live:
+            continue
+        held = live[seq]
+        with tripwire:
+            step = extend(cache, seq, held, prompt[len(held) :])
+            live[seq] = None  # from here it holds as much as it says
+            step.commit()
+        live[seq] = prompt[: len(seq)]
+        with tripwire:
+            fork = seq.fork(at=len(seq) // 2)
+            live[fork] = prompt[: len(fork)]
+        if len(prompt) == 20:
+            with tripwire:
+                seq.truncate(10)
+            live[seq] = prompt[: len(seq)]
+            with tripwire:
+                extend(cache, seq, prompt[:10], [5]).commit()
+            live[seq] = [*prompt[:10], 5] if len(seq) == 11 else prompt[: len(seq)]
+        elif len(live) > 2:
+            first = next(iter(live))
+            with tripwire:
+                del live[first]
+                first.free()
+    return live
+
+
+def test_an_interrupt_at_any_call_leaves_the_index_whole():
+    """With whatever was raised kept alive, and then gone: pages are what entries say, and none is lost."""
+
+    def run(at):
+        with prefix_cache(num_pages=10) as cache:
+            tripwire, seq = Tripwire(at), None
+            with contextlib.suppress(PagedKVError):  # a step that was left open keeps its sequence busy
+                live = life(cache, tripwire)
+                cache.check()
+                for seq, tokens in live.items():
+                    holds(seq, tokens)
+                live.clear()
+            seq = None
+            tripwire.raised.clear()
+            gc.collect()
+            assert seq is None and cache.stats().num_used_pages == 0, at
+            cache.check()
+            for prompt in (PROMPT, PROMPT[:20]):
+                with cache.sequence(prompt) as seq:
+                    holds(seq, prompt[: len(seq)])
+            # Every page can be had again.
+            with cache.sequence([9] * 160) as seq, extend(cache, seq, [], [9] * 160) as step:
+                step.commit()
+            cache.check()
+        return tripwire.count
+
+    num_calls = run(0)
+    assert num_calls > 100
+    for at in range(1 + SEED % STRIDE, num_calls + 1, STRIDE):
+        run(at)
