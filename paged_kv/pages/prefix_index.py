@@ -49,8 +49,9 @@ class PrefixIndex(Uncopyable):
         self.entries: Any = SortedDict()
         self.by_page: dict[int, Entry] = {}
         self.paths: dict[int, list[Entry]] = {}
-        #: Of each row, the serial number of its path's last entry.
+        #: Of each row's path, the serial number of the last entry, and the length.
         self._ends = np.zeros(tables.max_sequences, np.int64)
+        self._path_lens = np.zeros(tables.max_sequences, np.int32)
         self._serials = itertools.count(1)
         self.num_evictions = self.num_queried_tokens = self.num_hit_tokens = 0
 
@@ -106,11 +107,13 @@ class PrefixIndex(Uncopyable):
         """A new sequence has these pages, as a match found them or a fork shares them."""
         self.paths[row] = path
         self._ends[row] = int.from_bytes(path[-1].serial) if path else 0
+        self._path_lens[row] = len(path)
 
     def publish(self, rows: NDArray[np.int32]) -> None:
         """Index the full pages of known ids that a commit has completed."""
         tables = self.tables
-        for row in rows.tolist():
+        has_more = tables.num_known[rows] // self.page_size > self._path_lens[rows]
+        for row in rows[has_more].tolist():
             path = self.paths.get(row, [])
             if path and path[-1].is_dropped:
                 path = []
