@@ -1,6 +1,6 @@
 """Old module paths: `import paged_kv.pool` finds `paged_kv.pages.pool`, the same module object.
 
-Modules moved into folders after 0.1.0.  This finder is asked last, and only for the names below.
+Modules moved into folders after 0.1.0.  Python calls this finder last, and only for the names below.
 """
 
 import importlib

@@ -25,7 +25,7 @@ class CacheStats:
 
     num_pages: int
     num_used_pages: int  # owned by a sequence, or reserved by an open step
-    num_kept_pages: int  # of cached prefixes that nobody owns; they give way to whoever needs pages
+    num_kept_pages: int  # of cached prefixes, without an owner; a step that lacks pages evicts them
     num_free_pages: int
     num_sequences: int
     num_tokens: int  # committed, in held pages; a slot that several share counts once
@@ -168,7 +168,7 @@ class PagedKVCache(Uncopyable):
             `seq.num_cached_tokens` say how many: `step([seq], [tokens[len(seq):]])` computes the rest.
 
         Pages are shared, and nothing is copied now.  Keys and values must depend on the tokens alone: one
-        cache serves one model, and users who must not learn from timing what others asked use caches of
+        cache serves one model, and users who must not learn others' prompts from timing use caches of
         their own.
         Raises: OutOfSequences, ArgumentError, CacheClosed.
         Cost: O(tokens); takes no page.

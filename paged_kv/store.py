@@ -193,7 +193,7 @@ class Store(Uncopyable):
         return plan
 
     def _make_room(self, index: PrefixIndex, seq_ids: list[int], new: NewTokens) -> bool:
-        """Evict what nobody owns, so that a step can be opened that would open without an index."""
+        """Evict kept pages, so that a step can be opened that would open without an index."""
         if index.make_room(self.tables.pages_needed(seq_ids, new.counts)):
             return True
         index.release_tails([self.tables.row(seq_id) for seq_id in seq_ids])

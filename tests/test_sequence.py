@@ -111,7 +111,7 @@ def test_a_copy_counts_as_a_page_that_must_be_free(rng):
     a = cache.sequence()
     fill(cache, [a], [20], rng)
     b = a.fork()
-    fill(cache, [a], [1], rng)  # in place: nobody else sees that slot
+    fill(cache, [a], [1], rng)  # in place: no other sequence sees that slot
     with pytest.raises(OutOfPages, match="needs 1 new pages, 0 of 2"):
         cache.step([b], [1])
     a.free()
@@ -222,7 +222,7 @@ def test_what_cannot_be_forked_or_truncated_is_refused(rng):
     for bad in (-1, 2**31, True, 3.0, "3"):
         with pytest.raises(ArgumentError, match="count"):
             a.fork(bad)
-    with pytest.raises(OutOfSequences, match="asked for 3 forks, 2 of 3"):
+    with pytest.raises(OutOfSequences, match="requested 3 forks, 2 of 3"):
         a.fork(3)
     for bad in (-1, 21, 2**63, True, 3.0, "3"):
         with pytest.raises(ArgumentError, match=r"at is|at must"):

@@ -169,7 +169,7 @@ def test_parts_may_be_tensors(rng):
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
 
 
-def test_tensors_that_look_like_the_last_ones_are_asked_what_changes(rng):
+def test_tensors_that_look_like_the_last_ones_are_validated_for_what_may_differ(rng):
     with make_cache() as cache:
         step = cache.step([cache.sequence()], [1])
         q, k = torch.from_numpy(rows(rng, 1, 2, 32)), torch.from_numpy(rows(rng, 1, 2, 32))

@@ -132,10 +132,10 @@ static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
   assert(measure(pool, 3, seq_ids, counts) == PKV_STALE_SEQUENCE);
   counts[0] = RING * PAGE_SIZE + 1;
   assert(measure(pool, 2, seq_ids, counts) == PKV_SEQUENCE_TOO_LONG);
-  assert(refusal.index == 0 && refusal.asked == 65 && refusal.available == 64);
+  assert(refusal.index == 0 && refusal.requested == 65 && refusal.available == 64);
   counts[0] = 2 * PAGE_SIZE + 1;
   assert(measure(pool, 2, seq_ids, counts) == PKV_OUT_OF_PAGES);
-  assert(refusal.asked == 3 && refusal.available == 2);
+  assert(refusal.requested == 3 && refusal.available == 2);
   counts[0] = (int64_t)INT32_MAX + 1;
   assert(measure(pool, 2, seq_ids, counts) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_reset(pool, &tables, -1) == PKV_BAD_ARGUMENT);

@@ -132,5 +132,5 @@ def _batch_of_lists(
     refusal = ffi.new("pkv_refusal *")
     fault = lib.pkv_batch_of_foreign(given, memory, batch, refusal)
     if fault != lib.PKV_FOREIGN_OK:
-        raise ArgumentError(_FAULTS[fault].format(refusal.index, refusal.asked, refusal.available))
+        raise ArgumentError(_FAULTS[fault].format(refusal.index, refusal.requested, refusal.available))
     return memory

@@ -146,7 +146,7 @@ class BlockTables(Uncopyable):
         """Keys for `count` new sequences, which `add` gives rows to; OutOfSequences when there are fewer."""
         num_free = self.max_sequences - self.num_sequences
         if count > num_free:
-            what = f"asked for {count} forks, {num_free} of {self.max_sequences} sequences are free"
+            what = f"requested {count} forks, {num_free} of {self.max_sequences} sequences are free"
             if count == 1:
                 what = f"all {self.max_sequences} sequences are in use"
             raise OutOfSequences(f"{what}; free one, or build a cache with a larger max_sequences")
@@ -294,7 +294,7 @@ class BlockTables(Uncopyable):
         check(lib.pkv_tables_check(self.pool.handle, self._tables, self.pool.num_pages), "block tables")
 
     def _refuse(self, status: int, refusal: Any) -> NoReturn:
-        asked, available = refusal.asked, refusal.available
+        requested, available = refusal.requested, refusal.available
         name = f"seqs[{refusal.index}]"
         if status == lib.PKV_STALE_SEQUENCE:
             raise StaleSequence(f"{name} was freed, or is another cache's")
@@ -304,20 +304,20 @@ class BlockTables(Uncopyable):
             raise ArgumentError(f"{name} is in this step twice; a step takes a sequence once")
         if status == lib.PKV_SEQUENCE_TOO_LONG:
             raise SequenceTooLong(
-                f"{name} would hold {asked} tokens, max_seq_len is {available}; "
+                f"{name} would hold {requested} tokens, max_seq_len is {available}; "
                 "free it, or build a cache with a larger max_seq_len"
             )
         if status == lib.PKV_OUT_OF_PAGES:
             raise OutOfPages(
-                f"the step needs {asked} new pages, {available + self.pool.num_kept} of "
+                f"the step needs {requested} new pages, {available + self.pool.num_kept} of "
                 f"{self.pool.num_pages} are free; "
                 "free a sequence, step fewer, or build a larger pool"
             )
         if status != lib.PKV_BAD_ARGUMENT:
             check(status, "step")
         if refusal.index < 0:
-            raise ArgumentError(f"the step has {asked} new tokens or pages, {available} at most can be")
-        raise ArgumentError(f"new[{refusal.index}] is {asked} tokens, outside 1 to {available}")
+            raise ArgumentError(f"the step has {requested} new tokens or pages, {available} at most can be")
+        raise ArgumentError(f"new[{refusal.index}] is {requested} tokens, outside 1 to {available}")
 
 
 def _table(max_sequences: int, ring_pages: int) -> NDArray[np.int32]:

@@ -64,7 +64,7 @@ class PagePool(Uncopyable):
         count = integer("count", count, 0)
         if count > self.num_free:
             raise OutOfPages(
-                f"asked for {count} pages, {self.num_free} of {self.num_pages} are free; "
+                f"requested {count} pages, {self.num_free} of {self.num_pages} are free; "
                 "free a sequence or build a larger pool"
             )
         page_ids = np.empty(count, np.int32)
@@ -137,8 +137,8 @@ def _require_memory(num_bytes: int) -> None:
     available = machine.available_memory()
     if available is not None and num_bytes > available:
         raise MemoryError(
-            f"asked for a pool of {mebibytes(num_bytes)}, {mebibytes(available)} are available; "
-            "ask for fewer pages or a smaller memory="
+            f"requested a pool of {mebibytes(num_bytes)}, {mebibytes(available)} are available; "
+            "request fewer pages or a smaller memory="
         )
 
 

@@ -11,7 +11,7 @@ from paged_kv.pages.pool import PagePool
 def test_release_makes_the_page_available_again():
     pool = PagePool(4, 4096)
     page_ids = pool.acquire(4)
-    with pytest.raises(OutOfPages, match="asked for 1 pages, 0 of 4 are free"):
+    with pytest.raises(OutOfPages, match="requested 1 pages, 0 of 4 are free"):
         pool.acquire(1)
     pool.release(page_ids)
     assert pool.num_free == 4
@@ -67,7 +67,7 @@ def test_ids_that_are_no_pages_change_nothing(bad):
 
 def test_too_little_memory_is_an_error_that_names_both_sizes(monkeypatch):
     monkeypatch.setattr("paged_kv.machine.available_memory", lambda: 3 * 2**20)
-    with pytest.raises(MemoryError, match=r"asked for a pool of 4\.0 MiB, 3\.0 MiB are available"):
+    with pytest.raises(MemoryError, match=r"requested a pool of 4\.0 MiB, 3\.0 MiB are available"):
         PagePool(4, 2**20)
 
 

@@ -6,9 +6,9 @@
 
 #include "paged_kv.h"
 
-static pkv_foreign_fault refuse(pkv_refusal *refusal, pkv_foreign_fault fault, int64_t index, int64_t asked,
-                                int64_t available) {
-  *refusal = (pkv_refusal){index, asked, available};
+static pkv_foreign_fault refuse(pkv_refusal *refusal, pkv_foreign_fault fault, int64_t index,
+                                int64_t requested, int64_t available) {
+  *refusal = (pkv_refusal){index, requested, available};
   return fault;
 }
 

@@ -6,7 +6,7 @@
 #define NOINLINE static __attribute__((noinline))
 
 /* A loop that is unrolled early.  gcc keeps an array in memory when it unrolls the loop over it on its
- * own, which is later; clang does when it is told to unroll. */
+ * own, which is later; clang does with an unroll pragma. */
 #ifdef __clang__
 #define EACH(i, count) for (int i = 0; i < (count); i++)
 #else

@@ -5,9 +5,9 @@
  * Commit copies reserved_lens to seq_lens; rollback does the reverse and releases the pages between
  * them.
  *
- * Copy-on-write: a row whose next slot is the page's first unreserved one (filled) appends in place, whoever
- * else holds the page; so does a row that holds it alone, where no index names it.  Any other row appends to
- * a copy, which waits in tail_copies until commit.
+ * Copy-on-write: a row whose next slot is the page's first unreserved one (filled) appends in place, even
+ * when other rows hold the page; so does a row that holds it alone, where no index names it.  Any other row
+ * appends to a copy, which waits in tail_copies until commit.
  *
  * The caller holds the cache's lock: nothing here is thread-safe. */
 #include <stdbool.h>
@@ -91,9 +91,9 @@ static void unfill_tail(const pkv_tables *tables, int64_t row) {
 
 /* ---- measuring a step */
 
-static pkv_status refuse(pkv_refusal *refusal, pkv_status status, int64_t index, int64_t asked,
+static pkv_status refuse(pkv_refusal *refusal, pkv_status status, int64_t index, int64_t requested,
                          int64_t available) {
-  *refusal = (pkv_refusal){index, asked, available};
+  *refusal = (pkv_refusal){index, requested, available};
   return status;
 }
 
