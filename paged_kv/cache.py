@@ -14,6 +14,7 @@ from .pages.block_table import Window
 from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
+from .pages.salts import salt_of
 from .sequence import Sequence, matched_sequence, new_sequences
 from .step import Step, seq_ids_of
 from .store import Store
@@ -157,7 +158,7 @@ class PagedKVCache(Uncopyable):
         window = self._store.tables.window
         return self.max_seq_len if window is None else window.max_step_tokens
 
-    def sequence(self, tokens: object = None) -> Sequence:
+    def sequence(self, tokens: object = None, *, salt: bytes = b"") -> Sequence:
         """A new sequence: empty, or with prefix_caching the longest prefix of `tokens` that the cache holds.
 
         Parameters
@@ -167,15 +168,19 @@ class PagedKVCache(Uncopyable):
             or goes on appending; never with the last token, which has to be computed.  `len(seq)` and
             `seq.num_cached_tokens` say how many: `step([seq], [tokens[len(seq):]])` computes the rest.
 
+        salt : only sequences of the same salt share pages, or find each other's tokens.  Give each tenant one
+            that others cannot guess, so that none learns from timing what others have sent.  A page that
+            held another salt is cleared before it is written.
+
         Pages are shared, and nothing is copied now.  Keys and values must depend on the tokens alone: one
-        cache serves one model, and users who must not learn others' prompts from timing use caches of
-        their own.
+        cache serves one model.
         Raises: OutOfSequences, ArgumentError, CacheClosed.
         Cost: O(tokens); takes no page.
         """
+        salt = salt_of(salt)
         if tokens is None:
-            return new_sequences(self._store, 1)[0]
-        return matched_sequence(self._store, token_ids_of("tokens", tokens))
+            return new_sequences(self._store, 1, salt=salt)[0]
+        return matched_sequence(self._store, token_ids_of("tokens", tokens), salt)
 
     def step(self, seqs: Iterable[Sequence], new: object) -> Step:
         """Reserve slots for the next tokens of some sequences: of all of them, or of none.

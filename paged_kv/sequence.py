@@ -166,9 +166,9 @@ class Sequence(Uncopyable):
 
 
 def new_sequences(
-    store: Store, count: int, parent: Sequence | None = None, at: object = None
+    store: Store, count: int, parent: Sequence | None = None, at: object = None, salt: bytes = b""
 ) -> list[Sequence]:
-    """Handles of `count` new sequences: empty, or holding the first `at` tokens of `parent`.
+    """Handles of `count` new sequences: empty and of this salt, or with the first `at` tokens of `parent`.
 
     Raises: OutOfSequences, ArgumentError, StaleSequence, CacheClosed.
     """
@@ -182,9 +182,12 @@ def new_sequences(
         # Handles are made before their rows are taken, so that an interrupt loses none.
         handles = [Sequence(store, seq_id) for seq_id in seq_ids]
         try:
-            store.tables.add(seq_ids, seq_id, at)
+            store.tables.add(seq_ids, seq_id, at, store.salt_number(salt))
             if parent is not None:
                 _share_prefix(store, parent, handles)
+            elif store.index is not None:
+                for new_id in seq_ids:
+                    store.index.begin(store.tables.row(new_id), [])
         except BaseException as error:
             _free_all(store, seq_ids, error)
     return handles
@@ -208,8 +211,8 @@ def _share_prefix(store: Store, parent: Sequence, forks: list[Sequence]) -> None
             store.index.begin(row, path[: seq_len // store.tables.page_size])
 
 
-def matched_sequence(store: Store, ids: NDArray[np.int32]) -> Sequence:
-    """A new sequence that shares the longest prefix of these ids that the cache holds.
+def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes) -> Sequence:
+    """A new sequence of a salt that shares the longest prefix of these ids that the cache holds.
 
     Raises: OutOfSequences, CacheClosed.
     """
@@ -217,12 +220,13 @@ def matched_sequence(store: Store, ids: NDArray[np.int32]) -> Sequence:
         store.reclaim_abandoned()
         (seq_id,) = store.tables.next_seq_ids(1)
         handle = Sequence(store, seq_id)
+        number = store.salt_number(salt)
         if store.index is None:
-            store.tables.add([seq_id])
+            store.tables.add([seq_id], salt=number)
             return handle
-        path, page_ids, num_tokens = store.index.match(ids)
+        path, page_ids, num_tokens = store.index.match(ids, number)
         try:
-            store.index.begin(store.tables.add_pages(seq_id, page_ids, num_tokens), path)
+            store.index.begin(store.tables.add_pages(seq_id, number, page_ids, num_tokens), path)
             handle._num_cached_tokens = num_tokens
             store.index.num_queried_tokens += len(ids)
             store.index.num_hit_tokens += num_tokens

@@ -28,6 +28,7 @@ from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
 from .pages.prefix_index import PrefixIndex
+from .pages.salts import Salts
 
 #: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.
 Calls: TypeAlias = dict[str, Any]
@@ -57,7 +58,8 @@ class Store(Uncopyable):
         self.tables = BlockTables(
             self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
         )
-        self.index = PrefixIndex(self.tables) if prefix_caching else None
+        self.salts = Salts()
+        self.index = PrefixIndex(self.tables, self.salts) if prefix_caching else None
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
         #: Of steps that ended, by their number of tokens, the last one at the end.
@@ -150,6 +152,15 @@ class Store(Uncopyable):
             self._abandoned_seq_ids.popleft()
 
     # ---- sequences
+
+    def salt_number(self, salt: bytes) -> int:
+        """The number of a salt, for a new sequence."""
+        index, tables = self.index, self.tables
+        self.salts.forget_unused(
+            lambda: tables.row_salts[tables.seq_ids > 0].tolist(),
+            index.has_entries if index is not None else lambda number: False,
+        )
+        return self.salts.number(salt)
 
     def note_handle(self, handle: object, seq_id: int) -> None:
         """Free the sequence when its handle is collected."""

@@ -19,7 +19,7 @@ SIGNATURES = {
             *("max_step_tokens", "window", "num_sink_tokens", "prefix_caching", "num_threads"),
         ],
     ),
-    paged_kv.PagedKVCache.sequence: (["tokens"], []),
+    paged_kv.PagedKVCache.sequence: (["tokens"], ["salt"]),
     paged_kv.PagedKVCache.step: (["seqs", "new"], []),
     paged_kv.PagedKVCache.pages_needed: (["seqs", "new"], []),
     paged_kv.PagedKVCache.stats: ([], []),

@@ -22,7 +22,7 @@ FLOORS = [
     {"attention.array_template", "attention.merge"},
     {"attention.prepared"},
     {"attention.foreign"},
-    {"pages.pool", "pages.plan", "pages.new_tokens"},
+    {"pages.pool", "pages.plan", "pages.new_tokens", "pages.salts"},
     {"pages.block_table"},
     {"pages.prefix_index"},
     {"store"},

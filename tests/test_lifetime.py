@@ -47,7 +47,16 @@ def owners():
     weights = matrix.ternary_matrix(np.zeros((16, 16), np.int8), np.ones(1, np.float32))
     batch = generate.Batch(model, cache, generate.Admission.pages_of(cache))
     store = cache._store
-    inner = [store, store.pool, store.tables, store.index, step._plan, manager._ring, model._entry(0)]
+    inner = [
+        store,
+        store.pool,
+        store.tables,
+        store.index,
+        store.salts,
+        step._plan,
+        manager._ring,
+        model._entry(0),
+    ]
     return [cache, seq, step, manager, model, plain, weights, batch, *inner]
 
 

@@ -14,12 +14,14 @@ enum {
   BLOCK = 2 * PAGE_SIZE * HEAD_DIM * 4
 };
 
-static int64_t row_ids[ROWS];
+static int64_t row_ids[ROWS], row_salts[ROWS], page_salts[NUM_PAGES];
 static int32_t next_free[ROWS];
 static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[NUM_PAGES],
     filled[NUM_PAGES], num_known[ROWS], token_ids[NUM_PAGES * PAGE_SIZE];
 static int32_t tail_copies[ROWS] = {-1, -1, -1};
 static pkv_tables tables = {.seq_ids = row_ids,
+                            .row_salts = row_salts,
+                            .page_salts = page_salts,
                             .next_free = next_free,
                             .free_row = -1,
                             .page_ids = page_ids,
@@ -58,9 +60,9 @@ static void rows_are_given_and_taken_back(pkv_pool *pool) {
   int32_t rows[ROWS + 1];
   int64_t seq_ids[ROWS] = {seq_id(0), seq_id(1), seq_id(2)};
   assert(pkv_tables_next_rows(&tables, ROWS + 1, rows) == ROWS && rows[0] == 0 && rows[2] == 2);
-  assert(pkv_tables_add(pool, &tables, 1, seq_ids + 1, -1, 0) == PKV_BAD_ARGUMENT); /* row 0 comes first */
-  assert(pkv_tables_add(pool, &tables, 2, seq_ids, 2, 0) == PKV_STALE_SEQUENCE);
-  assert(pkv_tables_add(pool, &tables, ROWS, seq_ids, -1, 0) == PKV_OK && tables.num_sequences == ROWS);
+  assert(pkv_tables_add(pool, &tables, 1, seq_ids + 1, 1, -1, 0) == PKV_BAD_ARGUMENT); /* row 0 comes first */
+  assert(pkv_tables_add(pool, &tables, 2, seq_ids, 1, 2, 0) == PKV_STALE_SEQUENCE);
+  assert(pkv_tables_add(pool, &tables, ROWS, seq_ids, 1, -1, 0) == PKV_OK && tables.num_sequences == ROWS);
   assert(pkv_tables_next_rows(&tables, 1, rows) == 0);
   assert(pkv_tables_remove(pool, &tables, seq_ids[1]) == PKV_OK);
   assert(pkv_tables_remove(pool, &tables, seq_ids[1]) == PKV_STALE_SEQUENCE);
@@ -71,7 +73,7 @@ static void rows_are_given_and_taken_back(pkv_pool *pool) {
   next_free[1] = 0; /* a circle */
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
   next_free[1] = -1;
-  assert(pkv_tables_add(pool, &tables, 2, seq_ids, -1, 0) == PKV_OK);
+  assert(pkv_tables_add(pool, &tables, 2, seq_ids, 1, -1, 0) == PKV_OK);
 }
 
 static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
@@ -80,7 +82,7 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   assert(measure(pool, 2, seq_ids, counts) == PKV_OK);
   assert(size.num_tokens == 20 && size.num_pages == 3 && size.num_new_pages == 3);
   assert(reserved_lens[2] == 0);
-  assert(size.plan_bytes == (int64_t)sizeof(pkv_plan) + 20 * 8 + (20 + 3 + 3 + 2 + 2 + 2 + 2 + 3) * 4);
+  assert(size.plan_bytes == (int64_t)sizeof(pkv_plan) + 20 * 8 + (20 + 3 + 3 + 2 + 2 + 2 + 2 + 3 + 6) * 4);
   assert(open_step(pool, 2, seq_ids, counts) == PKV_OK);
   assert(pkv_pool_num_free(pool) == 2 && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   assert(plan->slot_mapping[16] == (int64_t)page_ids[2 * RING + 1] * PAGE_SIZE);
@@ -157,9 +159,10 @@ static void a_stray_write_into_the_tables_is_found(pkv_pool *pool) {
 /* Row 2 has 17 tokens in two pages, row 0 has 3 in one, two pages are free. */
 static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
   int64_t fork = seq_id(1);
-  assert(pkv_tables_add(pool, &tables, 1, &fork, 2, seq_lens[2]) == PKV_OUT_OF_SEQUENCES);
+  assert(pkv_tables_add(pool, &tables, 1, &fork, 1, 2, seq_lens[2]) == PKV_OUT_OF_SEQUENCES);
   assert(pkv_tables_remove(pool, &tables, fork) == PKV_OK);
-  assert(pkv_tables_add(pool, &tables, 1, &fork, 2, seq_lens[2]) == PKV_OK && pkv_pool_num_free(pool) == 2);
+  assert(pkv_tables_add(pool, &tables, 1, &fork, 1, 2, seq_lens[2]) == PKV_OK &&
+         pkv_pool_num_free(pool) == 2);
   assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 20);
   int64_t seq_ids[2] = {seq_id(1), seq_id(2)}, counts[2] = {1, 1};
   /* Both who hold the page append: they are equally long, so the first one writes in place. */
@@ -189,6 +192,31 @@ static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
   assert(pkv_tables_reset(pool, &tables, 1) == PKV_OK && pkv_pool_num_free(pool) == 2);
 }
 
+/* No row has a page; all pages but one held salt 1. */
+static void a_page_changes_salt_after_scrubbing(pkv_pool *pool) {
+  int64_t both[2] = {seq_id(0), seq_id(1)}, counts[1] = {17};
+  for (int i = 0; i < NUM_PAGES; i++) page_salts[i] = i < NUM_PAGES - 1;
+  for (int i = 0; i < 2; i++) assert(pkv_tables_remove(pool, &tables, seq_id(i)) == PKV_OK);
+  assert(pkv_tables_add(pool, &tables, 1, both + 1, 0, -1, 0) == PKV_BAD_ARGUMENT);
+  assert(pkv_tables_add(pool, &tables, 1, both + 1, 2, -1, 0) == PKV_OK);
+  assert(open_step(pool, 1, both + 1, counts) == PKV_OK);
+  int32_t first = page_ids[RING], second = page_ids[RING + 1];
+  assert(plan->num_scrubs == (first != NUM_PAGES - 1) + (second != NUM_PAGES - 1));
+  int32_t scrubbed = plan->scrubbed[0];
+  assert(plan->scrubbed_for[0] == 1 && page_salts[scrubbed] == -1);
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && page_salts[scrubbed] == -1);
+  assert(open_step(pool, 1, both + 1, counts) == PKV_OK && plan->num_scrubs >= 1);
+  assert(pkv_step_commit(pool, &tables, plan) == PKV_OK && page_salts[first] == 2 && page_salts[second] == 2);
+  assert(pkv_tables_add_pages(pool, &tables, both[0], 1, &first, 5) == PKV_BAD_ARGUMENT);
+  assert(pkv_tables_add_pages(pool, &tables, both[0], 2, &first, 5) == PKV_OK && row_salts[0] == 2);
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  page_salts[first] = 1; /* a page of another salt in a row */
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
+  page_salts[first] = 2;
+  assert(pkv_tables_reset(pool, &tables, 1) == PKV_OK && pkv_tables_reset(pool, &tables, 0) == PKV_OK);
+}
+
 int main(void) {
   pkv_pool *pool = NULL;
   assert(pkv_pool_create(NUM_PAGES, BLOCK, &pool) == PKV_OK);
@@ -198,6 +226,7 @@ int main(void) {
   what_cannot_be_is_refused_by_name(pool);
   a_stray_write_into_the_tables_is_found(pool);
   assert(pkv_tables_reset(pool, &tables, 2) == PKV_OK && pkv_tables_reset(pool, &tables, 0) == PKV_OK);
+  a_page_changes_salt_after_scrubbing(pool);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   pkv_pool_destroy(&pool);
   return 0;

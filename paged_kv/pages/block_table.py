@@ -10,7 +10,7 @@ a whole batch in one call.
 
 A sequence has an id: a serial number that no other sequence of the process has, and its row.
 
-Imports pool, plan and new_tokens.  The caller holds the cache's lock.
+Imports pool, plan, new_tokens and salts.  The caller holds the cache's lock.
 """
 
 import itertools
@@ -34,6 +34,7 @@ from .layout import num_pages
 from .new_tokens import MAX_TOKENS, Counts, NewTokens, int64s
 from .plan import Plan
 from .pool import PagePool
+from .salts import NO_SALT
 
 SEQUENCE_BUSY = lib.PKV_SEQUENCE_BUSY
 
@@ -92,6 +93,8 @@ class BlockTables(Uncopyable):
         self.reserved_lens = np.zeros(max_sequences, np.int32)
         self.tail_copies = np.zeros(max_sequences, np.int32)
         self.seq_ids = np.zeros(max_sequences, np.int64)
+        self.row_salts = np.zeros(max_sequences, np.int64)
+        self.page_salts = np.zeros(pool.num_pages, np.int64)
         self._next_free = np.zeros(max_sequences, np.int32)
         self._filled = np.zeros(pool.num_pages, np.int32)
         #: [num_pages, page_size]: the id of the token in each slot, where it is known.
@@ -110,7 +113,8 @@ class BlockTables(Uncopyable):
             "page_marks": self._page_marks,
         }
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
-        self._pointers["seq_ids"] = ffi.from_buffer("int64_t[]", self.seq_ids)
+        for name in ("seq_ids", "row_salts", "page_salts"):
+            self._pointers[name] = ffi.from_buffer("int64_t[]", getattr(self, name))
         # Filled and read under the cache's lock, so one of each is enough.
         self.size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
         self._one_row = ffi.new("int32_t[1]")
@@ -154,24 +158,26 @@ class BlockTables(Uncopyable):
         lib.pkv_tables_next_rows(self._tables, count, rows)
         return [(next(_serials) % MAX_SERIAL + 1) << ROW_BITS | rows[i] for i in range(count)]
 
-    def add(self, seq_ids: list[int], parent: int | None = None, at: object = None) -> None:
-        """Rows for new sequences of these ids: empty, or sharing the first `at` tokens of `parent`."""
+    def add(
+        self, seq_ids: list[int], parent: int | None = None, at: object = None, salt: int = NO_SALT
+    ) -> None:
+        """Rows for new sequences: empty and of this salt, or sharing the first `at` tokens of `parent`."""
         row, length = -1, 0
         if parent is not None:
             row = self.row(parent)
             length = seq_len = int(self.seq_lens[row])
             if at is not None:
                 length = integer("at", at, 0, seq_len)
-        status = lib.pkv_tables_add(self.pool.handle, self._tables, len(seq_ids), seq_ids, row, length)
+        status = lib.pkv_tables_add(self.pool.handle, self._tables, len(seq_ids), seq_ids, salt, row, length)
         if status == lib.PKV_TOKENS_GONE:
             self._refuse_length("at", length, row)
         if status:
             check(status, "add")
 
-    def add_pages(self, seq_id: int, page_ids: list[int], seq_len: int) -> int:
+    def add_pages(self, seq_id: int, salt: int, page_ids: list[int], seq_len: int) -> int:
         """A row for a new sequence that shares these pages' first seq_len tokens.  Returns: the row."""
         ids = ffi.new("int32_t[]", page_ids)
-        check(lib.pkv_tables_add_pages(self.pool.handle, self._tables, seq_id, ids, seq_len), "add")
+        check(lib.pkv_tables_add_pages(self.pool.handle, self._tables, seq_id, salt, ids, seq_len), "add")
         return self.row(seq_id)
 
     def remove(self, seq_id: int) -> bool:

@@ -1,6 +1,6 @@
 """The prefix index: which pages hold which tokens, so that a new sequence begins with what is there already.
 
-    entries   sorted: the serial number of the entry before it, and the page's token ids -> entry
+    entries   sorted: the serial number of the entry before it, or of the salt, and the page's ids -> entry
     by_page   page id -> its entry; a page has at most one
     paths     row -> the entries of its full pages whose ids are known, in order
 
@@ -14,10 +14,10 @@ until `make_room` needs it.  The last, open page of a sequence is found in the b
 Entries and pages stay consistent when an interrupt comes between two lines: a page is marked as indexed
 before it has an entry, and until after it had one.
 
-Imports block_table and lifetime.  The caller holds the cache's lock.
+Imports block_table, salts and lifetime.  The caller holds the cache's lock.
 """
 
-import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,7 @@ from sortedcontainers import SortedDict
 
 from ..lifetime import Uncopyable
 from .block_table import BlockTables
-
-#: Before the first page of a sequence.
-ROOT = bytes(8)
+from .salts import Salts
 
 
 class Entry:
@@ -44,7 +42,7 @@ class Entry:
 class PrefixIndex(Uncopyable):
     """The index of one cache's pages, which has no window."""
 
-    def __init__(self, tables: BlockTables) -> None:
+    def __init__(self, tables: BlockTables, salts: Salts) -> None:
         self.tables, self.pool, self.page_size = tables, tables.pool, tables.page_size
         self.entries: Any = SortedDict()
         self.by_page: dict[int, Entry] = {}
@@ -52,19 +50,19 @@ class PrefixIndex(Uncopyable):
         #: Of each row's path, the serial number of the last entry, and the length.
         self._ends = np.zeros(tables.max_sequences, np.int64)
         self._path_lens = np.zeros(tables.max_sequences, np.int32)
-        self._serials = itertools.count(1)
+        self._serials = salts.serials
         self.num_evictions = self.num_queried_tokens = self.num_hit_tokens = 0
 
     # ---- look-up
 
-    def match(self, ids: NDArray[np.int32]) -> tuple[list[Entry], list[int], int]:
+    def match(self, ids: NDArray[np.int32], salt: int) -> tuple[list[Entry], list[int], int]:
         """The longest prefix that is there, short of the last token, which has to be computed.
 
         Returns: the entries of its full pages; all its page ids; its number of tokens.
         Cost: a look-up for each page, and a comparison with the open pages of sequences that agree so far.
         """
         limit, width = max(0, len(ids) - 1), 4 * self.page_size
-        tokens, entries, serial = _key_of(ids[:limit]), [], ROOT
+        tokens, entries, serial = _key_of(ids[:limit]), [], salt.to_bytes(8)
         for begin in range(0, limit // self.page_size * width, width):
             entry = self.entries.get(serial + tokens[begin : begin + width])
             if entry is None:
@@ -106,7 +104,7 @@ class PrefixIndex(Uncopyable):
     def begin(self, row: int, path: list[Entry]) -> None:
         """A new sequence has these pages, as a match found them or a fork shares them."""
         self.paths[row] = path
-        self._ends[row] = int.from_bytes(path[-1].serial) if path else 0
+        self._ends[row] = int.from_bytes(path[-1].serial) if path else self.tables.row_salts[row]
         self._path_lens[row] = len(path)
 
     def publish(self, rows: NDArray[np.int32]) -> None:
@@ -120,7 +118,7 @@ class PrefixIndex(Uncopyable):
             num_full = int(tables.num_known[row]) // self.page_size
             page_ids = tables.page_ids[row, len(path) : num_full]
             for page_id, ids in zip(page_ids.tolist(), tables.token_ids[page_ids], strict=True):
-                path.append(self._entry(path[-1].serial if path else ROOT, ids, page_id))
+                path.append(self._entry(self._end_of(row, path), ids, page_id))
             self.begin(row, path)
 
     def shorten(self, row: int, length: int) -> None:
@@ -134,10 +132,24 @@ class PrefixIndex(Uncopyable):
         if not (path and path[-1].is_dropped) and 0 < num_open < self.page_size:
             page_id = int(self.tables.page_ids[row, len(path)])
             ids = self.tables.token_ids[page_id, :num_open]
-            serial = path[-1].serial if path else ROOT
+            serial = self._end_of(row, path)
             if not self._is_indexed(serial, ids):
                 self._entry(serial, ids, page_id)
         self.begin(row, [])
+
+    def _end_of(self, row: int, path: list[Entry]) -> bytes:
+        """What the page after a row's path follows: the last entry, or the salt."""
+        return path[-1].serial if path else int(self.tables.row_salts[row]).to_bytes(8)
+
+    def has_entries(self, salt: int) -> bool:
+        """Is a page of this salt indexed?"""
+        return next(iter(self._following(salt.to_bytes(8))), None) is not None
+
+    def _following(self, serial: bytes) -> Iterator[bytes]:
+        """The keys that follow an entry or a salt."""
+        after = (int.from_bytes(serial) + 1).to_bytes(8)
+        keys: Iterator[bytes] = self.entries.irange(serial, after, (True, False))
+        return keys
 
     def _is_indexed(self, serial: bytes, ids: NDArray[np.int32]) -> bool:
         """Does an entry behind this one begin with these tokens?"""
@@ -166,8 +178,7 @@ class PrefixIndex(Uncopyable):
         """Forget an entry and all that follow it; kept pages of theirs are free then.  Returns: how many."""
         found = [entry]
         for one in found:
-            following = (int.from_bytes(one.serial) + 1).to_bytes(8)
-            found += [self.entries[key] for key in self.entries.irange(one.serial, following)]
+            found += [self.entries[key] for key in self._following(one.serial)]
         for one in reversed(found):
             one.is_dropped = True
             self.entries.pop(one.key, None)
@@ -204,11 +215,12 @@ class PrefixIndex(Uncopyable):
 
     def broken_rule(self) -> str | None:
         """A sentence about what is wrong, for `check`; None: entries and pages agree.  Cost: O(pages)."""
-        serials = {entry.serial for entry in self.entries.values()} | {ROOT}
+        serials = {entry.serial for entry in self.entries.values()}
         entry: Entry
         for key, entry in self.entries.items():
             ids = np.frombuffer(key, ">i4", offset=8)
-            if key != entry.key or key[:8] not in serials:
+            salt = self.tables.page_salts[entry.page_id]
+            if key != entry.key or (key[:8] not in serials and int.from_bytes(key[:8]) != salt):
                 return f"the entry of page {entry.page_id} follows one that was dropped"
             if self.by_page.get(entry.page_id) is not entry:
                 return f"page {entry.page_id} has several entries"

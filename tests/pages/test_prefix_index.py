@@ -22,19 +22,19 @@ STEPS = 40
 IDS = st.lists(st.sampled_from([1, 2, 3]), max_size=3)
 
 
-def prefix_values(tokens):
-    """For each token a number that depends on it and on all before it, exact in float32."""
-    values, value = [], 7
+def prefix_values(tokens, salt=b""):
+    """For each token a number that depends on it, on all before it and on the salt, exact in float32."""
+    values, value = [], 7 + len(salt)
     for token in tokens:
         value = (value * 31 + token) % 65521
         values.append(value)
     return np.array(values, np.float32)
 
 
-def extend(cache, seq, held, ids):
+def extend(cache, seq, held, ids, salt=b""):
     """Append ids to a sequence that holds `held`."""
     step = cache.step([seq], [ids])
-    values = prefix_values(held + ids)[len(held) :]
+    values = prefix_values(held + ids, salt)[len(held) :]
     rows = np.repeat(values, 8).reshape(len(ids), 1, 8)
     step.write(0, rows, -rows)
     return step
@@ -54,10 +54,10 @@ def start(cache, tokens):
     return seq, num_cached
 
 
-def holds(seq, tokens):
+def holds(seq, tokens, salt=b""):
     k, v = seq.gather(0)
-    np.testing.assert_array_equal(k[:, 0, 0], prefix_values(tokens))
-    np.testing.assert_array_equal(v[:, 0, 0], -prefix_values(tokens))
+    np.testing.assert_array_equal(k[:, 0, 0], prefix_values(tokens, salt))
+    np.testing.assert_array_equal(v[:, 0, 0], -prefix_values(tokens, salt))
 
 
 PROMPT = list(range(1, 41))  # two pages and a half
@@ -189,7 +189,10 @@ def num_common(a, b):
 
 
 class PrefixMachine(RuleBasedStateMachine):
-    """held: tokens of each live sequence; offered: what freed and cut ones left behind."""
+    """held: tokens of each live sequence; offered: what freed and cut ones left behind.
+
+    Tokens begin with the salt, so that those of different salts have nothing in common.
+    """
 
     num_pages, is_roomy = 400, True
 
@@ -206,22 +209,29 @@ class PrefixMachine(RuleBasedStateMachine):
 
     def most(self, tokens):
         everything = self.offered + list(self.held.values())
-        return max((num_common(tokens[:-1], offered) for offered in everything), default=0)
+        return max((num_common(tokens[:-1], offered) for offered in everything), default=1)
 
-    @rule(choice=st.integers(0, 99), length=st.integers(0, 60), more=IDS, is_new=st.booleans())
-    def begin(self, choice, length, more, is_new):
-        """A prompt like one that was there, with another end."""
-        known = self.offered + list(self.held.values()) or [[]]
-        tokens = ([] if is_new else known[choice % len(known)][:length]) + more
+    @rule(
+        choice=st.integers(0, 99),
+        length=st.integers(0, 60),
+        more=IDS,
+        is_new=st.booleans(),
+        salt=st.sampled_from([b"", b"a"]),
+    )
+    def begin(self, choice, length, more, is_new, salt):
+        """A prompt like one that was there, with another end or another salt."""
+        known = self.offered + list(self.held.values()) or [[b""]]
+        tokens = [salt] + ([] if is_new else known[choice % len(known)][1 : 1 + length]) + more
         try:
-            seq = self.cache.sequence(np.array(tokens, np.int64))
+            seq = self.cache.sequence(np.array(tokens[1:], np.int64), salt=salt)
         except OutOfSequences:
             assert len(self.held) == 6
             return
         num_cached = seq.num_cached_tokens
-        assert len(seq) == num_cached <= self.most(tokens)
-        assert not self.is_roomy or num_cached == self.most(tokens)
-        self.held[seq] = tokens[:num_cached]
+        most = max(1, self.most(tokens)) - 1 if tokens[1:] else 0
+        assert len(seq) == num_cached <= most
+        assert not self.is_roomy or num_cached == most
+        self.held[seq] = tokens[: 1 + num_cached]
 
     @rule(choice=st.integers(0, 99), ids=IDS, times=st.sampled_from([1, 7, 16]), commits=st.booleans())
     def append(self, choice, ids, times, commits):
@@ -229,7 +239,8 @@ class PrefixMachine(RuleBasedStateMachine):
         if seq is None or not ids:
             return
         try:
-            step = extend(self.cache, seq, self.held[seq], ids)
+            salt, *held = self.held[seq]
+            step = extend(self.cache, seq, held, ids, salt)
         except OutOfPages:
             num_owned = self.cache.stats().num_used_pages
             assert not self.is_roomy and num_owned + len(ids) // PAGE_SIZE + 2 > self.num_pages
@@ -244,26 +255,26 @@ class PrefixMachine(RuleBasedStateMachine):
     def fork(self, choice, at):
         seq = self.any_of(choice)
         if seq is not None and len(self.held) < 6:
-            at = at % (len(self.held[seq]) + 1)
+            at = at % len(self.held[seq])
             fork = seq.fork(at=at)
-            self.held[fork] = self.held[seq][:at]
+            self.held[fork] = self.held[seq][: 1 + at]
 
     @rule(choice=st.integers(0, 99), length=st.integers(0, 99))
     def truncate(self, choice, length):
         seq = self.any_of(choice)
         if seq is not None:
             tokens = self.held[seq]
-            length = length % (len(tokens) + 1)
+            length = length % len(tokens)
             seq.truncate(length)
-            self.offered.append(tokens[: len(tokens) // PAGE_SIZE * PAGE_SIZE])
-            self.held[seq] = tokens[:length]
+            self.offered.append(tokens[: 1 + (len(tokens) - 1) // PAGE_SIZE * PAGE_SIZE])
+            self.held[seq] = tokens[: 1 + length]
 
     @rule(choice=st.integers(0, 99), is_freed=st.booleans())
     def leave(self, choice, is_freed):
         seq = self.any_of(choice)
         if seq is not None:
             self.offered.append(self.held[seq])
-            self.held[seq] = []
+            self.held[seq] = self.held[seq][:1]
             if is_freed:
                 seq.free()
                 del self.held[seq]
@@ -273,8 +284,8 @@ class PrefixMachine(RuleBasedStateMachine):
     @invariant()
     def contents_hold(self):
         self.cache.check()
-        for seq, tokens in self.held.items():
-            holds(seq, tokens)
+        for seq, (salt, *tokens) in self.held.items():
+            holds(seq, tokens, salt)
 
 
 class PressedMachine(PrefixMachine):

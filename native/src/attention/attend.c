@@ -296,7 +296,7 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
              .scale = attention->sm_scale * LOG2_E};
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   if (plan && attention->has_rows) {
-    pkv_copy_shared_pages(pages, plan);
+    pkv_prepare_pages(pages, plan);
     job.slots = plan->slot_mapping;
   }
   int32_t num_workers = pkv_threads_claim(threads);

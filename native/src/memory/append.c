@@ -46,10 +46,24 @@ static void copy_tokens(char *side, int64_t page_stride, int64_t head_stride, in
     }
 }
 
-void pkv_copy_shared_pages(const pkv_pages *pages, const pkv_plan *plan) {
+/* One side of each head, of all tokens of a page. */
+static void clear_tokens(char *page, int64_t head_stride, int64_t token_stride, int32_t num_heads,
+                         int32_t num_tokens, int64_t token_bytes) {
+  for (int32_t head = 0; head < num_heads; head++)
+    for (int32_t token = 0; token < num_tokens; token++)
+      memset(page + head * head_stride + token * token_stride, 0, (size_t)token_bytes);
+}
+
+void pkv_prepare_pages(const pkv_pages *pages, const pkv_plan *plan) {
   if (plan->is_written[pages->layer]) return;
   int64_t k_bytes = row_bytes(pages->head_dim, pages->k_dtype);
   int64_t v_bytes = row_bytes(pages->head_dim_v, pages->v_dtype);
+  for (int64_t i = 0; i < plan->num_scrubs; i++) {
+    clear_tokens(pages->k + plan->scrubbed[i] * pages->k_page_stride, pages->k_head_stride,
+                 pages->k_token_stride, pages->num_kv_heads, pages->page_size, k_bytes);
+    clear_tokens(pages->v + plan->scrubbed[i] * pages->v_page_stride, pages->v_head_stride,
+                 pages->v_token_stride, pages->num_kv_heads, pages->page_size, v_bytes);
+  }
   for (int64_t i = 0; i < plan->num_copies; i++) {
     copy_tokens(pages->k, pages->k_page_stride, pages->k_head_stride, pages->k_token_stride,
                 pages->num_kv_heads, k_bytes, plan, i);
@@ -164,7 +178,7 @@ pkv_status pkv_step_write(const pkv_pages *pages, pkv_plan *plan, const pkv_tens
   if (!kernel) return PKV_BAD_ARGUMENT;
   if (!plan->is_open) return pkv_why_closed(pages->gate);
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
-  pkv_copy_shared_pages(pages, plan);
+  pkv_prepare_pages(pages, plan);
   append(kernel, pages, plan->batch.qo_indptr[plan->batch.num_seqs], plan->slot_mapping, k, v);
   plan->is_written[pages->layer] = 1;
   pkv_gate_leave(pages->gate);

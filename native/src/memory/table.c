@@ -9,6 +9,9 @@
  * when other rows hold the page; so does a row that holds it alone, where no index names it.  Any other row
  * appends to a copy, which waits in tail_copies until commit.
  *
+ * A page that held another salt is scrubbed by the step that takes it.  Its salt is unknown until that step
+ * commits, so the pages of a step that is rolled back are scrubbed again.
+ *
  * The caller holds the cache's lock: nothing here is thread-safe. */
 #include <stdbool.h>
 #include <stdlib.h>
@@ -63,6 +66,7 @@ int64_t pkv_tables_row(const pkv_tables *tables, int64_t seq_id) { return row_of
 /* ---- copy-on-write */
 
 enum { TO_BE_COPIED = -2 }; /* in tail_copies, while a step is measured */
+enum { SALT_UNKNOWN = -1 }; /* in page_salts */
 
 /* The cell of the page that a row's next token goes into, when that page holds tokens of the row; else NULL.
  */
@@ -155,7 +159,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   if (size->num_tokens > INT32_MAX || size->num_pages > INT32_MAX)
     return refuse(refusal, PKV_BAD_ARGUMENT, -1, size->num_tokens, INT32_MAX);
   int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 4 * num_seqs + size->num_pages;
-  num_int32 += 3 * size->num_copies;
+  num_int32 += 3 * size->num_copies + 2 * size->num_new_pages;
   size->plan_bytes = (int64_t)sizeof(pkv_plan) + size->num_tokens * (int64_t)sizeof(int64_t);
   size->plan_bytes += num_int32 * (int64_t)sizeof(int32_t) + tables->num_layers;
   int64_t num_free = pkv_pool_num_free(pool);
@@ -195,7 +199,9 @@ static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs
   plan.copied_from = plan.batch.kv_indices + size->num_pages;
   plan.copied_to = plan.copied_from + size->num_copies;
   plan.copied_tokens = plan.copied_to + size->num_copies;
-  plan.is_written = (uint8_t *)(plan.copied_tokens + size->num_copies);
+  plan.scrubbed = plan.copied_tokens + size->num_copies;
+  plan.scrubbed_for = plan.scrubbed + size->num_new_pages;
+  plan.is_written = (uint8_t *)(plan.scrubbed_for + size->num_new_pages);
   plan.num_layers = tables->num_layers;
   memset(plan.is_written, 0, (size_t)plan.num_layers);
   return plan;
@@ -270,6 +276,19 @@ static int64_t list_pages(const pkv_tables *tables, int64_t row, int64_t first, 
 
 static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan);
 
+/* Note that a row's step has taken a page, which is scrubbed if it held another salt. */
+static void change_salt(const pkv_tables *tables, int64_t row, int32_t page, pkv_plan *plan) {
+  int64_t *salt = &tables->page_salts[page];
+  if (*salt == tables->row_salts[row]) return;
+  if (*salt == 0) {
+    *salt = tables->row_salts[row];
+    return;
+  }
+  *salt = SALT_UNKNOWN;
+  plan->scrubbed[plan->num_scrubs] = page;
+  plan->scrubbed_for[plan->num_scrubs++] = (int32_t)row;
+}
+
 static void copy_ids(const pkv_tables *tables, int64_t from, int64_t to, int32_t count) {
   memcpy(tables->token_ids + to * tables->page_size, tables->token_ids + from * tables->page_size,
          (size_t)count * sizeof(int32_t));
@@ -300,7 +319,10 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
       plan->copied_tokens[plan->num_copies] = old_len % tables->page_size;
       copy_ids(tables, *tail, tables->tail_copies[row], old_len % tables->page_size);
       plan->copied_to[plan->num_copies++] = *tail = tables->tail_copies[row];
+      change_salt(tables, row, *tail, plan);
     }
+    for (int64_t page = pages_for(tables, old_len); page < end_page; page++)
+      change_salt(tables, row, *cell_of(tables, row, page), plan);
     const int32_t *own_ids = ids && has_ids[i] ? ids : NULL;
     if (own_ids) ids += counts[i];
     place_tokens(tables, page_ids, skipped, old_len, new_len, own_ids, plan->slot_mapping + first,
@@ -333,6 +355,8 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
   if (has_tokens && memchr(plan->is_written, 0, (size_t)plan->num_layers)) return PKV_LAYER_NOT_WRITTEN;
   plan->is_open = 0;
   tables->num_copies += plan->num_copies;
+  for (int64_t i = 0; i < plan->num_scrubs; i++)
+    tables->page_salts[plan->scrubbed[i]] = tables->row_salts[plan->scrubbed_for[i]];
   for (int64_t i = 0; i < plan->batch.num_seqs; i++) {
     int32_t row = plan->rows[i];
     int64_t old_len = tables->seq_lens[row], new_len = tables->reserved_lens[row];
@@ -408,6 +432,7 @@ static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t 
     if (pkv_pool_share(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
     *cell_of(tables, to, page) = *cell;
   }
+  tables->row_salts[to] = tables->row_salts[from];
   tables->seq_lens[to] = tables->reserved_lens[to] = (int32_t)seq_len;
   tables->num_known[to] = (int32_t)min64(tables->num_known[from], seq_len);
   return PKV_OK;
@@ -424,7 +449,8 @@ static bool name_the_next_rows(const pkv_tables *tables, int64_t count, const in
 }
 
 pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, const int64_t *seq_ids,
-                          int32_t from, int64_t length) {
+                          int64_t salt, int32_t from, int64_t length) {
+  if (from < 0 && salt < 1) return PKV_BAD_ARGUMENT;
   if (from >= 0 && (!is_row(tables, from) || tables->seq_ids[from] == 0)) return PKV_STALE_SEQUENCE;
   if (from >= 0 && (length < 0 || length > tables->seq_lens[from])) return PKV_BAD_ARGUMENT;
   if (from >= 0 && !can_end_at(tables, from, length)) return PKV_TOKENS_GONE;
@@ -438,19 +464,22 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
       tables->free_row = tables->next_free[row];
     tables->seq_ids[row] = seq_ids[i];
     tables->tail_copies[row] = -1;
+    tables->row_salts[row] = salt;
     tables->num_sequences++;
     if (from >= 0 && share_pages(pool, tables, from, row, length) != PKV_OK) return PKV_INVARIANT;
   }
   return PKV_OK;
 }
 
-pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_id, const int32_t *page_ids,
-                                int64_t seq_len) {
+pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_id, int64_t salt,
+                                const int32_t *page_ids, int64_t seq_len) {
   if (tables->window || seq_len < 0 || seq_len > tables->max_seq_len) return PKV_BAD_ARGUMENT;
   int64_t num_pages = pages_for(tables, seq_len);
+  for (int64_t i = 0; i < num_pages; i++)
+    if (tables->page_salts[page_ids[i]] != salt) return PKV_BAD_ARGUMENT;
   pkv_status status = pkv_pool_share(pool, num_pages, page_ids);
   if (status != PKV_OK) return status;
-  status = pkv_tables_add(pool, tables, 1, &seq_id, -1, 0);
+  status = pkv_tables_add(pool, tables, 1, &seq_id, salt, -1, 0);
   if (status != PKV_OK) {
     pkv_pool_release(pool, num_pages, page_ids);
     return status;
@@ -524,6 +553,8 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
       int32_t page_id = *cell_of(tables, row, page);
       if (page_id < 0 || page_id >= num_pages) return PKV_INVARIANT;
       references[page_id]++;
+      bool is_held = page < pages_for(tables, seq_len); /* else its step may not have scrubbed it yet */
+      if (is_held && tables->page_salts[page_id] != tables->row_salts[row]) return PKV_INVARIANT;
       int64_t num_in_page = min64(seq_len - page * tables->page_size, tables->page_size);
       int32_t filled = tables->filled[page_id];
       if (filled < num_in_page || filled > tables->page_size) return PKV_INVARIANT;
