@@ -3,7 +3,8 @@
 Imports step and sequence.
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -12,6 +13,7 @@ from .errors import ArgumentError, InvariantViolation
 from .lifetime import Uncopyable
 from .pages.block_table import Window
 from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
+from .pages.match import Match, explain
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
 from .pages.salts import salt_of
@@ -55,6 +57,7 @@ class PagedKVCache(Uncopyable):
     max_step_tokens : of one sequence in one step; limited with a window only
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them; not with a window
+    clock : seconds, of any start; how long ago a page was evicted is measured with it
     num_threads : threads of one attend; None: the CPUs that the process may use
 
     Raises: ArgumentError; MemoryError, naming both sizes, when there is too little of it.
@@ -78,6 +81,7 @@ class PagedKVCache(Uncopyable):
         window: int | None = None,
         num_sink_tokens: int = 0,
         prefix_caching: bool = False,
+        clock: Callable[[], float] = time.monotonic,
         num_threads: int | None = None,
     ) -> None:
         kernels()  # an unknown PAGED_KV_KERNEL is an error here, before memory is taken
@@ -120,6 +124,7 @@ class PagedKVCache(Uncopyable):
             seen,
             None if num_threads is None else integer("num_threads", num_threads, 1, 1024),
             prefix_caching,
+            clock,
         )
 
     @property
@@ -181,6 +186,27 @@ class PagedKVCache(Uncopyable):
         if tokens is None:
             return new_sequences(self._store, 1, salt=salt)[0]
         return matched_sequence(self._store, token_ids_of("tokens", tokens), salt)
+
+    def match(self, tokens: object, salt: bytes = b"", *, also: Iterable[bytes] = ()) -> Match:
+        """How much of a prompt `sequence(tokens, salt=salt)` would find now, and why it is not more.
+
+        Parameters
+        ----------
+        also : other salts that the caller may know of; whether one of them has more is said, too
+
+        Returns: Match(num_tokens, reason, would_have_hit, num_lost, ...); its docstring lists the reasons.
+        It takes no page and changes nothing, so it promises nothing: the pages can be evicted.
+        Raises: ArgumentError, CacheClosed.  Cost: O(tokens).
+        """
+        store, number = self._store, self._store.salts.numbers.get
+        ids, salt, also = token_ids_of("tokens", tokens), salt_of(salt), [salt_of(other) for other in also]
+        with store.reading() as is_alone:
+            store.reclaim_abandoned(is_alone)
+            if store.index is None:
+                return Match(0, "disabled", 0)
+            plans = [noted.held for noted in store.open_plans.values()]
+            others = [number(other, 0) for other in also]
+            return explain(store.index, ids, number(salt, 0), others, plans, store.clock())
 
     def step(self, seqs: Iterable[Sequence], new: object) -> Step:
         """Reserve slots for the next tokens of some sequences: of all of them, or of none.

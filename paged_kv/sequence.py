@@ -224,7 +224,7 @@ def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes) -> Seque
         if store.index is None:
             store.tables.add([seq_id], salt=number)
             return handle
-        path, page_ids, num_tokens = store.index.match(ids, number)
+        path, page_ids, num_tokens, _ = store.index.match(ids, number)
         try:
             store.index.begin(store.tables.add_pages(seq_id, number, page_ids, num_tokens), path)
             handle._num_cached_tokens = num_tokens

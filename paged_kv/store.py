@@ -14,7 +14,9 @@ owners.
 Imports prefix_index and attention.
 """
 
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeAlias
 
@@ -51,6 +53,7 @@ class Store(Uncopyable):
         window: Window | None,
         num_threads: int | None,
         prefix_caching: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layout = layout
         self.threads = shared_threads(num_threads)
@@ -58,8 +61,8 @@ class Store(Uncopyable):
         self.tables = BlockTables(
             self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
         )
-        self.salts = Salts()
-        self.index = PrefixIndex(self.tables, self.salts) if prefix_caching else None
+        self.salts, self.clock = Salts(), clock
+        self.index = PrefixIndex(self.tables, self.salts, clock) if prefix_caching else None
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
         #: Of steps that ended, by their number of tokens, the last one at the end.

@@ -16,10 +16,11 @@ SIGNATURES = {
         ["num_layers", "num_kv_heads", "head_dim"],
         [
             *("head_dim_v", "dtype", "num_pages", "memory", "page_size", "max_sequences", "max_seq_len"),
-            *("max_step_tokens", "window", "num_sink_tokens", "prefix_caching", "num_threads"),
+            *("max_step_tokens", "window", "num_sink_tokens", "prefix_caching", "clock", "num_threads"),
         ],
     ),
     paged_kv.PagedKVCache.sequence: (["tokens"], ["salt"]),
+    paged_kv.PagedKVCache.match: (["tokens", "salt"], ["also"]),
     paged_kv.PagedKVCache.step: (["seqs", "new"], []),
     paged_kv.PagedKVCache.pages_needed: (["seqs", "new"], []),
     paged_kv.PagedKVCache.stats: ([], []),

@@ -79,6 +79,15 @@ class Plan(Uncopyable):
         """int32 [num_seqs], including the new tokens."""
         return self.int32(self.batch.seq_lens, self.num_seqs)
 
+    def num_known_ids(self, index: int) -> int:
+        """How many new tokens of a sequence are known by their ids: all of them, or none."""
+        return int(self.handle.new_known[index])
+
+    def pages_of(self, index: int) -> NDArray[np.int32]:
+        """The pages of one sequence, in logical order."""
+        begin, end = self.int32(self.batch.kv_indptr, self.num_seqs + 1)[index : index + 2]
+        return self.int32(self.batch.kv_indices, self.num_pages)[begin:end]
+
     @property
     def slot_mapping(self) -> NDArray[np.int64]:
         """int64 [num_tokens]: page_id * page_size + offset of each new token."""

@@ -1,24 +1,24 @@
 """The prefix index: which pages hold which tokens, so that a new sequence begins with what is there already.
 
-    entries   sorted: the serial number of the entry before it, or of the salt, and the page's ids -> entry
+    entries   sorted by their keys: the serial number of the entry before, or the salt, and the page's ids
     by_page   page id -> its entry; a page has at most one
     paths     row -> the entries of its full pages whose ids are known, in order
 
 A key holds all tokens of its page and names the entry of the page before, so a look-up compares every token
-of the prefix.  Keys that follow the same entry stand side by side in the order of their tokens: the page that
-agrees longest with some tokens is a neighbour of their place.
+of the prefix.
 
 The first copy of a page is the indexed one.  The pool keeps an indexed page when its last owner releases it,
-until `make_room` needs it.  The last, open page of a sequence is found in the block tables, without an entry.
+until `make_room` needs it; `evicted` remembers what has gone.  The last, open page of a sequence is found in
+the block tables, without an entry.
 
 Entries and pages stay consistent when an interrupt comes between two lines: a page is marked as indexed
 before it has an entry, and until after it had one.
 
-Imports block_table, salts and lifetime.  The caller holds the cache's lock.
+Imports block_table, evicted, token_keys, salts and lifetime.  The caller holds the cache's lock.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,12 @@ from sortedcontainers import SortedDict
 
 from ..lifetime import Uncopyable
 from .block_table import BlockTables
+from .evicted import Evicted
 from .salts import Salts
+from .token_keys import continues, following, ids_of, key_of, longest
+
+#: So many evicted pages are remembered at most.
+MAX_REMEMBERED = 16384
 
 
 class Entry:
@@ -39,10 +44,25 @@ class Entry:
         self.is_dropped = False
 
 
+class Found(NamedTuple):
+    """A prefix of some tokens that the index has.
+
+    entries : of its full pages
+    page_ids : all its pages
+    num_tokens : of them, short of the last one of a prompt
+    serial : of what its full pages end with, an entry or the salt
+    """
+
+    entries: list[Entry]
+    page_ids: list[int]
+    num_tokens: int
+    serial: bytes
+
+
 class PrefixIndex(Uncopyable):
     """The index of one cache's pages, which has no window."""
 
-    def __init__(self, tables: BlockTables, salts: Salts) -> None:
+    def __init__(self, tables: BlockTables, salts: Salts, clock: Callable[[], float]) -> None:
         self.tables, self.pool, self.page_size = tables, tables.pool, tables.page_size
         self.entries: Any = SortedDict()
         self.by_page: dict[int, Entry] = {}
@@ -51,18 +71,19 @@ class PrefixIndex(Uncopyable):
         self._ends = np.zeros(tables.max_sequences, np.int64)
         self._path_lens = np.zeros(tables.max_sequences, np.int32)
         self._serials = salts.serials
+        self._clock = clock
+        self.evicted = Evicted(min(4 * tables.pool.num_pages, MAX_REMEMBERED))
         self.num_evictions = self.num_queried_tokens = self.num_hit_tokens = 0
 
     # ---- look-up
 
-    def match(self, ids: NDArray[np.int32], salt: int) -> tuple[list[Entry], list[int], int]:
+    def match(self, ids: NDArray[np.int32], salt: int) -> Found:
         """The longest prefix that is there, short of the last token, which has to be computed.
 
-        Returns: the entries of its full pages; all its page ids; its number of tokens.
         Cost: a look-up for each page, and a comparison with the open pages of sequences that agree so far.
         """
         limit, width = max(0, len(ids) - 1), 4 * self.page_size
-        tokens, entries, serial = _key_of(ids[:limit]), [], salt.to_bytes(8)
+        tokens, entries, serial = key_of(ids[:limit]), [], salt.to_bytes(8)
         for begin in range(0, limit // self.page_size * width, width):
             entry = self.entries.get(serial + tokens[begin : begin + width])
             if entry is None:
@@ -70,34 +91,41 @@ class PrefixIndex(Uncopyable):
             entries.append(entry)
             serial = entry.serial
         page_ids, num_tokens = [entry.page_id for entry in entries], len(entries) * self.page_size
-        rest = ids[num_tokens : min(limit, num_tokens + self.page_size)]
-        page_id, num_more = self._longest(serial, len(entries), rest)
+        page_id, num_more = self._longest(serial, len(entries), ids[num_tokens:limit][: self.page_size])
         if num_more:
             page_ids.append(page_id)
-        return entries, page_ids, num_tokens + num_more
+        return Found(entries, page_ids, num_tokens + num_more, serial)
 
     def _longest(self, serial: bytes, depth: int, rest: NDArray[np.int32]) -> tuple[int, int]:
         """The page that follows an entry and agrees with `rest` for longest, and for how many tokens."""
-        best = (-1, 0)
-        place = self.entries.bisect_left(serial + _key_of(rest))
-        for index in (place - 1, place):
-            if 0 <= index < len(self.entries):
-                key, entry = self.entries.peekitem(index)
-                if key.startswith(serial):
-                    agreed = _num_common(np.frombuffer(key, ">i4", offset=8), rest)
-                    best = max(best, (entry.page_id, agreed), key=lambda found: found[1])
-        # Open pages: of rows whose path ends here, as far as their ids are known.
-        tables, first = self.tables, depth * self.page_size
+        entry, num_agreed = longest(self.entries, serial, rest)
+        page_ids, agreed, _ = self._open_pages(serial, depth, rest)
+        if agreed.size and agreed.max() > num_agreed:
+            return int(page_ids[agreed.argmax()]), int(agreed.max())
+        return (entry.page_id if entry else -1), num_agreed
+
+    def _open_pages(
+        self, serial: bytes, depth: int, rest: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+        """Page `depth` of rows whose path ends here: page ids, tokens that agree with `rest`, known ones."""
+        tables = self.tables
         rows = np.flatnonzero(self._ends == int.from_bytes(serial))
-        num_known = np.minimum(tables.num_known[rows] - first, len(rest))
-        rows, num_known = rows[num_known > best[1]], num_known[num_known > best[1]]
-        if rows.size:
-            page_ids = tables.page_ids[rows, depth]
-            agrees = tables.token_ids[page_ids, : len(rest)] == rest
-            agreed = np.minimum(np.logical_and.accumulate(agrees, axis=1).sum(axis=1), num_known)
-            longest = int(agreed.argmax())
-            best = max(best, (int(page_ids[longest]), int(agreed[longest])), key=lambda found: found[1])
-        return best
+        num_known = tables.num_known[rows] - depth * self.page_size
+        rows, num_known = rows[num_known > 0], num_known[num_known > 0]
+        if not rows.size:
+            return _NONE, _NONE.astype(np.int64), _NONE
+        page_ids = tables.page_ids[rows, depth]
+        agrees = tables.token_ids[page_ids, : len(rest)] == rest
+        agreed = np.minimum(np.logical_and.accumulate(agrees, axis=1).sum(axis=1), num_known)
+        return page_ids, agreed, num_known
+
+    def goes_on(self, found: Found, ids: NDArray[np.int32]) -> bool:
+        """Does the index have a token that follows what it found of these ids?"""
+        depth = len(found.entries)
+        agreed_ids = ids[depth * self.page_size : found.num_tokens]
+        _, agreed, num_known = self._open_pages(found.serial, depth, agreed_ids)
+        is_longer = (agreed == len(agreed_ids)) & (num_known > len(agreed_ids))
+        return bool(is_longer.any()) or continues(self.entries, found.serial + key_of(agreed_ids))
 
     # ---- what rows offer
 
@@ -143,44 +171,43 @@ class PrefixIndex(Uncopyable):
 
     def has_entries(self, salt: int) -> bool:
         """Is a page of this salt indexed?"""
-        return next(iter(self._following(salt.to_bytes(8))), None) is not None
-
-    def _following(self, serial: bytes) -> Iterator[bytes]:
-        """The keys that follow an entry or a salt."""
-        after = (int.from_bytes(serial) + 1).to_bytes(8)
-        keys: Iterator[bytes] = self.entries.irange(serial, after, (True, False))
-        return keys
+        return continues(self.entries, salt.to_bytes(8))
 
     def _is_indexed(self, serial: bytes, ids: NDArray[np.int32]) -> bool:
         """Does an entry behind this one begin with these tokens?"""
-        key = serial + _key_of(ids)
-        place = self.entries.bisect_left(key)
-        return place < len(self.entries) and bool(self.entries.peekitem(place)[0].startswith(key))
+        key = serial + key_of(ids)
+        return key in self.entries or continues(self.entries, key)
 
     def _entry(self, parent: bytes, ids: NDArray[np.int32], page_id: int) -> Entry:
         """The entry of these tokens: the one that is there, or a new one of this page, which a row holds."""
-        key = parent + _key_of(ids)
+        key = parent + key_of(ids)
         there: Entry | None = self.entries.get(key)
         if there is not None:
             return there
         shorter = self.by_page.get(page_id)  # the page was open when it was indexed
         if shorter is not None:
-            self.drop(shorter)
+            self.drop(shorter, None)  # what it named is in the new entry
         self.pool.set_indexed(page_id, True)
-        entry = Entry(key, page_id, next(self._serials).to_bytes(8))
+        serial = self.evicted.take(key) or next(self._serials).to_bytes(8)
+        entry = Entry(key, page_id, serial)
         self.by_page[page_id] = entry
         self.entries[key] = entry
         return entry
 
     # ---- what has to go
 
-    def drop(self, entry: Entry) -> int:
-        """Forget an entry and all that follow it; kept pages of theirs are free then.  Returns: how many."""
-        found = [entry]
+    def drop(self, entry: Entry, cause: str | None) -> int:
+        """Forget an entry and all that follow it; kept pages of theirs are free then.  Returns: how many.
+
+        cause : of an eviction, which is remembered
+        """
+        found, now = [entry], self._clock()
         for one in found:
-            found += [self.entries[key] for key in self._following(one.serial)]
+            found += [self.entries[key] for key in following(self.entries, one.serial)]
         for one in reversed(found):
             one.is_dropped = True
+            if cause is not None:
+                self.evicted.remember(one.key, one.serial, cause, now)
             self.entries.pop(one.key, None)
             if self.by_page.get(one.page_id) is one:
                 del self.by_page[one.page_id]
@@ -201,7 +228,7 @@ class PrefixIndex(Uncopyable):
             if entry is None:  # an interrupt came while it was indexed
                 pool.set_indexed(page_id, False)
             else:
-                self.num_evictions += self.drop(entry)
+                self.num_evictions += self.drop(entry, "pressure")
         return True
 
     def release_tails(self, rows: list[int]) -> None:
@@ -211,14 +238,14 @@ class PrefixIndex(Uncopyable):
             page, offset = divmod(int(tables.seq_lens[row]), self.page_size)
             indexed = self.by_page.get(int(tables.page_ids[row, page])) if offset else None
             if indexed is not None:
-                self.drop(indexed)
+                self.drop(indexed, "pressure")
 
     def broken_rule(self) -> str | None:
         """A sentence about what is wrong, for `check`; None: entries and pages agree.  Cost: O(pages)."""
         serials = {entry.serial for entry in self.entries.values()}
         entry: Entry
         for key, entry in self.entries.items():
-            ids = np.frombuffer(key, ">i4", offset=8)
+            ids = ids_of(key)
             salt = self.tables.page_salts[entry.page_id]
             if key != entry.key or (key[:8] not in serials and int.from_bytes(key[:8]) != salt):
                 return f"the entry of page {entry.page_id} follows one that was dropped"
@@ -233,13 +260,4 @@ class PrefixIndex(Uncopyable):
         return None
 
 
-def _key_of(ids: NDArray[np.int32]) -> bytes:
-    """Ids as bytes that sort as the ids do."""
-    return ids.astype(">i4").tobytes()
-
-
-def _num_common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """How many first ids two arrays have in common."""
-    shorter = min(len(a), len(b))
-    differs = a[:shorter] != b[:shorter]
-    return int(differs.argmax()) if differs.any() else shorter
+_NONE = np.empty(0, np.int32)

@@ -222,6 +222,9 @@ class PrefixMachine(RuleBasedStateMachine):
         """A prompt like one that was there, with another end or another salt."""
         known = self.offered + list(self.held.values()) or [[b""]]
         tokens = [salt] + ([] if is_new else known[choice % len(known)][1 : 1 + length]) + more
+        match = self.cache.match(tokens[1:], salt)
+        assert self.cache.match(np.array(tokens[1:], np.int64), salt) == match
+        self.explains(match, tokens)
         try:
             seq = self.cache.sequence(np.array(tokens[1:], np.int64), salt=salt)
         except OutOfSequences:
@@ -229,9 +232,26 @@ class PrefixMachine(RuleBasedStateMachine):
             return
         num_cached = seq.num_cached_tokens
         most = max(1, self.most(tokens)) - 1 if tokens[1:] else 0
-        assert len(seq) == num_cached <= most
+        assert len(seq) == num_cached == match.num_tokens <= most
         assert not self.is_roomy or num_cached == most
         self.held[seq] = tokens[: 1 + num_cached]
+
+    def explains(self, match, tokens):
+        """The reason is the one that the model finds."""
+        ids = tokens[1:]
+        everything = self.offered + list(self.held.values())
+        most = max(1, self.most(tokens)) - 1 if ids else 0
+        if not self.is_roomy:
+            assert match.num_tokens <= match.would_have_hit <= most
+            assert (match.reason == "evicted") == (match.num_lost > 0)
+            return
+        agreeing = [offered for offered in everything if num_common(tokens[:-1], offered) == most + 1]
+        goes_on = any(len(offered) > most + 1 for offered in agreeing)
+        reason = "diverged" if goes_on and most else "longer" if most else "first"
+        if most == max(0, len(ids) - 1):
+            reason = "full"
+        assert (match.reason, match.num_tokens, match.num_lost) == (reason, most, 0)
+        assert match.at == (most if reason == "diverged" else None)
 
     @rule(choice=st.integers(0, 99), ids=IDS, times=st.sampled_from([1, 7, 16]), commits=st.booleans())
     def append(self, choice, ids, times, commits):
