@@ -48,9 +48,19 @@ class PagePool(Uncopyable):
         return int(lib.pkv_pool_num_kept(self.handle))
 
     @property
-    def oldest_kept(self) -> int:
-        """The page that has been kept for longest; -1 when there is none."""
-        return int(lib.pkv_pool_oldest_kept(self.handle))
+    def first_kept(self) -> int:
+        """The kept page of the smallest key, and of these the one kept for longest; -1 when there is none."""
+        return int(lib.pkv_pool_first_kept(self.handle))
+
+    def set_keys(self, page_ids: NDArray[np.int32], key: float) -> None:
+        """Set the keys by which kept pages give way."""
+        ids = int32_pointer("page_ids", page_ids)
+        check(lib.pkv_pool_set_keys(self.handle, len(page_ids), ids, key), "set_keys")
+
+    def raise_keys(self, page_ids: NDArray[np.int32], key: float) -> None:
+        """Set those that are smaller."""
+        ids = int32_pointer("page_ids", page_ids)
+        check(lib.pkv_pool_raise_keys(self.handle, len(page_ids), ids, key), "raise_keys")
 
     def set_indexed(self, page_id: int, is_indexed: bool) -> None:
         """Note whether an index names an owned or kept page; a kept page that none names is free."""

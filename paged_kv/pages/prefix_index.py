@@ -223,7 +223,7 @@ class PrefixIndex(Uncopyable):
         if pool.num_free + pool.num_kept < num_pages:
             return False
         while pool.num_free < num_pages:
-            page_id = pool.oldest_kept
+            page_id = pool.first_kept
             entry = self.by_page.get(page_id)
             if entry is None:  # an interrupt came while it was indexed
                 pool.set_indexed(page_id, False)

@@ -19,8 +19,35 @@ def test_a_free_page_cannot_be_indexed():
     pool.check()
 
 
+def test_a_key_is_a_number_and_of_a_page():
+    pool = PagePool(2, 64)
+    for change in (pool.set_keys, pool.raise_keys):
+        for pages, key in (([0, 1], float("nan")), ([0, 2], 1.0), ([-1], 1.0)):
+            with pytest.raises(PagedKVError):
+                change(np.array(pages, np.int32), key)
+        change(np.array([], np.int32), float("inf"))
+    pool.check()
+
+
+def test_many_kept_pages_give_way_in_the_order_of_their_keys():
+    num_pages, rng = 3000, np.random.default_rng(1)
+    pool = PagePool(num_pages, 64)
+    keys = rng.integers(0, 50, num_pages).astype(float)
+    for page in pool.acquire(num_pages).tolist():
+        pool.set_indexed(page, True)
+        pool.set_keys(np.array([page], np.int32), keys[page])
+    order = rng.permutation(num_pages).astype(np.int32)
+    pool.release(order)
+    pool.check()
+    for page in sorted(order.tolist(), key=lambda page: keys[page]):  # sorted is stable: the order of release
+        assert pool.first_kept == page
+        pool.set_indexed(page, False)
+    assert pool.first_kept == -1 and pool.num_free == num_pages
+    pool.check()
+
+
 class KeptPages(RuleBasedStateMachine):
-    """The pool beside a dictionary of references, a set of indexed pages, and a list of kept ones."""
+    """The pool beside a dictionary of references, a set of indexed pages, and the kept ones in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,6 +55,7 @@ class KeptPages(RuleBasedStateMachine):
         self.references = dict.fromkeys(range(NUM_PAGES), 0)
         self.indexed: set[int] = set()
         self.kept: list[int] = []
+        self.keys = dict.fromkeys(range(NUM_PAGES), 0.0)
 
     def owned(self) -> list[int]:
         return [page for page, count in self.references.items() if count]
@@ -77,12 +105,21 @@ class KeptPages(RuleBasedStateMachine):
         if page in self.kept:
             self.kept.remove(page)
 
+    @rule(data=st.data(), key=st.floats(-2, 2), is_raised=st.booleans())
+    def set_keys(self, data: st.DataObject, key: float, is_raised: bool) -> None:
+        pages = data.draw(st.lists(st.integers(0, NUM_PAGES - 1), max_size=3))
+        change = self.pool.raise_keys if is_raised else self.pool.set_keys
+        change(np.array(pages, np.int32), key)
+        for page in pages:
+            self.keys[page] = max(self.keys[page], key) if is_raised else key
+
     @invariant()
     def pages_add_up(self) -> None:
         self.pool.check()
         assert self.pool.num_kept == len(self.kept)
         assert self.pool.num_free == NUM_PAGES - len(self.owned()) - len(self.kept)
-        assert self.pool.oldest_kept == (self.kept[0] if self.kept else -1)
+        first = min(self.kept, key=lambda page: (self.keys[page], self.kept.index(page)), default=-1)
+        assert self.pool.first_kept == first
 
 
 TestKeptPages = KeptPages.TestCase
