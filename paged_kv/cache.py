@@ -16,6 +16,7 @@ from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memor
 from .pages.match import Match, explain
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
+from .pages.retention import KeepPolicy, priority_of, seconds
 from .pages.salts import salt_of
 from .sequence import Sequence, matched_sequence, new_sequences
 from .step import Step, seq_ids_of
@@ -38,6 +39,7 @@ class CacheStats:
     num_queried_tokens: int  # that `sequence` was given with prefix caching, since the cache was built
     num_hit_tokens: int  # of these, those that were there
     num_evictions: int  # of cached pages, for steps that needed room
+    num_policy_errors: int  # pages that keep_policy gave no key, so that LRU's was used
 
 
 class PagedKVCache(Uncopyable):
@@ -57,7 +59,10 @@ class PagedKVCache(Uncopyable):
     max_step_tokens : of one sequence in one step; limited with a window only
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them; not with a window
-    clock : seconds, of any start; how long ago a page was evicted is measured with it
+    keep_policy : in which order cached pages without an owner give way; None: those first that were not used
+        for longest
+    retention_half_life : seconds that a page counts as used later when priority + 1 doubles
+    clock : seconds, of any start; ages, ttls and the order of kept pages are measured with it
     num_threads : threads of one attend; None: the CPUs that the process may use
 
     Raises: ArgumentError; MemoryError, naming both sizes, when there is too little of it.
@@ -81,6 +86,8 @@ class PagedKVCache(Uncopyable):
         window: int | None = None,
         num_sink_tokens: int = 0,
         prefix_caching: bool = False,
+        keep_policy: KeepPolicy | None = None,
+        retention_half_life: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
         num_threads: int | None = None,
     ) -> None:
@@ -125,6 +132,8 @@ class PagedKVCache(Uncopyable):
             None if num_threads is None else integer("num_threads", num_threads, 1, 1024),
             prefix_caching,
             clock,
+            seconds("retention_half_life", retention_half_life),
+            keep_policy,
         )
 
     @property
@@ -163,7 +172,7 @@ class PagedKVCache(Uncopyable):
         window = self._store.tables.window
         return self.max_seq_len if window is None else window.max_step_tokens
 
-    def sequence(self, tokens: object = None, *, salt: bytes = b"") -> Sequence:
+    def sequence(self, tokens: object = None, *, salt: bytes = b"", priority: int = 0) -> Sequence:
         """A new sequence: empty, or with prefix_caching the longest prefix of `tokens` that the cache holds.
 
         Parameters
@@ -177,15 +186,17 @@ class PagedKVCache(Uncopyable):
             that others cannot guess, so that none learns from timing what others have sent.  A page that
             held another salt is cleared before it is written.
 
+        priority : how long its pages are worth keeping once no sequence has them; `retain` explains it
+
         Pages are shared, and nothing is copied now.  Keys and values must depend on the tokens alone: one
         cache serves one model.
         Raises: OutOfSequences, ArgumentError, CacheClosed.
         Cost: O(tokens); takes no page.
         """
-        salt = salt_of(salt)
+        salt, priority = salt_of(salt), priority_of(priority)
         if tokens is None:
-            return new_sequences(self._store, 1, salt=salt)[0]
-        return matched_sequence(self._store, token_ids_of("tokens", tokens), salt)
+            return new_sequences(self._store, 1, salt=salt, priority=priority)[0]
+        return matched_sequence(self._store, token_ids_of("tokens", tokens), salt, priority)
 
     def match(self, tokens: object, salt: bytes = b"", *, also: Iterable[bytes] = ()) -> Match:
         """How much of a prompt `sequence(tokens, salt=salt)` would find now, and why it is not more.
@@ -257,6 +268,7 @@ class PagedKVCache(Uncopyable):
             num_queried_tokens=index.num_queried_tokens if index else 0,
             num_hit_tokens=index.num_hit_tokens if index else 0,
             num_evictions=index.num_evictions if index else 0,
+            num_policy_errors=index.retention.num_policy_errors if index else 0,
         )
 
     def check(self) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ._binding import check, ffi, integer, lib
 from .errors import ReentrantCall, StaleSequence
 from .lifetime import Uncopyable
+from .pages.retention import priority_of, seconds
 from .store import Store
 
 #: The id of a sequence that was freed.
@@ -104,6 +105,28 @@ class Sequence(Uncopyable):
         forks = new_sequences(self._store, num_forks, self, at)
         return forks[0] if count is None else forks
 
+    def retain(self, *, priority: int | None = None, ttl: float | None = None) -> None:
+        """How long its pages are worth keeping once no sequence has them; without prefix caching nothing.
+
+        Parameters
+        ----------
+        priority : 0 is that of others; with p its pages count as used half_life * log2(1 + p) seconds later
+            than they were, 600 s for 1.  None: as it is
+        ttl : seconds after its end from which they go before all others; `inf`: never.  None: as it is
+
+        It says in which order pages give way, and promises none.  What several sequences share is kept as
+        the one wants that keeps it longer.
+        Raises: ArgumentError, StaleSequence, CacheClosed.
+        """
+        priority = None if priority is None else priority_of(priority)
+        ttl = None if ttl is None else seconds("ttl", ttl)
+        store = self._store
+        with store.lock:
+            store.reclaim_abandoned()
+            row = store.tables.row(self._seq_id)
+            if store.index is not None:
+                store.index.retention.set_row(row, priority, ttl)
+
     def truncate(self, length: int) -> None:
         """Forget the newest tokens, from position `length` on, and release their pages.
 
@@ -166,7 +189,12 @@ class Sequence(Uncopyable):
 
 
 def new_sequences(
-    store: Store, count: int, parent: Sequence | None = None, at: object = None, salt: bytes = b""
+    store: Store,
+    count: int,
+    parent: Sequence | None = None,
+    at: object = None,
+    salt: bytes = b"",
+    priority: int = 0,
 ) -> list[Sequence]:
     """Handles of `count` new sequences: empty and of this salt, or with the first `at` tokens of `parent`.
 
@@ -187,7 +215,7 @@ def new_sequences(
                 _share_prefix(store, parent, handles)
             elif store.index is not None:
                 for new_id in seq_ids:
-                    store.index.begin(store.tables.row(new_id), [])
+                    store.index.start(store.tables.row(new_id), None, priority)
         except BaseException as error:
             _free_all(store, seq_ids, error)
     return handles
@@ -207,11 +235,10 @@ def _share_prefix(store: Store, parent: Sequence, forks: list[Sequence]) -> None
         seq_len = int(store.tables.seq_lens[row])
         fork._num_cached_tokens = min(parent._num_cached_tokens, seq_len)
         if store.index is not None:
-            path = store.index.paths.get(store.tables.row(parent._seq_id), [])
-            store.index.begin(row, path[: seq_len // store.tables.page_size])
+            store.index.fork(store.tables.row(parent._seq_id), row, seq_len)
 
 
-def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes) -> Sequence:
+def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority: int) -> Sequence:
     """A new sequence of a salt that shares the longest prefix of these ids that the cache holds.
 
     Raises: OutOfSequences, CacheClosed.
@@ -224,9 +251,11 @@ def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes) -> Seque
         if store.index is None:
             store.tables.add([seq_id], salt=number)
             return handle
-        path, page_ids, num_tokens, _ = store.index.match(ids, number)
+        found = store.index.match(ids, number)
+        num_tokens = found.num_tokens
         try:
-            store.index.begin(store.tables.add_pages(seq_id, number, page_ids, num_tokens), path)
+            row = store.tables.add_pages(seq_id, number, found.page_ids, num_tokens)
+            store.index.start(row, found, priority)
             handle._num_cached_tokens = num_tokens
             store.index.num_queried_tokens += len(ids)
             store.index.num_hit_tokens += num_tokens

@@ -30,6 +30,7 @@ from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
 from .pages.prefix_index import PrefixIndex
+from .pages.retention import KeepPolicy, Retention
 from .pages.salts import Salts
 
 #: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.
@@ -54,6 +55,8 @@ class Store(Uncopyable):
         num_threads: int | None,
         prefix_caching: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        half_life: float = 600.0,
+        keep_policy: KeepPolicy | None = None,
     ) -> None:
         self.layout = layout
         self.threads = shared_threads(num_threads)
@@ -62,7 +65,11 @@ class Store(Uncopyable):
             self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
         )
         self.salts, self.clock = Salts(), clock
-        self.index = PrefixIndex(self.tables, self.salts, clock) if prefix_caching else None
+        self.index = None
+        if prefix_caching:
+            rows_and_pages = (self.pool, max_sequences, layout.page_size)
+            retention = Retention(*rows_and_pages, clock, half_life, keep_policy)
+            self.index = PrefixIndex(self.tables, self.salts, retention)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
         #: Of steps that ended, by their number of tokens, the last one at the end.

@@ -24,7 +24,7 @@ FLOORS = [
     {"attention.prepared"},
     {"attention.foreign"},
     {"pages.pool", "pages.plan", "pages.new_tokens", "pages.salts", "pages.evicted"},
-    {"pages.block_table"},
+    {"pages.block_table", "pages.retention"},
     {"pages.prefix_index"},
     {"pages.match"},
     {"store"},

@@ -69,6 +69,10 @@ class PagePool(Uncopyable):
     def is_indexed(self, page_id: int) -> bool:
         return bool(lib.pkv_pool_is_indexed(self.handle, page_id))
 
+    def is_kept(self, page_id: int) -> bool:
+        """Does an index name it, and nothing own it?"""
+        return self.is_indexed(page_id) and lib.pkv_pool_ref_count(self.handle, page_id) == 0
+
     def acquire(self, count: int) -> NDArray[np.int32]:
         """`count` free pages, now owned; OutOfPages, and nothing taken, when there are fewer."""
         count = integer("count", count, 0)

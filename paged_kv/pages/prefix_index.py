@@ -14,10 +14,9 @@ the block tables, without an entry.
 Entries and pages stay consistent when an interrupt comes between two lines: a page is marked as indexed
 before it has an entry, and until after it had one.
 
-Imports block_table, evicted, token_keys, salts and lifetime.  The caller holds the cache's lock.
+Imports block_table, retention, evicted, token_keys, salts and lifetime.  The caller holds the cache's lock.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from sortedcontainers import SortedDict
 from ..lifetime import Uncopyable
 from .block_table import BlockTables
 from .evicted import Evicted
+from .retention import FOREVER, Retention
 from .salts import Salts
 from .token_keys import continues, following, ids_of, key_of, longest
 
@@ -62,7 +62,7 @@ class Found(NamedTuple):
 class PrefixIndex(Uncopyable):
     """The index of one cache's pages, which has no window."""
 
-    def __init__(self, tables: BlockTables, salts: Salts, clock: Callable[[], float]) -> None:
+    def __init__(self, tables: BlockTables, salts: Salts, retention: Retention) -> None:
         self.tables, self.pool, self.page_size = tables, tables.pool, tables.page_size
         self.entries: Any = SortedDict()
         self.by_page: dict[int, Entry] = {}
@@ -70,8 +70,10 @@ class PrefixIndex(Uncopyable):
         #: Of each row's path, the serial number of the last entry, and the length.
         self._ends = np.zeros(tables.max_sequences, np.int64)
         self._path_lens = np.zeros(tables.max_sequences, np.int32)
+        #: Does a row hold a page other than its entry's, having computed the same tokens?
+        self._has_other_pages = np.zeros(tables.max_sequences, np.bool_)
         self._serials = salts.serials
-        self._clock = clock
+        self.retention = retention
         self.evicted = Evicted(min(4 * tables.pool.num_pages, MAX_REMEMBERED))
         self.num_evictions = self.num_queried_tokens = self.num_hit_tokens = 0
 
@@ -129,8 +131,21 @@ class PrefixIndex(Uncopyable):
 
     # ---- what rows offer
 
-    def begin(self, row: int, path: list[Entry]) -> None:
-        """A new sequence has these pages, as a match found them or a fork shares them."""
+    def start(self, row: int, found: Found | None, priority: int) -> None:
+        """A new sequence is empty, or has what a match found."""
+        self.retention.set_row(row, priority, FOREVER)
+        self._has_other_pages[row] = False
+        self._set_path(row, found.entries if found is not None else [])
+        if found is not None and found.page_ids:
+            self.retention.find(row, np.array(found.page_ids, np.int32))
+
+    def fork(self, parent: int, row: int, length: int) -> None:
+        """A new sequence shares the pages of the parent's first tokens."""
+        self.retention.copy_row(parent, row)
+        self._has_other_pages[row] = self._has_other_pages[parent]
+        self._set_path(row, self.paths.get(parent, [])[: length // self.page_size])
+
+    def _set_path(self, row: int, path: list[Entry]) -> None:
         self.paths[row] = path
         self._ends[row] = int.from_bytes(path[-1].serial) if path else self.tables.row_salts[row]
         self._path_lens[row] = len(path)
@@ -145,25 +160,47 @@ class PrefixIndex(Uncopyable):
                 path = []
             num_full = int(tables.num_known[row]) // self.page_size
             page_ids = tables.page_ids[row, len(path) : num_full]
+            new, positions = [], []
             for page_id, ids in zip(page_ids.tolist(), tables.token_ids[page_ids], strict=True):
-                path.append(self._entry(self._end_of(row, path), ids, page_id))
-            self.begin(row, path)
+                entry, is_new = self._entry(self._end_of(row, path), ids, page_id)
+                if is_new:
+                    new.append(page_id)
+                    positions.append(len(path) * self.page_size)
+                elif entry.page_id != page_id:
+                    self._has_other_pages[row] = True
+                path.append(entry)
+            self._set_path(row, path)
+            if new:
+                self.retention.publish(row, new, positions)
 
     def shorten(self, row: int, length: int) -> None:
         """A row forgets its tokens from `length` on; its full pages stay indexed."""
-        self.begin(row, self.paths.get(row, [])[: length // self.page_size])
+        path, num_left = self.paths.get(row, []), length // self.page_size
+        gone = [entry.page_id for entry in path[num_left:]]
+        self._set_path(row, path[:num_left])
+        if gone:
+            self.retention.leave(row, np.array(gone, np.int32), num_left)
 
     def leave(self, row: int) -> None:
-        """Before a row releases its pages: index the open one, too."""
+        """Before a row releases its pages: index the open one, too, and give all their keys."""
         path, num_known = self.paths.get(row, []), int(self.tables.num_known[row])
         num_open = num_known - len(path) * self.page_size
+        pages = self.tables.page_ids[row, : len(path)]
+        if self._has_other_pages[row]:
+            pages = np.array([entry.page_id for entry in path], np.int32)
         if not (path and path[-1].is_dropped) and 0 < num_open < self.page_size:
             page_id = int(self.tables.page_ids[row, len(path)])
             ids = self.tables.token_ids[page_id, :num_open]
             serial = self._end_of(row, path)
             if not self._is_indexed(serial, ids):
-                self._entry(serial, ids, page_id)
-        self.begin(row, [])
+                entry, is_new = self._entry(serial, ids, page_id)
+                if is_new:
+                    self.retention.publish(row, [page_id], [len(path) * self.page_size])
+                pages = np.append(pages, np.int32(entry.page_id))
+        if len(pages):
+            self.retention.leave(row, pages)
+        self._has_other_pages[row] = False
+        self._set_path(row, [])
 
     def _end_of(self, row: int, path: list[Entry]) -> bytes:
         """What the page after a row's path follows: the last entry, or the salt."""
@@ -178,12 +215,15 @@ class PrefixIndex(Uncopyable):
         key = serial + key_of(ids)
         return key in self.entries or continues(self.entries, key)
 
-    def _entry(self, parent: bytes, ids: NDArray[np.int32], page_id: int) -> Entry:
-        """The entry of these tokens: the one that is there, or a new one of this page, which a row holds."""
+    def _entry(self, parent: bytes, ids: NDArray[np.int32], page_id: int) -> tuple[Entry, bool]:
+        """The entry of these tokens: the one that is there, or a new one of this page, which a row holds.
+
+        Returns: it; is it new?
+        """
         key = parent + key_of(ids)
         there: Entry | None = self.entries.get(key)
         if there is not None:
-            return there
+            return there, False
         shorter = self.by_page.get(page_id)  # the page was open when it was indexed
         if shorter is not None:
             self.drop(shorter, None)  # what it named is in the new entry
@@ -192,43 +232,47 @@ class PrefixIndex(Uncopyable):
         entry = Entry(key, page_id, serial)
         self.by_page[page_id] = entry
         self.entries[key] = entry
-        return entry
+        return entry, True
 
     # ---- what has to go
 
-    def drop(self, entry: Entry, cause: str | None) -> int:
-        """Forget an entry and all that follow it; kept pages of theirs are free then.  Returns: how many.
+    def drop(self, entry: Entry, cause: str | None, num_free: int | None = None) -> None:
+        """Forget all that follows an entry, and the entry last; kept pages of theirs are free then.
 
         cause : of an eviction, which is remembered
+        num_free : stop when so many pages are free
         """
-        found, now = [entry], self._clock()
+        found, now = [entry], self.retention.clock()
         for one in found:
             found += [self.entries[key] for key in following(self.entries, one.serial)]
         for one in reversed(found):
+            if num_free is not None and self.pool.num_free >= num_free:
+                break
             one.is_dropped = True
             if cause is not None:
                 self.evicted.remember(one.key, one.serial, cause, now)
+                self.num_evictions += 1
             self.entries.pop(one.key, None)
             if self.by_page.get(one.page_id) is one:
                 del self.by_page[one.page_id]
+                self.retention.forget(one.page_id)
                 self.pool.set_indexed(one.page_id, False)
-        return len(found)
 
     def make_room(self, num_pages: int) -> bool:
-        """Evict kept pages, those released first before others, until so many are free.
+        """Evict kept pages, as `retention` orders them, until so many are free.
 
-        Returns False, and evicts nothing, when there are too few.
+        Returns False, and evicts nothing, when there are too few.  Cost: O(log n) for each.
         """
         pool = self.pool
         if pool.num_free + pool.num_kept < num_pages:
             return False
         while pool.num_free < num_pages:
-            page_id = pool.first_kept
+            page_id, cause = self.retention.next_page()
             entry = self.by_page.get(page_id)
             if entry is None:  # an interrupt came while it was indexed
                 pool.set_indexed(page_id, False)
             else:
-                self.num_evictions += self.drop(entry, "pressure")
+                self.drop(entry, cause, num_pages)
         return True
 
     def release_tails(self, rows: list[int]) -> None:
