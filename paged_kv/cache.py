@@ -58,7 +58,7 @@ class PagedKVCache(Uncopyable):
         pages that no later token sees are released at commit.  None: all tokens
     max_step_tokens : of one sequence in one step; limited with a window only
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
-        an owner until a step needs them; not with a window
+        an owner until a step needs them; None: yes, unless there is a window, with which it is not possible
     keep_policy : in which order cached pages without an owner give way; None: those first that were not used
         for longest
     retention_half_life : seconds that a page counts as used later when priority + 1 doubles
@@ -85,7 +85,7 @@ class PagedKVCache(Uncopyable):
         max_step_tokens: int = 2048,
         window: int | None = None,
         num_sink_tokens: int = 0,
-        prefix_caching: bool = False,
+        prefix_caching: bool | None = None,
         keep_policy: KeepPolicy | None = None,
         retention_half_life: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
@@ -114,10 +114,12 @@ class PagedKVCache(Uncopyable):
             most = min(most, integer("max_seq_len", max_seq_len, 1, MAX_TOKENS))
         num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
         max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
+        if prefix_caching is None:
+            prefix_caching = window is None
         if type(prefix_caching) is not bool or (prefix_caching and window is not None):
             raise ArgumentError(
                 f"prefix_caching is {prefix_caching!r} and window is {window!r}; "
-                "give False, or True and no window"
+                "give None, False, or True and no window"
             )
         seen = None
         if window is not None:
@@ -160,6 +162,11 @@ class PagedKVCache(Uncopyable):
         """Tokens that a token sees, itself included; None: all."""
         window = self._store.tables.window
         return None if window is None else window.size
+
+    @property
+    def prefix_caching(self) -> bool:
+        """Can the pages of known token ids be found again?"""
+        return self._store.index is not None
 
     @property
     def max_sequence_pages(self) -> int:

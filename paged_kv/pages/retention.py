@@ -63,7 +63,8 @@ class Retention:
         self.pool, self.page_size, self.clock = pool, page_size, clock
         self.half_life, self.policy = half_life, policy
         self._priorities = np.zeros(max_sequences, np.int64)
-        self._ttls = np.full(max_sequences, FOREVER)
+        #: Zeros: forever.  Untouched, the rows of sequences that never come cost no memory.
+        self._ttls = np.zeros(max_sequences)
         self._num_hits = np.zeros(pool.num_pages, np.int32)
         #: When a page's time is over; -inf for one that no sequence has left yet.
         self._deadlines = np.full(pool.num_pages, -FOREVER)
@@ -78,7 +79,7 @@ class Retention:
         if priority is not None:
             self._priorities[row] = priority
         if ttl is not None:
-            self._ttls[row] = ttl
+            self._ttls[row] = 0 if ttl == FOREVER else ttl
 
     def copy_row(self, parent: int, row: int) -> None:
         """A fork has the priority and ttl of its parent."""
@@ -100,7 +101,7 @@ class Retention:
 
     def leave(self, row: int, pages: NDArray[np.int32], first: int = 0) -> None:
         """A sequence that has these pages, from its page `first` on, ends or is cut."""
-        ttl = float(self._ttls[row])
+        ttl = float(self._ttls[row]) or FOREVER
         if ttl == FOREVER and not self._by_deadline:
             self._deadlines[pages] = FOREVER
         else:

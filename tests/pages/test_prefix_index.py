@@ -198,8 +198,8 @@ class PrefixMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.cache = prefix_cache(num_pages=self.num_pages)
         self.held, self.offered = {}, []
+        self.cache = prefix_cache(num_pages=self.num_pages, clock=lambda: float(len(self.offered)))
 
     def teardown(self):
         self.cache.close()
@@ -258,8 +258,10 @@ class PrefixMachine(RuleBasedStateMachine):
         seq, ids = self.any_of(choice), ids * times
         if seq is None or not ids:
             return
+        salt, *held = self.held[seq]
+        if len(held) + len(ids) > self.cache.max_seq_len:
+            return
         try:
-            salt, *held = self.held[seq]
             step = extend(self.cache, seq, held, ids, salt)
         except OutOfPages:
             num_owned = self.cache.stats().num_used_pages
