@@ -70,7 +70,11 @@ class ConcatenatedCache:
         self.peak_bytes = self.copy_bytes = 0
         self.sequences: list[ConcatenatedSequence] = []
 
-    def sequence(self) -> ConcatenatedSequence:
+    @property
+    def prefix_caching(self) -> bool:
+        return False
+
+    def sequence(self, tokens: object = None) -> ConcatenatedSequence:
         self.sequences.append(ConcatenatedSequence(self))
         return self.sequences[-1]
 

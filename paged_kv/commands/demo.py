@@ -7,6 +7,8 @@ same tokens:
     concatenated   arrays that grow by a copy for each token, given the same bytes
     no cache       everything computed again for every token; measured on a few tokens
 
+All prompts begin with the same text, as those of an assistant do; the paged cache computes it once.
+
 Imports generate, baselines and timing.
 """
 
@@ -47,6 +49,14 @@ TOP_P = 0.95
 POOL_SHARE = 10 / 16
 #: New tokens of each prompt that are measured without a cache: a few seconds' worth.
 TOKENS_WITHOUT_CACHE = 2
+#: What all prompts begin with, unless they are the caller's: 128 tokens.
+SYSTEM_PROMPT = '''"""A module of Python's standard library.
+
+It is written as all of them are: a docstring says what the module is for; imports, constants in capitals,
+then classes and functions with docstrings of their own.  Names are words, lines are short, errors are raised
+where they are found.  What is private begins with an underscore, and __all__ lists what is not.
+"""
+'''
 NUM_TEXTS_SHOWN = 3  # spread over the prompts
 
 
@@ -63,6 +73,8 @@ class Served:
     """One way of serving, measured."""
 
     way: str
+    prompt_tokens: int
+    prompt_tokens_computed: int
     new_tokens: int
     tokens_per_s: float  # end to end, prompts included
     attend_ms_per_step: float  # append + attend, all layers
@@ -141,15 +153,16 @@ def choose_prompts(options: argparse.Namespace, model: DecoderModel, tokenizer: 
     texts += [(path, read_text(Path(path))) for path in options.file or []]
     count = options.sequences if options.sequences is not None else len(texts) or 16
     integer("--sequences", count, 1, 2**16)
-    lengths = [room] * count
+    lengths, system = [room] * count, ""
     if not texts:
+        system = SYSTEM_PROMPT
         texts = list(held_out_texts())
         # In an order that mixes short and long.
         lengths = [max(1, round(room * (i * 7 % count + 1) / count)) for i in range(count)]
     prompts = []
     for i, length in enumerate(lengths):
         source, text = texts[i % len(texts)]
-        ids = [model.config.bos_token_id, *tokenizer.encode(text).ids]
+        ids = [model.config.bos_token_id, *tokenizer.encode(system + text).ids]
         prompts.append(Prompt(source, ids[:length]))
     return prompts
 
@@ -209,11 +222,12 @@ class Serving:
     def recomputed(self) -> Served:
         """Each sequence by itself, from its first token on, for every new token."""
         num_tokens = min(TOKENS_WITHOUT_CACHE, self.options.max_tokens)
-        begin, clock, new_ids = time.perf_counter(), Stopwatch(), []
+        begin, clock, new_ids, num_computed = time.perf_counter(), Stopwatch(), [], 0
         for i, prompt in enumerate(self.prompts):
             ids, sampler = list(prompt.ids), self._sampler(i)
             for _ in range(num_tokens):
                 step = TimedStep(RecomputeStep([len(ids)], num_cpus()), clock)
+                num_computed += len(prompt.ids)
                 ids.append(sampler.sample(self.model.forward(ids, step, [-1])[0]))
             new_ids.append(ids[len(prompt.ids) :])
             self.live.update(f"no cache: {i + 1} of {len(self.prompts)} prompts, {num_tokens} tokens each")
@@ -221,6 +235,8 @@ class Serving:
         elapsed, count = time.perf_counter() - begin, num_tokens * len(self.prompts)
         return Served(
             way="no cache",
+            prompt_tokens=sum(len(prompt.ids) for prompt in self.prompts),
+            prompt_tokens_computed=num_computed,
             new_tokens=count,
             tokens_per_s=count / elapsed,
             attend_ms_per_step=clock.seconds / count * 1e3,
@@ -269,6 +285,8 @@ class Serving:
         elapsed = time.perf_counter() - begin
         return Served(
             way=way,
+            prompt_tokens=sum(len(prompt.ids) for prompt in self.prompts),
+            prompt_tokens_computed=batch.report.num_prompt_tokens,
             new_tokens=batch.report.num_new_tokens,
             tokens_per_s=batch.report.num_new_tokens / elapsed,
             attend_ms_per_step=clock.seconds / batch.report.num_steps * 1e3,
@@ -297,6 +315,8 @@ def table(ways: list[Served]) -> str:
     """Plain text, a column for each way; the last one is ours."""
     paged = ways[-1]
     rows: list[tuple[str, Callable[[Served], str]]] = [
+        ("prompt tokens given", lambda way: f"{way.prompt_tokens:,}"),
+        ("prompt tokens computed", lambda way: f"{way.prompt_tokens_computed:,}"),
         ("new tokens measured", lambda way: f"{way.new_tokens:,}"),
         ("tokens/s, end to end", lambda way: f"{way.tokens_per_s:,.1f}"),
         ("paged is faster by", lambda way: f"{paged.tokens_per_s / way.tokens_per_s:,.2f}x"),

@@ -48,6 +48,7 @@ class Report:
     """What a generation took; per step: the median over those that held no prompt tokens."""
 
     prompt_tokens: int
+    cached_tokens: int  # of the prompts, that another one had computed
     new_tokens: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -211,8 +212,9 @@ class Watch:
         ceiling, decode_ns = read_gb_per_s(CEILING_BYTES, num_cpus()), self._before.decode_ns
         return Report(
             prompt_tokens=prompt_tokens,
+            cached_tokens=self._before.num_cached_tokens,
             new_tokens=new_tokens,
-            prefill_tokens_per_s=1e9 * prompt_tokens / self._before.prefill_ns,
+            prefill_tokens_per_s=1e9 * self._before.num_prompt_tokens / self._before.prefill_ns,
             decode_tokens_per_s=1e9 * self._decoded / decode_ns if decode_ns else 0.0,
             ms_per_step=1e3 * total,
             weights_ms=1e3 * weights,
@@ -264,7 +266,8 @@ def lines_of(report: Report, num_prompts: int) -> list[str]:
     lines = [
         "",
         f"kernel {kernels().active}, {num_cpus()} threads, {num_prompts} sequences",
-        f"prompt      {report.prompt_tokens:,} tokens, {report.prefill_tokens_per_s:,.1f} a second",
+        f"prompt      {report.prompt_tokens:,} tokens, {report.cached_tokens:,} of them shared, the others "
+        f"{report.prefill_tokens_per_s:,.1f} a second",
         f"decode      {report.new_tokens:,} tokens, {report.decode_tokens_per_s:,.1f} a second",
         f"a step      {report.ms_per_step:,.1f} ms: weights {report.weights_ms:,.1f}, attention "
         f"{report.attention_ms:,.1f}, rest {report.rest_ms:,.1f}",

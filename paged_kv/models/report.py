@@ -5,9 +5,14 @@ from dataclasses import dataclass
 
 @dataclass
 class GenerationReport:
-    """What a generation took.  Times are of steps that held prompt tokens, and of those that held none."""
+    """What a generation took.  Times are of steps that held prompt tokens, and of those that held none.
+
+    num_prompt_tokens : computed
+    num_cached_tokens : of prompts, that the cache had
+    """
 
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_new_tokens: int = 0
     num_steps: int = 0
     prefill_ns: int = 0
@@ -29,8 +34,9 @@ class GenerationReport:
         return self.num_new_tokens / elapsed_ns * 1e9 if elapsed_ns else 0.0
 
     def __str__(self) -> str:
+        cached = f" ({self.num_cached_tokens:,} prompt tokens cached)" if self.num_cached_tokens else ""
         return (
             f"{self.num_prompt_tokens:,} prompt and {self.num_new_tokens:,} new tokens in {self.num_steps:,} "
-            f"steps: prefill {self.prefill_ns / 1e6:,.0f} ms, decode {self.decode_ns / 1e6:,.0f} ms, "
+            f"steps{cached}: prefill {self.prefill_ns / 1e6:,.0f} ms, decode {self.decode_ns / 1e6:,.0f} ms, "
             f"{self.tokens_per_s:,.1f} tokens/s"
         )

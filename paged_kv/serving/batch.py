@@ -7,12 +7,16 @@ and fills up with chunks of other prompts, so that no request waits for a long p
     step 2   [a: token][b: prompt .....]
     step 3   [a: token][b: ... prompt][c: prompt .]      one forward pass each
 
+Prompts begin with what the cache has of them.  One that shares its beginning with a prompt that is being
+computed waits until that part can be found; others overtake it.
+
 Several samples of a prompt share it: the first one computes it, and the others are forks of that.  A request
 can be cancelled at any time; when it computes the prompt of other samples, the next of them goes on with it.
 
 Imports request, admission and models.bitnet.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -39,18 +43,26 @@ from ..models.decoder import DecoderModel
 from ..models.report import GenerationReport
 from ..models.sampling import Sampler
 from ..models.token_ids import prompt_ids
+from ..pages.token_keys import num_common
 from .admission import Admission, require_positions
 from .request import Request, stop_set
 
 #: Tokens of one step, where there are prompts to fill it: enough for full matrix products, few enough that
 #: running requests do not wait long for their next token.
 STEP_TOKENS = 256
+#: A prompt waits for another one to compute at least so many tokens that they share.
+MIN_SHARED_TOKENS = 32
+#: So many waiting prompts are looked at in a step; those behind have to wait for them.
+MAX_LOOKED_AT = 256
 
 
 class ServingCache(Protocol):
     """The cache that serving needs; PagedKVCache is one."""
 
-    def sequence(self) -> Any: ...
+    @property
+    def prefix_caching(self) -> bool: ...
+
+    def sequence(self, tokens: Any = None) -> Any: ...
 
     def step(self, seqs: Any, new: Any) -> Any: ...
 
@@ -259,8 +271,7 @@ class Batch(Uncopyable):
 
     def _admit(self) -> None:
         limits, taken = self.admission, sum(request.cost for request in self.running)
-        while self.waiting:
-            first = self.waiting[0]
+        for first in [*itertools.islice(self.waiting, MAX_LOOKED_AT)]:
             group = [first, *first.siblings]
             if first not in self.running:  # as after an interrupt
                 num_sequences = len(self.running) + len(group)
@@ -268,16 +279,25 @@ class Batch(Uncopyable):
                     return
                 if taken + first.cost * len(group) > limits.capacity:
                     return
+                if self.cache.prefix_caching and self._will_find_more(first):
+                    continue
                 try:
-                    first.seq = self.cache.sequence()
+                    first.seq = self.cache.sequence(first.ids)
                 except OutOfSequences as error:
                     if self.running:
                         return  # one of ours may end
                     self._fail(first, error)
                 else:
+                    self.report.num_cached_tokens += getattr(first.seq, "num_cached_tokens", 0)
                     taken += first.cost * len(group)
                     self.running += group
-            self.waiting.popleft()
+            self.waiting.remove(first)
+
+    def _will_find_more(self, request: Request) -> bool:
+        """Is a prompt being computed that has more tokens in common with this one than it holds yet?"""
+        computing = [one for one in self.running if one.seq is not None and not one.is_past_prompt]
+        shared = (num_common(one.ids, request.ids[:-1]) - one.num_fed for one in computing)
+        return max(shared, default=0) >= MIN_SHARED_TOKENS
 
     def _choose(self) -> list[tuple[Request, list[int]]]:
         """Who steps, with which ids: tokens first, then prompts as far as there is room."""

@@ -39,6 +39,10 @@ class Request:
     #: (n, id): the id that was drawn to follow the first n.
     drawn: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        #: The prompt, int32.
+        self.ids = np.array(self.prompt, np.int32)
+
     @property
     def num_ids(self) -> int:
         return len(self.prompt) + len(self.new_ids)

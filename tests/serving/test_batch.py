@@ -469,3 +469,86 @@ def test_a_step_that_raises_at_any_call_of_the_library_can_be_repeated(small_mod
         # What a sampler was drawing when it was interrupted, it may draw otherwise.
         differ = sum(mine != other for mine, other in zip(got, expected, strict=True))
         assert differ <= 1, (at, got, expected)
+
+
+# ---- prompts that share their beginning
+
+SYSTEM = [int(id) for id in np.random.default_rng(0).integers(1, 200, 90)]
+
+
+def shared_prompts(count=6):
+    return [[*SYSTEM, 201 + i, *SYSTEM[: 3 * i]] for i in range(count)]
+
+
+@pytest.mark.parametrize("step_tokens", [16, 64, 256])
+def test_prompts_with_the_same_beginning_compute_it_once(small_model, step_tokens):
+    prompts, results = shared_prompts(), []
+    for prefix_caching in (False, True):
+        with small_model.new_cache(num_pages=64, page_size=16, prefix_caching=prefix_caching) as cache:
+            batch = new_batch(small_model, cache, step_tokens=step_tokens)
+            requests = [batch.add(prompt, NUM_NEW) for prompt in prompts]
+            serve(batch)
+            cache.check()
+            results.append([request.new_ids for request in requests])
+    assert results[0] == results[1]
+    given = sum(map(len, prompts))
+    assert batch.report.num_prompt_tokens + batch.report.num_cached_tokens == given
+    # Each of the others finds the beginning, or begins when few tokens of it are still to be computed.
+    num_found = len(SYSTEM) - batch_module.MIN_SHARED_TOKENS + 1
+    assert batch.report.num_prompt_tokens <= given - num_found * (len(prompts) - 1)
+
+
+def test_a_later_turn_computes_what_is_new_in_it(small_model):
+    with small_model.new_cache(num_pages=16, page_size=16) as cache:
+        batch = new_batch(small_model, cache)
+        first = batch.add(SYSTEM[:90], NUM_NEW)
+        serve(batch)
+        second = [*SYSTEM[:90], *first.new_ids, 7, 8, 9]
+        before = batch.report.num_prompt_tokens
+        request = batch.add(second, NUM_NEW)
+        serve(batch)
+        # The last new token of the first turn was never fed.
+        assert batch.report.num_prompt_tokens - before == 4
+    with small_model.new_cache(num_pages=16, page_size=16, prefix_caching=False) as cache:
+        batch = new_batch(small_model, cache)
+        alone = batch.add(second, NUM_NEW)
+        serve(batch)
+        assert alone.new_ids == request.new_ids
+
+
+def test_others_overtake_a_prompt_that_waits_for_its_beginning(small_model):
+    with small_model.new_cache(num_pages=64, page_size=16) as cache:
+        batch = new_batch(small_model, cache, step_tokens=32)
+        leader, follower = (batch.add(prompt, NUM_NEW) for prompt in shared_prompts(2))
+        other = batch.add([250, 251], NUM_NEW)
+        batch.step()
+        assert batch.running == [leader, other] and list(batch.waiting) == [follower]
+        # When the leader is gone, the next one computes the rest of what they share.
+        batch.cancel(leader)
+        batch.step()
+        assert follower in batch.running
+        serve(batch)
+        assert follower.error is None and len(follower.new_ids) == NUM_NEW
+        assert batch.report.num_cached_tokens == 32
+
+
+def test_few_shared_tokens_hold_no_prompt_up(small_model):
+    with small_model.new_cache(num_pages=64, page_size=16) as cache:
+        batch = new_batch(small_model, cache, step_tokens=8)
+        requests = [batch.add([1, 2, 3, 4, 100 + i, *SYSTEM[i:60]], NUM_NEW) for i in range(4)]
+        batch.step()
+        assert batch.running == requests
+        serve(batch)
+
+
+def test_what_is_kept_makes_room_for_requests(small_model):
+    """Kept pages count as free, so a full pool of them admits as an empty one does."""
+    with small_model.new_cache(num_pages=8, page_size=16, max_sequences=4) as cache:
+        batch = new_batch(small_model, cache)
+        for i in range(12):
+            requests = [batch.add([10 * i + j, *SYSTEM[:40]], NUM_NEW) for j in range(2)]
+            serve(batch)
+            assert [request.error for request in requests] == [None] * 2
+        stats = cache.stats()
+        assert stats.num_kept_pages > 0 and stats.num_evictions > 0
+        cache.check()
