@@ -12,12 +12,14 @@ from ._binding import integer, kernels
 from .errors import ArgumentError, InvariantViolation
 from .lifetime import Uncopyable
 from .pages.block_table import Window
+from .pages.events import Event
 from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
 from .pages.match import Match, explain
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
+from .pages.prefix_index import Counts
 from .pages.retention import KeepPolicy, priority_of, seconds
-from .pages.salts import salt_of
+from .pages.salts import bytes_of
 from .sequence import Sequence, matched_sequence, new_sequences
 from .step import Step, seq_ids_of
 from .store import Store
@@ -36,9 +38,16 @@ class CacheStats:
     utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
     pool_bytes: int
     num_copies: int  # of shared pages, for those who appended to them; since the cache was built
-    num_queried_tokens: int  # that `sequence` was given with prefix caching, since the cache was built
-    num_hit_tokens: int  # of these, those that were there
-    num_evictions: int  # of cached pages, for steps that needed room
+    # Of the prefix cache, since the cache was built:
+    num_queries: int  # calls of `sequence(tokens)`
+    num_queried_tokens: int
+    num_hits: int  # of these calls, those that found a token
+    num_hit_tokens: int
+    bytes_saved: int  # of keys and values that were found, and not computed again
+    misses: dict[str, int]  # calls that did not find all, by the reason that `match` gives
+    num_evictions: int  # of cached pages
+    evictions: dict[str, int]  # by cause: "pressure", "time"
+    num_unused_evictions: int  # of pages that no sequence began with since they were published
     num_policy_errors: int  # pages that keep_policy gave no key, so that LRU's was used
 
 
@@ -59,6 +68,7 @@ class PagedKVCache(Uncopyable):
     max_step_tokens : of one sequence in one step; limited with a window only
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them; None: yes, unless there is a window, with which it is not possible
+    fingerprint : bytes that identify the model: part of every page's hash in `events`
     keep_policy : in which order cached pages without an owner give way; None: those first that were not used
         for longest
     retention_half_life : seconds that a page counts as used later when priority + 1 doubles
@@ -86,6 +96,7 @@ class PagedKVCache(Uncopyable):
         window: int | None = None,
         num_sink_tokens: int = 0,
         prefix_caching: bool | None = None,
+        fingerprint: bytes = b"",
         keep_policy: KeepPolicy | None = None,
         retention_half_life: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
@@ -136,6 +147,7 @@ class PagedKVCache(Uncopyable):
             clock,
             seconds("retention_half_life", retention_half_life),
             keep_policy,
+            bytes_of("fingerprint", fingerprint),
         )
 
     @property
@@ -200,7 +212,7 @@ class PagedKVCache(Uncopyable):
         Raises: OutOfSequences, ArgumentError, CacheClosed.
         Cost: O(tokens); takes no page.
         """
-        salt, priority = salt_of(salt), priority_of(priority)
+        salt, priority = bytes_of("salt", salt), priority_of(priority)
         if tokens is None:
             return new_sequences(self._store, 1, salt=salt, priority=priority)[0]
         return matched_sequence(self._store, token_ids_of("tokens", tokens), salt, priority)
@@ -217,14 +229,45 @@ class PagedKVCache(Uncopyable):
         Raises: ArgumentError, CacheClosed.  Cost: O(tokens).
         """
         store, number = self._store, self._store.salts.numbers.get
-        ids, salt, also = token_ids_of("tokens", tokens), salt_of(salt), [salt_of(other) for other in also]
+        ids, salt = token_ids_of("tokens", tokens), bytes_of("salt", salt)
+        also = [bytes_of("salt", other) for other in also]
         with store.reading() as is_alone:
             store.reclaim_abandoned(is_alone)
             if store.index is None:
                 return Match(0, "disabled", 0)
-            plans = [noted.held for noted in store.open_plans.values()]
-            others = [number(other, 0) for other in also]
-            return explain(store.index, ids, number(salt, 0), others, plans, store.clock())
+            found, others = store.index.match(ids, number(salt, 0)), [number(other, 0) for other in also]
+            return explain(store.index, found, ids, number(salt, 0), store.plans, others)
+
+    def reset_prefix_cache(self) -> int:
+        """Let no later sequence find what was computed so far, as when the model's weights have changed.
+
+        Kept pages are free then.  Sequences keep what they hold; nothing of it can be found again, nor what
+        open steps compute and what these sequences append, until they are reset.
+        Returns: how many pages are free that were kept.  Raises: CacheClosed.  Cost: O(pages).
+        """
+        store = self._store
+        with store.lock:
+            store.reclaim_abandoned()
+            if store.index is None:
+                return 0
+            return store.index.clear(store.plans)
+
+    def events(self, since: int = 0) -> list[Event]:
+        """Which full pages can be found, since an event: BlockStored, BlockRemoved, AllBlocksCleared.
+
+        Parameters
+        ----------
+        since : the id of the last event that the caller has seen; 0: none
+
+        Ids are consecutive.  The last 16,384 events are kept; if others are missing, or `since` is none of
+        this cache's, the answer begins with AllBlocksCleared and a BlockStored for each page that is there.
+        Replaying any answer gives the state of now.
+        Raises: ArgumentError, CacheClosed.  Cost: O(events), and a SHA-256 for each page once.
+        """
+        store, since = self._store, integer("since", since, 0, 2**63 - 1)
+        with store.lock:
+            store.reclaim_abandoned()
+            return [] if store.index is None else store.index.events.since(since, store.index.full_entries())
 
     def step(self, seqs: Iterable[Sequence], new: object) -> Step:
         """Reserve slots for the next tokens of some sequences: of all of them, or of none.
@@ -260,6 +303,7 @@ class PagedKVCache(Uncopyable):
             num_pages, num_free = store.pool.num_pages, store.pool.num_free
             num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
             num_kept, index = store.pool.num_kept, store.index
+            counts = index.counts if index is not None else Counts()
         num_used = num_pages - num_free - num_kept
         slots = num_used * store.layout.page_size
         return CacheStats(
@@ -272,9 +316,15 @@ class PagedKVCache(Uncopyable):
             utilization=num_tokens / slots if slots else 0.0,
             pool_bytes=store.pool.num_bytes,
             num_copies=store.tables.num_copies,
-            num_queried_tokens=index.num_queried_tokens if index else 0,
-            num_hit_tokens=index.num_hit_tokens if index else 0,
-            num_evictions=index.num_evictions if index else 0,
+            num_queries=counts.num_queries,
+            num_queried_tokens=counts.num_queried_tokens,
+            num_hits=counts.num_hits,
+            num_hit_tokens=counts.num_hit_tokens,
+            bytes_saved=counts.num_hit_tokens * store.layout.page_bytes // store.layout.page_size,
+            misses=dict(counts.misses),
+            num_evictions=sum(counts.evictions.values()),
+            evictions=dict(counts.evictions),
+            num_unused_evictions=counts.num_unused_evictions,
             num_policy_errors=index.retention.num_policy_errors if index else 0,
         )
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ._binding import check, ffi, integer, lib
 from .errors import ReentrantCall, StaleSequence
 from .lifetime import Uncopyable
+from .pages.match import explain
 from .pages.retention import priority_of, seconds
 from .store import Store
 
@@ -252,13 +253,12 @@ def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority
             store.tables.add([seq_id], salt=number)
             return handle
         found = store.index.match(ids, number)
-        num_tokens = found.num_tokens
+        num_tokens, reason = found.num_tokens, explain(store.index, found, ids, number, store.plans).reason
         try:
             row = store.tables.add_pages(seq_id, number, found.page_ids, num_tokens)
             store.index.start(row, found, priority)
             handle._num_cached_tokens = num_tokens
-            store.index.num_queried_tokens += len(ids)
-            store.index.num_hit_tokens += num_tokens
+            store.index.counts.count(len(ids), num_tokens, reason)
         except BaseException as error:
             _free_all(store, [seq_id], error)
     return handle

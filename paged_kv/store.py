@@ -25,6 +25,7 @@ from .errors import CacheClosed, OutOfPages
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
 from .pages.block_table import BlockTables, Window
+from .pages.events import Events
 from .pages.layout import PageLayout
 from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
@@ -57,6 +58,7 @@ class Store(Uncopyable):
         clock: Callable[[], float] = time.monotonic,
         half_life: float = 600.0,
         keep_policy: KeepPolicy | None = None,
+        fingerprint: bytes = b"",
     ) -> None:
         self.layout = layout
         self.threads = shared_threads(num_threads)
@@ -64,12 +66,13 @@ class Store(Uncopyable):
         self.tables = BlockTables(
             self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
         )
-        self.salts, self.clock = Salts(), clock
+        self.salts = Salts()
         self.index = None
         if prefix_caching:
             rows_and_pages = (self.pool, max_sequences, layout.page_size)
             retention = Retention(*rows_and_pages, clock, half_life, keep_policy)
-            self.index = PrefixIndex(self.tables, self.salts, retention)
+            events = Events(layout.page_size, fingerprint)
+            self.index = PrefixIndex(self.tables, self.salts, retention, events)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
         #: Of steps that ended, by their number of tokens, the last one at the end.
@@ -146,6 +149,8 @@ class Store(Uncopyable):
         """
         if self.closed:
             self.require_open()
+        if is_alone and self.index is not None:
+            self.index.require_whole()
         if is_alone and (self._abandoned_plans or self._abandoned_seq_ids):
             self._give_back_abandoned()
 
@@ -193,6 +198,11 @@ class Store(Uncopyable):
             self._abandoned_seq_ids.append(handle)
 
     # ---- steps
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Of steps, some of which may have ended."""
+        return [noted.held for noted in self.open_plans.values()]
 
     def open_plan(self, step: object, seq_ids: list[int], new: NewTokens) -> Plan:
         """Reserve what a step takes, until it ends or is collected."""

@@ -79,13 +79,24 @@ class Plan(Uncopyable):
         """int32 [num_seqs], including the new tokens."""
         return self.int32(self.batch.seq_lens, self.num_seqs)
 
-    def num_known_ids(self, index: int) -> int:
-        """How many new tokens of a sequence are known by their ids: all of them, or none."""
-        return int(self.handle.new_known[index])
+    @property
+    def new_known(self) -> NDArray[np.int32]:
+        """int32 [num_seqs]: new tokens that are known by their ids, all of a sequence or none."""
+        return self.int32(self.handle.new_known, self.num_seqs)
+
+    @property
+    def kv_indptr(self) -> NDArray[np.int32]:
+        """int32 [num_seqs + 1]: where each sequence's pages begin."""
+        return self.int32(self.batch.kv_indptr, self.num_seqs + 1)
+
+    def forget_ids(self) -> None:
+        """Take the new tokens' ids as unknown."""
+        for index in range(self.num_seqs):
+            self.handle.new_known[index] = 0
 
     def pages_of(self, index: int) -> NDArray[np.int32]:
         """The pages of one sequence, in logical order."""
-        begin, end = self.int32(self.batch.kv_indptr, self.num_seqs + 1)[index : index + 2]
+        begin, end = self.kv_indptr[index : index + 2]
         return self.int32(self.batch.kv_indices, self.num_pages)[begin:end]
 
     @property
@@ -104,7 +115,7 @@ class Plan(Uncopyable):
         """int32 [num_seqs, max_pages]: page ids in logical order from `first_page` on, else -1."""
         batch = self.batch
         page_ids = self.int32(batch.kv_indices, self.num_pages)
-        num_pages = np.diff(self.int32(batch.kv_indptr, self.num_seqs + 1))
+        num_pages = np.diff(self.kv_indptr)
         # Page i of a sequence's list goes to column i, or past the gap when it holds no sinks.
         gaps = self.int32(batch.first_pages, self.num_seqs) - self.first_page - batch.sink_pages
         gaps = np.where(num_pages > batch.sink_pages, np.maximum(gaps, 0), 0)

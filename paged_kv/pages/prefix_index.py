@@ -11,12 +11,18 @@ The first copy of a page is the indexed one.  The pool keeps an indexed page whe
 until `make_room` needs it; `evicted` remembers what has gone.  The last, open page of a sequence is found in
 the block tables, without an entry.
 
-Entries and pages stay consistent when an interrupt comes between two lines: a page is marked as indexed
-before it has an entry, and until after it had one.
+An interrupt may come between any two lines, also of a sorted container.  Each method that changes something
+does it within `with self._change`; the next call finds that one did not end, and rebuilds everything from
+`by_page`.  The pool marks a page as indexed before it has an entry, and until after it had one.
 
-Imports block_table, retention, evicted, token_keys, salts and lifetime.  The caller holds the cache's lock.
+Imports block_table, retention, evicted, events, entry, token_keys, salts, plan and lifetime.  The caller
+holds the cache's lock.
 """
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,23 +31,16 @@ from sortedcontainers import SortedDict
 
 from ..lifetime import Uncopyable
 from .block_table import BlockTables
+from .entry import Entry
+from .events import Events
 from .evicted import Evicted
+from .plan import Plan
 from .retention import FOREVER, Retention
 from .salts import Salts
 from .token_keys import continues, following, ids_of, key_of, longest
 
 #: So many evicted pages are remembered at most.
 MAX_REMEMBERED = 16384
-
-
-class Entry:
-    """An indexed page: the ids of its first tokens follow the parent's serial number in `key`."""
-
-    __slots__ = ("is_dropped", "key", "page_id", "serial")
-
-    def __init__(self, key: bytes, page_id: int, serial: bytes) -> None:
-        self.key, self.page_id, self.serial = key, page_id, serial
-        self.is_dropped = False
 
 
 class Found(NamedTuple):
@@ -59,10 +58,51 @@ class Found(NamedTuple):
     serial: bytes
 
 
+@dataclass
+class Counts:
+    """What happened since the cache was built; CacheStats describes it."""
+
+    num_queries: int = 0
+    num_queried_tokens: int = 0
+    num_hits: int = 0
+    num_hit_tokens: int = 0
+    num_unused_evictions: int = 0
+    misses: Counter[str] = field(default_factory=Counter)
+    evictions: Counter[str] = field(default_factory=Counter)
+
+    def count(self, num_tokens: int, num_hit_tokens: int, reason: str) -> None:
+        """A new sequence was given so many tokens, and found so many."""
+        self.num_queries += 1
+        self.num_queried_tokens += num_tokens
+        self.num_hits += num_hit_tokens > 0
+        self.num_hit_tokens += num_hit_tokens
+        if reason != "full":
+            self.misses[reason] += 1
+
+
+class Change:
+    """Around each change of an index: one that did not end is repaired before the next one begins."""
+
+    def __init__(self, repair: Callable[[], None]) -> None:
+        self.is_under_way = False
+        self._repair = repair
+
+    def __enter__(self) -> None:
+        if self.is_under_way:
+            self._repair()
+        self.is_under_way = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.is_under_way = False
+
+
 class PrefixIndex(Uncopyable):
     """The index of one cache's pages, which has no window."""
 
-    def __init__(self, tables: BlockTables, salts: Salts, retention: Retention) -> None:
+    def __init__(self, tables: BlockTables, salts: Salts, retention: Retention, events: Events) -> None:
         self.tables, self.pool, self.page_size = tables, tables.pool, tables.page_size
         self.entries: Any = SortedDict()
         self.by_page: dict[int, Entry] = {}
@@ -72,10 +112,10 @@ class PrefixIndex(Uncopyable):
         self._path_lens = np.zeros(tables.max_sequences, np.int32)
         #: Does a row hold a page other than its entry's, having computed the same tokens?
         self._has_other_pages = np.zeros(tables.max_sequences, np.bool_)
-        self._serials = salts.serials
-        self.retention = retention
+        self.salts, self.retention, self.events = salts, retention, events
         self.evicted = Evicted(min(4 * tables.pool.num_pages, MAX_REMEMBERED))
-        self.num_evictions = self.num_queried_tokens = self.num_hit_tokens = 0
+        self.counts = Counts()
+        self._change = Change(self.repair)
 
     # ---- look-up
 
@@ -133,17 +173,19 @@ class PrefixIndex(Uncopyable):
 
     def start(self, row: int, found: Found | None, priority: int) -> None:
         """A new sequence is empty, or has what a match found."""
-        self.retention.set_row(row, priority, FOREVER)
-        self._has_other_pages[row] = False
-        self._set_path(row, found.entries if found is not None else [])
-        if found is not None and found.page_ids:
-            self.retention.find(row, np.array(found.page_ids, np.int32))
+        with self._change:
+            self.retention.set_row(row, priority, FOREVER)
+            self._has_other_pages[row] = False
+            self._set_path(row, found.entries if found is not None else [])
+            if found is not None and found.page_ids:
+                self.retention.find(row, np.array(found.page_ids, np.int32))
 
     def fork(self, parent: int, row: int, length: int) -> None:
         """A new sequence shares the pages of the parent's first tokens."""
-        self.retention.copy_row(parent, row)
-        self._has_other_pages[row] = self._has_other_pages[parent]
-        self._set_path(row, self.paths.get(parent, [])[: length // self.page_size])
+        with self._change:
+            self.retention.copy_row(parent, row)
+            self._has_other_pages[row] = self._has_other_pages[parent]
+            self._set_path(row, self.paths.get(parent, [])[: length // self.page_size])
 
     def _set_path(self, row: int, path: list[Entry]) -> None:
         self.paths[row] = path
@@ -152,55 +194,57 @@ class PrefixIndex(Uncopyable):
 
     def publish(self, rows: NDArray[np.int32]) -> None:
         """Index the full pages of known ids that a commit has completed."""
-        tables = self.tables
-        has_more = tables.num_known[rows] // self.page_size > self._path_lens[rows]
-        for row in rows[has_more].tolist():
-            path = self.paths.get(row, [])
-            if path and path[-1].is_dropped:
-                path = []
-            num_full = int(tables.num_known[row]) // self.page_size
-            page_ids = tables.page_ids[row, len(path) : num_full]
-            new, positions = [], []
-            for page_id, ids in zip(page_ids.tolist(), tables.token_ids[page_ids], strict=True):
-                entry, is_new = self._entry(self._end_of(row, path), ids, page_id)
-                if is_new:
-                    new.append(page_id)
-                    positions.append(len(path) * self.page_size)
-                elif entry.page_id != page_id:
-                    self._has_other_pages[row] = True
-                path.append(entry)
-            self._set_path(row, path)
-            if new:
-                self.retention.publish(row, new, positions)
+        with self._change:
+            tables = self.tables
+            has_more = tables.num_known[rows] // self.page_size > self._path_lens[rows]
+            for row in rows[has_more].tolist():
+                path = self.paths.get(row, [])
+                if path and path[-1].is_dropped:
+                    path = []
+                num_full = int(tables.num_known[row]) // self.page_size
+                page_ids = tables.page_ids[row, len(path) : num_full]
+                new, positions = [], []
+                for page_id, ids in zip(page_ids.tolist(), tables.token_ids[page_ids], strict=True):
+                    entry, is_new = self._entry(row, path, ids, page_id)
+                    if is_new:
+                        new.append(page_id)
+                        positions.append(len(path) * self.page_size)
+                    elif entry.page_id != page_id:
+                        self._has_other_pages[row] = True
+                    path.append(entry)
+                self._set_path(row, path)
+                if new:
+                    self.retention.publish(row, new, positions)
 
     def shorten(self, row: int, length: int) -> None:
         """A row forgets its tokens from `length` on; its full pages stay indexed."""
-        path, num_left = self.paths.get(row, []), length // self.page_size
-        gone = [entry.page_id for entry in path[num_left:]]
-        self._set_path(row, path[:num_left])
-        if gone:
-            self.retention.leave(row, np.array(gone, np.int32), num_left)
+        with self._change:
+            path, num_left = self.paths.get(row, []), length // self.page_size
+            gone = [entry.page_id for entry in path[num_left:]]
+            self._set_path(row, path[:num_left])
+            if gone:
+                self.retention.leave(row, np.array(gone, np.int32), num_left)
 
     def leave(self, row: int) -> None:
         """Before a row releases its pages: index the open one, too, and give all their keys."""
-        path, num_known = self.paths.get(row, []), int(self.tables.num_known[row])
-        num_open = num_known - len(path) * self.page_size
-        pages = self.tables.page_ids[row, : len(path)]
-        if self._has_other_pages[row]:
-            pages = np.array([entry.page_id for entry in path], np.int32)
-        if not (path and path[-1].is_dropped) and 0 < num_open < self.page_size:
-            page_id = int(self.tables.page_ids[row, len(path)])
-            ids = self.tables.token_ids[page_id, :num_open]
-            serial = self._end_of(row, path)
-            if not self._is_indexed(serial, ids):
-                entry, is_new = self._entry(serial, ids, page_id)
-                if is_new:
-                    self.retention.publish(row, [page_id], [len(path) * self.page_size])
-                pages = np.append(pages, np.int32(entry.page_id))
-        if len(pages):
-            self.retention.leave(row, pages)
-        self._has_other_pages[row] = False
-        self._set_path(row, [])
+        with self._change:
+            path, num_known = self.paths.get(row, []), int(self.tables.num_known[row])
+            num_open = num_known - len(path) * self.page_size
+            pages = self.tables.page_ids[row, : len(path)]
+            if self._has_other_pages[row]:
+                pages = np.array([entry.page_id for entry in path], np.int32)
+            if not (path and path[-1].is_dropped) and 0 < num_open < self.page_size:
+                page_id = int(self.tables.page_ids[row, len(path)])
+                ids = self.tables.token_ids[page_id, :num_open]
+                if not self._is_indexed(self._end_of(row, path), ids):
+                    entry, is_new = self._entry(row, path, ids, page_id)
+                    if is_new:
+                        self.retention.publish(row, [page_id], [len(path) * self.page_size])
+                    pages = np.append(pages, np.int32(entry.page_id))
+            if len(pages):
+                self.retention.leave(row, pages)
+            self._has_other_pages[row] = False
+            self._set_path(row, [])
 
     def _end_of(self, row: int, path: list[Entry]) -> bytes:
         """What the page after a row's path follows: the last entry, or the salt."""
@@ -215,12 +259,12 @@ class PrefixIndex(Uncopyable):
         key = serial + key_of(ids)
         return key in self.entries or continues(self.entries, key)
 
-    def _entry(self, parent: bytes, ids: NDArray[np.int32], page_id: int) -> tuple[Entry, bool]:
-        """The entry of these tokens: the one that is there, or a new one of this page, which a row holds.
+    def _entry(self, row: int, path: list[Entry], ids: NDArray[np.int32], page_id: int) -> tuple[Entry, bool]:
+        """The entry of these tokens of a row: the one that is there, or a new one of its page.
 
         Returns: it; is it new?
         """
-        key = parent + key_of(ids)
+        key = self._end_of(row, path) + key_of(ids)
         there: Entry | None = self.entries.get(key)
         if there is not None:
             return there, False
@@ -228,11 +272,44 @@ class PrefixIndex(Uncopyable):
         if shorter is not None:
             self.drop(shorter, None)  # what it named is in the new entry
         self.pool.set_indexed(page_id, True)
-        serial = self.evicted.take(key) or next(self._serials).to_bytes(8)
-        entry = Entry(key, page_id, serial)
+        serial = self.evicted.take(key) or next(self.salts.serials).to_bytes(8)
+        before = path[-1] if path else self.salts.name(int(self.tables.row_salts[row]))
+        entry = Entry(key, page_id, serial, before)
         self.by_page[page_id] = entry
         self.entries[key] = entry
+        if entry.num_tokens == self.page_size:
+            self.events.stored(entry)
         return entry, True
+
+    # ---- after an interrupt
+
+    def require_whole(self) -> None:
+        """At the beginning of a call: repair what an interrupt has left."""
+        if self._change.is_under_way:
+            self.repair()
+
+    def repair(self) -> None:
+        """Build everything again from the entries of `by_page` that follow one another."""
+        alive = set[Entry]()
+        for entry in self.by_page.values():
+            chain = [entry]
+            while chain[-1] not in alive and isinstance(chain[-1].before, Entry):
+                chain.append(chain[-1].before)
+            for one in reversed(chain):
+                if one.is_dropped or self.by_page.get(one.page_id) is not one:
+                    break  # and those behind it are dead, too
+                alive.add(one)
+        for entry in self.by_page.values():
+            entry.is_dropped = entry not in alive
+        self.by_page = {entry.page_id: entry for entry in alive}
+        self.entries = SortedDict({entry.key: entry for entry in alive})
+        for page_id in range(self.pool.num_pages):
+            if self.pool.is_indexed(page_id) and page_id not in self.by_page:
+                self.pool.set_indexed(page_id, False)
+        self.evicted.clear()
+        self.retention.repair()
+        self.events.forget(sum(entry.num_tokens == self.page_size for entry in alive))
+        self._change.is_under_way = False
 
     # ---- what has to go
 
@@ -251,38 +328,75 @@ class PrefixIndex(Uncopyable):
             one.is_dropped = True
             if cause is not None:
                 self.evicted.remember(one.key, one.serial, cause, now)
-                self.num_evictions += 1
-            self.entries.pop(one.key, None)
+                self.counts.evictions[cause] += 1
+                self.counts.num_unused_evictions += not self.retention.was_found(one.page_id)
+            if self.entries.pop(one.key, None) is not None and one.num_tokens == self.page_size:
+                self.events.removed(one)
             if self.by_page.get(one.page_id) is one:
                 del self.by_page[one.page_id]
                 self.retention.forget(one.page_id)
                 self.pool.set_indexed(one.page_id, False)
+
+    def full_entries(self) -> Iterator[Entry]:
+        """The entries of full pages, each after the one before it."""
+        waiting: list[Entry] = [one for one in self.entries.values() if isinstance(one.before, bytes)]
+        while waiting:
+            entry = waiting.pop()
+            if entry.num_tokens == self.page_size:
+                yield entry
+            waiting += [self.entries[key] for key in following(self.entries, entry.serial)]
+
+    def clear(self, plans: Iterable[Plan]) -> int:
+        """Forget all entries and evictions, and publish nothing that rows hold or open steps compute.
+
+        Returns: how many kept pages are free now.
+        """
+        with self._change:
+            self.tables.num_known[:] = 0
+            for plan in plans:
+                if plan.is_open:
+                    plan.forget_ids()
+            num_free = self.pool.num_free
+            found = list(self.entries.values())
+            self.entries.clear()
+            self.events.cleared()
+            self.evicted.clear()
+            for entry in found:
+                entry.is_dropped = True
+                self.by_page.pop(entry.page_id, None)
+                self.retention.forget(entry.page_id)
+                self.pool.set_indexed(entry.page_id, False)
+            for row in list(self.paths):
+                self._set_path(row, [])
+            return self.pool.num_free - num_free
 
     def make_room(self, num_pages: int) -> bool:
         """Evict kept pages, as `retention` orders them, until so many are free.
 
         Returns False, and evicts nothing, when there are too few.  Cost: O(log n) for each.
         """
-        pool = self.pool
-        if pool.num_free + pool.num_kept < num_pages:
-            return False
-        while pool.num_free < num_pages:
-            page_id, cause = self.retention.next_page()
-            entry = self.by_page.get(page_id)
-            if entry is None:  # an interrupt came while it was indexed
-                pool.set_indexed(page_id, False)
-            else:
-                self.drop(entry, cause, num_pages)
-        return True
+        with self._change:
+            pool = self.pool
+            if pool.num_free + pool.num_kept < num_pages:
+                return False
+            while pool.num_free < num_pages:
+                page_id, cause = self.retention.next_page()
+                entry = self.by_page.get(page_id)
+                if entry is None:  # an interrupt came while it was indexed
+                    pool.set_indexed(page_id, False)
+                else:
+                    self.drop(entry, cause, num_pages)
+            return True
 
     def release_tails(self, rows: list[int]) -> None:
         """Forget the pages that these rows append to, so that sole owners append in place."""
-        tables = self.tables
-        for row in rows:
-            page, offset = divmod(int(tables.seq_lens[row]), self.page_size)
-            indexed = self.by_page.get(int(tables.page_ids[row, page])) if offset else None
-            if indexed is not None:
-                self.drop(indexed, "pressure")
+        with self._change:
+            tables = self.tables
+            for row in rows:
+                page, offset = divmod(int(tables.seq_lens[row]), self.page_size)
+                indexed = self.by_page.get(int(tables.page_ids[row, page])) if offset else None
+                if indexed is not None:
+                    self.drop(indexed, "pressure")
 
     def broken_rule(self) -> str | None:
         """A sentence about what is wrong, for `check`; None: entries and pages agree.  Cost: O(pages)."""

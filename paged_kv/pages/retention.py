@@ -127,6 +127,13 @@ class Retention:
         if self._by_deadline:
             self._by_deadline.discard((self._deadlines[page_id], page_id))
 
+    def repair(self) -> None:
+        """An interrupt came while deadlines changed."""
+        pages = np.flatnonzero(np.isfinite(self._deadlines))
+        self._by_deadline = SortedList(
+            (float(self._deadlines[page]), page) for page in pages.tolist() if self.pool.is_indexed(page)
+        )
+
     def _set_deadlines(self, pages: NDArray[np.int32], deadlines: Any) -> None:
         old = self._deadlines[pages]
         self._deadlines[pages] = deadlines

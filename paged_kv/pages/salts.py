@@ -23,14 +23,21 @@ class Salts(Uncopyable):
 
     def __init__(self) -> None:
         self.numbers = {b"": NO_SALT}
+        self._names = {NO_SALT: b""}
         self.serials = itertools.count(NO_SALT + 1)
         self._limit = MAX_UNUSED
+
+    def name(self, number: int) -> bytes:
+        """The salt of a number."""
+        return self._names[number]
 
     def number(self, salt: bytes) -> int:
         """The number of a salt, a new one if there is none."""
         number = self.numbers.get(salt)
         if number is None:
-            number = self.numbers[salt] = next(self.serials)
+            number = next(self.serials)
+            self._names[number] = salt
+            self.numbers[salt] = number
         return number
 
     def forget_unused(self, in_rows: Callable[[], Iterable[int]], has_entries: Callable[[int], bool]) -> None:
@@ -44,11 +51,12 @@ class Salts(Uncopyable):
         self.numbers = {
             salt: number for salt, number in self.numbers.items() if number in used or has_entries(number)
         }
+        self._names = {number: salt for salt, number in self.numbers.items()}
         self._limit = 2 * len(self.numbers) + MAX_UNUSED
 
 
-def salt_of(salt: object) -> bytes:
-    """A salt as bytes.  Raises: ArgumentError for anything else."""
-    if type(salt) is not bytes:
-        raise ArgumentError(f"salt is {salt!r:.60}; give bytes")
-    return salt
+def bytes_of(name: str, value: object) -> bytes:
+    """Raises: ArgumentError for what is not bytes."""
+    if type(value) is not bytes:
+        raise ArgumentError(f"{name} is {value!r:.60}; give bytes")
+    return value

@@ -288,9 +288,10 @@ class Batch(Uncopyable):
                         return  # one of ours may end
                     self._fail(first, error)
                 else:
-                    self.report.num_cached_tokens += getattr(first.seq, "num_cached_tokens", 0)
-                    taken += first.cost * len(group)
+                    # Nothing is called in between, so no interrupt leaves a sequence without its request.
                     self.running += group
+                    taken += first.cost * len(group)
+                    self.report.num_cached_tokens += getattr(first.seq, "num_cached_tokens", 0)
             self.waiting.remove(first)
 
     def _will_find_more(self, request: Request) -> bool:

@@ -6,6 +6,7 @@ Keys of a token depend on the tokens up to it, so a wrong page shows in what `ga
 import contextlib
 import gc
 import os
+from collections import deque
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from paged_kv import ArgumentError, OutOfPages, OutOfSequences, PagedKVError
+from paged_kv import AllBlocksCleared, ArgumentError, BlockRemoved, OutOfPages, OutOfSequences, PagedKVError
+from paged_kv.pages.token_keys import ids_of
 
 PAGE_SIZE = 16
 STEPS = 40
@@ -184,6 +186,35 @@ def test_without_prefix_caching_a_sequence_begins_empty():
         assert cache.stats().num_kept_pages == 0
 
 
+class Replica:
+    """Who follows a cache by its events: the hashes of all full pages that can be found."""
+
+    def __init__(self):
+        self.last_id, self.blocks = 0, {}
+
+    def read(self, cache):
+        events = cache.events(self.last_id)
+        ids = [event.event_id for event in events]
+        assert ids == list(range(ids[0], ids[0] + len(ids))) if ids else True
+        assert not ids or ids[0] == self.last_id + 1 or type(events[0]) is AllBlocksCleared
+        for event in events:
+            if type(event) is AllBlocksCleared:
+                self.blocks.clear()
+            elif type(event) is BlockRemoved:
+                (block,) = event.block_hashes
+                del self.blocks[block]
+            else:
+                (block,), parent = event.block_hashes, event.parent_block_hash
+                assert block not in self.blocks and (parent is None or parent in self.blocks)
+                assert len(event.token_ids) == event.block_size == cache.page_size
+                self.blocks[block] = (parent, event.token_ids)
+        self.last_id = max([self.last_id, *ids])
+        index = cache._store.index
+        there = {index.events.digest(entry): ids_of(entry.key).tolist() for entry in index.full_entries()}
+        assert {block: ids for block, (_, ids) in self.blocks.items()} == there
+        assert len(there) == sum(entry.num_tokens == cache.page_size for entry in index.entries.values())
+
+
 def num_common(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -192,24 +223,31 @@ class PrefixMachine(RuleBasedStateMachine):
     """held: tokens of each live sequence; offered: what freed and cut ones left behind.
 
     Tokens begin with the salt, so that those of different salts have nothing in common.
+    mute: live sequences that hold tokens of before a reset, and so offer nothing
+    replicas: what two readers of the events know, one of whom reads all the time
     """
 
     num_pages, is_roomy = 400, True
 
     def __init__(self):
         super().__init__()
-        self.held, self.offered = {}, []
+        self.held, self.offered, self.mute = {}, [], set()
         self.cache = prefix_cache(num_pages=self.num_pages, clock=lambda: float(len(self.offered)))
+
+        self.cache._store.index.events._ring = deque(maxlen=5)
+        self.replicas = [Replica(), Replica()]
 
     def teardown(self):
         self.cache.close()
+
+    def everything(self):
+        return self.offered + [tokens for seq, tokens in self.held.items() if seq not in self.mute]
 
     def any_of(self, choice):
         return list(self.held)[choice % len(self.held)] if self.held else None
 
     def most(self, tokens):
-        everything = self.offered + list(self.held.values())
-        return max((num_common(tokens[:-1], offered) for offered in everything), default=1)
+        return max((num_common(tokens[:-1], offered) for offered in self.everything()), default=1)
 
     @rule(
         choice=st.integers(0, 99),
@@ -239,13 +277,12 @@ class PrefixMachine(RuleBasedStateMachine):
     def explains(self, match, tokens):
         """The reason is the one that the model finds."""
         ids = tokens[1:]
-        everything = self.offered + list(self.held.values())
         most = max(1, self.most(tokens)) - 1 if ids else 0
         if not self.is_roomy:
             assert match.num_tokens <= match.would_have_hit <= most
             assert (match.reason == "evicted") == (match.num_lost > 0)
             return
-        agreeing = [offered for offered in everything if num_common(tokens[:-1], offered) == most + 1]
+        agreeing = [offered for offered in self.everything() if num_common(tokens[:-1], offered) == most + 1]
         goes_on = any(len(offered) > most + 1 for offered in agreeing)
         reason = "diverged" if goes_on and most else "longer" if most else "first"
         if most == max(0, len(ids) - 1):
@@ -280,6 +317,7 @@ class PrefixMachine(RuleBasedStateMachine):
             at = at % len(self.held[seq])
             fork = seq.fork(at=at)
             self.held[fork] = self.held[seq][: 1 + at]
+            self.mute |= {fork} if at and seq in self.mute else set()
 
     @rule(choice=st.integers(0, 99), length=st.integers(0, 99))
     def truncate(self, choice, length):
@@ -288,14 +326,18 @@ class PrefixMachine(RuleBasedStateMachine):
             tokens = self.held[seq]
             length = length % len(tokens)
             seq.truncate(length)
-            self.offered.append(tokens[: 1 + (len(tokens) - 1) // PAGE_SIZE * PAGE_SIZE])
+            if seq not in self.mute:
+                self.offered.append(tokens[: 1 + (len(tokens) - 1) // PAGE_SIZE * PAGE_SIZE])
+            self.mute -= {seq} if length == 0 else set()
             self.held[seq] = tokens[: 1 + length]
 
     @rule(choice=st.integers(0, 99), is_freed=st.booleans())
     def leave(self, choice, is_freed):
         seq = self.any_of(choice)
         if seq is not None:
-            self.offered.append(self.held[seq])
+            if seq not in self.mute:
+                self.offered.append(self.held[seq])
+            self.mute.discard(seq)
             self.held[seq] = self.held[seq][:1]
             if is_freed:
                 seq.free()
@@ -303,8 +345,21 @@ class PrefixMachine(RuleBasedStateMachine):
             else:
                 seq.reset()
 
+    @rule()
+    def reset_the_prefix_cache(self):
+        num_kept = self.cache.stats().num_kept_pages
+        assert self.cache.reset_prefix_cache() == num_kept
+        assert self.cache.stats().num_kept_pages == 0
+        self.offered = []
+        self.mute = {seq for seq, tokens in self.held.items() if len(tokens) > 1}
+
+    @rule()
+    def read_events(self):
+        self.replicas[1].read(self.cache)
+
     @invariant()
     def contents_hold(self):
+        self.replicas[0].read(self.cache)
         self.cache.check()
         for seq, (salt, *tokens) in self.held.items():
             holds(seq, tokens, salt)
