@@ -38,6 +38,7 @@ class CacheStats:
     utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
     pool_bytes: int
     num_copies: int  # of shared pages, for those who appended to them; since the cache was built
+    bytes_not_read: int  # by attention: shared pages are read once for several sequences; since it was built
     # Of the prefix cache, since the cache was built:
     num_queries: int  # calls of `sequence(tokens)`
     num_queried_tokens: int
@@ -316,6 +317,7 @@ class PagedKVCache(Uncopyable):
             utilization=num_tokens / slots if slots else 0.0,
             pool_bytes=store.pool.num_bytes,
             num_copies=store.tables.num_copies,
+            bytes_not_read=store.tables.bytes_not_read,
             num_queries=counts.num_queries,
             num_queried_tokens=counts.num_queried_tokens,
             num_hits=counts.num_hits,

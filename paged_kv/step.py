@@ -79,6 +79,11 @@ class Step(Uncopyable):
         return self._plan.seq_lens
 
     @property
+    def bytes_not_read(self) -> int:
+        """Of shared pages, by `attend` so far: they are read once for all sequences that begin with them."""
+        return int(self._handle.bytes_not_read)
+
+    @property
     def slot_mapping(self) -> NDArray[np.int64]:
         """int64 [num_tokens]: page_id * page_size + offset of each new token."""
         return self._plan.slot_mapping

@@ -78,8 +78,8 @@ def rows(rng, *shape):
 def fill(cache, seqs, counts, rng):
     """A committed step of random keys and values; returns them, [layer][k or v], ragged rows."""
     layout = cache._store.layout
-    shape = (sum(counts), layout.num_kv_heads, layout.head_dim)
-    written = [(rows(rng, *shape), rows(rng, *shape)) for _ in range(layout.num_layers)]
+    shapes = [(sum(counts), layout.num_kv_heads, dim) for dim in (layout.head_dim, layout.head_dim_v)]
+    written = [tuple(rows(rng, *shape) for shape in shapes) for _ in range(layout.num_layers)]
     with cache.step(seqs, counts) as step:
         for layer, (k, v) in enumerate(written):
             step.write(layer, k, v)

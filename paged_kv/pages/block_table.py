@@ -146,6 +146,11 @@ class BlockTables(Uncopyable):
         """Of shared pages, by steps that were committed."""
         return int(self._tables.num_copies)
 
+    @property
+    def bytes_not_read(self) -> int:
+        """Of shared pages, by the attention of steps that were committed."""
+        return int(self._tables.bytes_not_read)
+
     def next_seq_ids(self, count: int) -> list[int]:
         """Keys for `count` new sequences, which `add` gives rows to; OutOfSequences when there are fewer."""
         num_free = self.max_sequences - self.num_sequences

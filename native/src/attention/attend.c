@@ -2,7 +2,8 @@
  *
  * A call is validated, and its work split into items (work.h).  Threads take items, or pieces of a long one,
  * one at a time: write the new rows, prepare q, fold and merge spans (runs.h), finish.  The thread that ends
- * an item's last piece merges its spans, in the same order. */
+ * an item's last piece merges its spans, in the same order.  Before that, spans that several sequences share
+ * are folded, level by level (cascade.h). */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -21,6 +22,10 @@
 enum {
   ROWS_WORTH_A_THREAD = 32,        /* new rows to write */
   BYTES_WORTH_A_THREAD = 64 << 10, /* in a call with fewer, waking a thread costs more than it saves */
+  /* When sharing pays, as measured (benchmarks/cascade.py): */
+  MOST_QUERIES_TO_SHARE = 12, /* of a key, by one sequence; with more, arithmetic is the limit */
+  LEAST_SPANS_TO_SHARE = 2,
+  LEAST_BYTES_TO_SAVE = 512 << 10,
 };
 
 /* The kernels' exponentials are powers of 2. */
@@ -33,7 +38,13 @@ typedef struct {
   float scale;          /* of scores, in units of log2 */
   float *sinks;         /* [num_q_heads], in units of log2; NULL: none */
   work work;
+  pkv_cascade cascade;
+  char *cascade_memory;
+  float *carried; /* [num_kv_heads, rows of the cascade]: states over shared spans */
 
+  item_shape *shapes; /* of the cascade's nodes */
+  work_item *shared;  /* of the level that runs */
+  int64_t num_shared;
   work_item *items;
   int64_t num_items;
   atomic_llong next_item;
@@ -42,6 +53,13 @@ typedef struct {
   char *worker_scratch;  /* [num_workers] */
   size_t worker_bytes;
 } job;
+
+/* Keys and values of all heads. */
+static int64_t bytes_of_token(const pkv_pages *pages) {
+  int64_t k_bytes = (int64_t)pages->head_dim * (pages->k_dtype == PKV_FLOAT32 ? 4 : 2);
+  int64_t v_bytes = (int64_t)pages->head_dim_v * (pages->v_dtype == PKV_FLOAT32 ? 4 : 2);
+  return pages->num_kv_heads * (k_bytes + v_bytes);
+}
 
 /* ---- one work item */
 
@@ -69,7 +87,7 @@ static void finish_rows(const job *job, const work_item *item, float *states) {
   const pkv_tensor *out = &job->attention->out;
   for (int64_t row = 0; row < item->num_rows; row++)
     for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
-      int64_t q_row = item->first_row + row, head = first_q_head(job, item) + i;
+      int64_t q_row = q_row_of(item, (int32_t)row), head = first_q_head(job, item) + i;
       pkv_state state = state_of_head(&job->call, state_at(item->shape, states, row), i);
       float *lse = job->attention->lse ? job->attention->lse + q_row * job->call.num_q_heads + head : NULL;
       job->call.kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride, out->dtype,
@@ -79,7 +97,8 @@ static void finish_rows(const job *job, const work_item *item, float *states) {
 }
 
 static float *partial_states(const job *job, const work_item *item, int32_t span) {
-  return job->partials + item->first_partial + (int64_t)span * item->num_rows * item->shape->state_floats;
+  int64_t index = span - item->num_carried;
+  return job->partials + item->first_partial + index * item->num_rows * item->shape->state_floats;
 }
 
 static void prepare_rows(const job *job, const work_item *item, float *prepared) {
@@ -87,7 +106,7 @@ static void prepare_rows(const job *job, const work_item *item, float *prepared)
   int32_t head_dim = job->call.pages->head_dim;
   for (int64_t row = 0; row < item->num_rows; row++)
     for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
-      const char *from = q->data + (item->first_row + row) * q->token_stride +
+      const char *from = q->data + q_row_of(item, (int32_t)row) * q->token_stride +
                          (first_q_head(job, item) + i) * q->head_stride;
       float *to = prepared + row * item->shape->q_floats + i * pkv_padded(job->call.layer.k.dim);
       if (job->call.layer.k.dtype == PKV_BFLOAT16_PAIRS)
@@ -131,10 +150,31 @@ static void write_new_rows(int32_t num_workers, int64_t num_before, job *job) {
 
 /* ---- item by item */
 
+/* The states over shared spans of a kv head, for the cascade's rows from `row` on. */
+static float *carried_states(const job *job, int32_t head, int32_t row) {
+  return job->carried + ((int64_t)head * job->cascade.num_rows + row) * job->work.one_head.state_floats;
+}
+
+/* Begin an item's states with those that it carries on, or leave them to be carried on. */
+static void copy_carried(const job *job, const work_item *item, float *states, bool is_left) {
+  const item_shape *one_head = &job->work.one_head;
+  int32_t group = one_head->num_q_heads;
+  for (int32_t row = 0; row < item->num_rows; row++)
+    for (int32_t i = 0; i < item->shape->num_kv_heads; i++) {
+      float *floats = carried_states(job, item->first_head + i, item->first_carried + row);
+      pkv_state carried = state_at(one_head, floats, 0);
+      pkv_state own = state_of_head(&job->call, state_at(item->shape, states, row), i * group);
+      pkv_state from = is_left ? own : carried, to = is_left ? carried : own;
+      memcpy(to.maximum, from.maximum, (size_t)group * sizeof(float));
+      memcpy(to.sum, from.sum, (size_t)group * sizeof(float));
+      memcpy(to.accumulated, from.accumulated, (size_t)one_head->value_floats * sizeof(float));
+    }
+}
+
 /* For an item whose pieces have all ended; its first piece has merged its own spans. */
 static void merge_pieces(const job *job, const work_item *first) {
   const work_item *last = first + first->num_pieces - 1;
-  float *states = partial_states(job, first, 0);
+  float *states = partial_states(job, first, first->num_carried);
   span_list spans =
       spans_of(job->call.batch, job->call.span_tokens, first->seq, first->first_row, first->num_rows);
   for (int32_t i = first->end_span; i < last->end_span; i++)
@@ -152,18 +192,49 @@ static void attend_item(const job *job, const work_item *item, int32_t worker) {
   prepare_rows(job, item, scratch.q);
   for (int32_t row = 0; spans.count == 0 && row < item->num_rows; row++)
     clear(item->shape, state_at(item->shape, scratch.states, row));
-  bool is_cut = item->num_pieces > 1;
-  float *merged = is_cut ? partial_states(job, item, 0) : scratch.states;
+  bool is_cut = item->num_pieces > 1, is_first = item->first_span == item->num_carried;
+  float *merged = is_cut ? partial_states(job, item, item->num_carried) : scratch.states;
+  if (is_first && item->num_carried) copy_carried(job, item, merged, false);
   for (int32_t i = item->first_span; i < item->end_span; i++) {
     int32_t start = start_of_span(spans, i);
-    float *states = i == 0 ? merged : item->first_span ? partial_states(job, item, i) : scratch.span;
+    float *states = i == 0 ? merged : is_first ? scratch.span : partial_states(job, item, i);
     pkv_fold_span(&job->call, item, start, scratch.q, states);
-    if (i > 0 && item->first_span == 0) pkv_merge_span(&job->call, item, start, merged, scratch.span);
+    if (i > 0 && is_first) pkv_merge_span(&job->call, item, start, merged, scratch.span);
   }
   if (!is_cut)
     finish_rows(job, item, merged);
   else if (atomic_fetch_add(&job->num_ended[item->first_piece], 1) == item->num_pieces - 1)
     merge_pieces(job, &job->items[item->first_piece]);
+}
+
+/* ---- shared spans, before all items */
+
+static void fold_shared_item(const job *job, const work_item *item, int32_t worker) {
+  scratch scratch = scratch_of(job, item->shape, worker);
+  prepare_rows(job, item, scratch.q);
+  if (item->num_carried) copy_carried(job, item, scratch.states, false);
+  for (int32_t i = item->first_span; i < item->end_span; i++) {
+    int32_t start = i * job->call.span_tokens; /* without a window, spans are consecutive */
+    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span);
+    if (i > 0) pkv_merge_span(&job->call, item, start, scratch.states, scratch.span);
+  }
+  copy_carried(job, item, scratch.states, true);
+}
+
+static void fold_shared_items(void *context, int32_t worker) {
+  job *job = context;
+  long long i;
+  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_shared)
+    fold_shared_item(job, &job->shared[i], worker);
+}
+
+/* Level by level: each one carries on what the one above has left. */
+static void fold_shared_spans(int32_t num_workers, job *job) {
+  for (int32_t level = 0; level < job->cascade.num_levels; level++) {
+    job->num_shared = pkv_cut_shared(&job->work, level, job->shapes, job->shared);
+    pkv_threads_run(num_workers, fold_shared_items, job);
+    atomic_store(&job->next_item, 0);
+  }
 }
 
 static void attend_items(void *context, int32_t worker) {
@@ -210,6 +281,31 @@ static bool out_overlaps(const pkv_attention *attention) {
                                   overlaps(out, bytes[3], &attention->v, bytes[2])));
 }
 
+/* Find what sequences share, and note it for the call.  False: there is no memory. */
+static bool find_shared(job *job) {
+  const pkv_batch *batch = job->call.batch;
+  size_t shapes_bytes = aligned((size_t)batch->num_seqs * sizeof(item_shape));
+  job->cascade_memory = malloc(shapes_bytes + (size_t)pkv_cascade_bytes(batch));
+  if (!job->cascade_memory) return false;
+  job->shapes = (item_shape *)job->cascade_memory;
+  const pkv_pages *pages = job->call.pages;
+  pkv_sharing sharing = {.page_size = pages->page_size,
+                         .span_tokens = job->call.span_tokens,
+                         .most_rows = MOST_QUERIES_TO_SHARE / job->call.layer.group,
+                         .least_spans = LEAST_SPANS_TO_SHARE,
+                         .least_tokens = LEAST_BYTES_TO_SAVE / bytes_of_token(pages)};
+  if (batch->may_share == PKV_SHARE_ALL) {
+    sharing.most_rows = INT32_MAX;
+    sharing.least_spans = 1;
+    sharing.least_tokens = 1;
+  }
+  job->cascade = pkv_find_cascade(batch, &sharing, job->cascade_memory + shapes_bytes);
+  if (!job->cascade.num_nodes) return true;
+  job->work.cascade = &job->cascade;
+  pkv_shape_nodes(job->call.pages, &job->work, job->shapes);
+  return true;
+}
+
 /* Split the work for up to num_workers, allocate its scratch, do it. */
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
   int64_t token_bytes =
@@ -217,18 +313,31 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   if (pkv_cost_of_work(job->call.batch) <= (BYTES_WORTH_A_THREAD - 1) / token_bytes) num_workers = 1;
   job->work = pkv_work_of(job->call.pages, job->call.batch, job->call.num_q_heads, job->call.span_tokens,
                           num_workers);
+  if (job->call.batch->may_share && job->call.batch->num_seqs > 1 && !find_shared(job))
+    return PKV_OUT_OF_MEMORY;
   work_size size = pkv_cut_work(&job->work, NULL);
   if (size.num_items < num_workers) num_workers = size.num_items ? (int32_t)size.num_items : 1;
 
-  int64_t all_heads = scratch_floats(&job->work.all_heads);
-  int64_t one_head = scratch_floats(&job->work.one_head);
-  job->worker_bytes = aligned((size_t)(all_heads > one_head ? all_heads : one_head) * sizeof(float));
+  int64_t scratch = scratch_floats(&job->work.all_heads), num_shared = 0;
+  if (scratch < scratch_floats(&job->work.one_head)) scratch = scratch_floats(&job->work.one_head);
+  for (int32_t i = 0; i < job->cascade.num_nodes; i++)
+    if (scratch < scratch_floats(&job->shapes[i])) scratch = scratch_floats(&job->shapes[i]);
+  for (int32_t level = 0; level < job->cascade.num_levels; level++) {
+    int64_t of_level = pkv_cut_shared(&job->work, level, job->shapes, NULL);
+    if (of_level > num_shared) num_shared = of_level;
+  }
+  int64_t num_carried = (int64_t)job->cascade.num_rows * job->call.pages->num_kv_heads;
+  job->worker_bytes = aligned((size_t)scratch * sizeof(float));
   size_t items_bytes = aligned((size_t)size.num_items * sizeof(work_item));
   size_t counts_bytes = aligned((size_t)size.num_items * sizeof(atomic_int));
   size_t partial_bytes = aligned((size_t)size.num_partials * sizeof(float));
   size_t options_bytes = aligned(2 * (size_t)job->call.num_q_heads * sizeof(float));
   size_t worker_bytes = (size_t)num_workers * job->worker_bytes;
-  size_t num_bytes = options_bytes + items_bytes + counts_bytes + partial_bytes + worker_bytes;
+  size_t shared_bytes = aligned((size_t)num_shared * sizeof(work_item));
+  size_t carried_bytes =
+      aligned((size_t)num_carried * (size_t)job->work.one_head.state_floats * sizeof(float));
+  size_t num_bytes = options_bytes + items_bytes + counts_bytes + partial_bytes + worker_bytes +
+                     shared_bytes + carried_bytes;
   char *memory = threads ? pkv_threads_scratch(threads, num_bytes) : aligned_alloc(64, num_bytes);
   if (!memory) return PKV_OUT_OF_MEMORY;
   scale_options(job, (float *)memory);
@@ -236,11 +345,14 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   job->num_ended = (atomic_int *)((char *)job->items + items_bytes);
   job->partials = (float *)((char *)job->num_ended + counts_bytes);
   job->worker_scratch = (char *)job->partials + partial_bytes;
+  job->shared = (work_item *)(job->worker_scratch + worker_bytes);
+  job->carried = (float *)((char *)job->shared + shared_bytes);
   job->num_items = size.num_items;
   pkv_cut_work(&job->work, job->items);
   memset(job->num_ended, 0, counts_bytes);
 
   write_new_rows(num_workers, size.num_before, job);
+  fold_shared_spans(num_workers, job);
   pkv_threads_run(num_workers, attend_items, job);
   if (!threads) free(memory);
   return PKV_OK;
@@ -248,9 +360,7 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
 
 /* Do the pages that the call reads fit the shared cache? */
 static bool are_cached(const pkv_pages *pages, const pkv_batch *batch) {
-  int64_t k_bytes = (int64_t)pages->head_dim * (pages->k_dtype == PKV_FLOAT32 ? 4 : 2);
-  int64_t v_bytes = (int64_t)pages->head_dim_v * (pages->v_dtype == PKV_FLOAT32 ? 4 : 2);
-  int64_t page_bytes = (int64_t)pages->page_size * pages->num_kv_heads * (k_bytes + v_bytes);
+  int64_t page_bytes = pages->page_size * bytes_of_token(pages);
   return pages->cached_bytes > 0 && batch->kv_indptr[batch->num_seqs] * page_bytes <= pages->cached_bytes;
 }
 
@@ -285,8 +395,8 @@ static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const 
 }
 
 /* plan: NULL for pages of no step.  Nothing is written before everything is validated. */
-static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch,
-                         const pkv_plan *plan, const pkv_attention *attention) {
+static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv_batch *batch, pkv_plan *plan,
+                         const pkv_attention *attention) {
   const pkv_kernel *kernel = pkv_active_kernel();
   int32_t num_q_heads = attention->num_q_heads;
   if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
@@ -301,6 +411,9 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
   }
   int32_t num_workers = pkv_threads_claim(threads);
   pkv_status status = attend_with(num_workers ? threads : NULL, num_workers ? num_workers : 1, &job);
+  free(job.cascade_memory);
+  if (plan) plan->bytes_not_read += job.cascade.tokens_saved * bytes_of_token(pages);
+  if (plan && !job.cascade.num_nodes) plan->batch.may_share = PKV_SHARE_NONE; /* in no other layer either */
   if (num_workers) pkv_threads_release(threads);
   pkv_gate_leave(pages->gate);
   return status;

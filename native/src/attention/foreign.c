@@ -28,6 +28,7 @@ pkv_foreign_fault pkv_batch_of_foreign(const pkv_foreign *lists, int32_t *memory
   if (!is_indptr(lists->kv_indptr, num_seqs, lists->num_indices, true))
     return refuse(refusal, PKV_BAD_KV_INDPTR, -1, lists->kv_indptr[num_seqs], lists->num_indices);
   batch->num_seqs = num_seqs;
+  batch->may_share = num_seqs > 1 ? PKV_SHARE_WHAT_PAYS : PKV_SHARE_NONE;
   batch->qo_indptr = memory;
   batch->kv_indptr = batch->qo_indptr + num_seqs + 1;
   batch->seq_lens = batch->kv_indptr + num_seqs + 1;

@@ -113,14 +113,21 @@ static bool extends(uint64_t before, uint64_t mask) {
   return !more || (before && __builtin_ctzll(more) > 63 - __builtin_clzll(before));
 }
 
+/* Is a row the next token of the row before it? */
+static bool follows(const work_item *item, int32_t row) {
+  return seq_of_row(item, row) == seq_of_row(item, row - 1) &&
+         q_row_of(item, row) == q_row_of(item, row - 1) + 1;
+}
+
 /* The keys of the run that begins at `start`, up to the first gap, to be prefetched.  Returns their
  * number. */
 static int32_t locate_next_keys(const pkv_call *call, const work_item *item, int32_t start, const char **k) {
-  int32_t row = item->first_row + item->num_rows - 1, end = num_seen(call->batch, item->seq, row);
+  int32_t last = item->num_rows - 1, row = q_row_of(item, last), seq = seq_of_row(item, last);
+  int32_t end = num_seen(call->batch, seq, row);
   if (start >= end) return 0;
-  uint64_t mask = visible(call->batch, item->seq, row, start, end_of_run(call, start, end));
+  uint64_t mask = visible(call->batch, seq, row, start, end_of_run(call, start, end));
   if (mask & (mask + 1)) return 0; /* a gap between sinks and window: not prefetched */
-  locate_tokens(call, item->seq, start, mask, k, NULL);
+  locate_tokens(call, seq, start, mask, k, NULL);
   return __builtin_popcountll(mask);
 }
 
@@ -130,7 +137,7 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
   uint64_t masks[MAX_ROWS_PER_ITEM], all = 0;
   int32_t num_seen_of[MAX_ROWS_PER_ITEM];
   for (int32_t row = 0; row < item->num_rows; row++) {
-    masks[row] = visible(call->batch, item->seq, item->first_row + row, start, end);
+    masks[row] = visible(call->batch, seq_of_row(item, row), q_row_of(item, row), start, end);
     num_seen_of[row] = __builtin_popcountll(masks[row]);
     all |= masks[row];
   }
@@ -147,14 +154,15 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
     for (int32_t row = 0; row < item->num_rows; row += run.num_rows) {
       run.num_rows = 1;
       while (row + run.num_rows < item->num_rows &&
-             extends(masks[row + run.num_rows - 1], masks[row + run.num_rows]))
+             extends(masks[row + run.num_rows - 1], masks[row + run.num_rows]) &&
+             (!call->layer.alibi_slopes || follows(item, row + run.num_rows)))
         run.num_rows++;
       /* All heads in one fold, unless other rows read the same tokens before the next head's. */
       run.num_kv_heads = run.num_rows == item->num_rows ? end_head - head : 1;
       if (!masks[row]) continue;
       uint64_t mask = masks[row + run.num_rows - 1];
       run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
-      int32_t to_own = num_seen(call->batch, item->seq, item->first_row + row) - 1 - start;
+      int32_t to_own = num_seen(call->batch, seq_of_row(item, row), q_row_of(item, row)) - 1 - start;
       set_tokens(call, &run, mask, k, v, is_in_page, to_own, &own);
       bool is_last = head + run.num_kv_heads == end_head;
       run.k_next = is_last ? next_k : run.k; /* the same tokens of the next head */
@@ -169,7 +177,8 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
 void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q,
                    float *states) {
   for (int32_t row = 0; row < item->num_rows; row++) clear(item->shape, state_at(item->shape, states, row));
-  int32_t end = num_seen(call->batch, item->seq, item->first_row + item->num_rows - 1);
+  int32_t last = item->num_rows - 1;
+  int32_t end = num_seen(call->batch, seq_of_row(item, last), q_row_of(item, last));
   if (end > (int64_t)start + call->span_tokens) end = start + call->span_tokens;
   while (start < end) {
     int32_t run_end = end_of_run(call, start, end);
@@ -180,10 +189,10 @@ void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, c
 
 void pkv_merge_span(const pkv_call *call, const work_item *item, int32_t start, float *states, float *later) {
   for (int32_t row = 0; row < item->num_rows; row++) {
-    int32_t q_row = item->first_row + row;
+    int32_t seq = seq_of_row(item, row), q_row = q_row_of(item, row);
     pkv_state state = state_at(item->shape, states, row), of_span = state_at(item->shape, later, row);
-    if (!sees_span(call->batch, call->span_tokens, item->seq, q_row, start)) continue;
-    if (is_first_span(call->batch, call->span_tokens, item->seq, q_row, start))
+    if (!sees_span(call->batch, call->span_tokens, seq, q_row, start)) continue;
+    if (is_first_span(call->batch, call->span_tokens, seq, q_row, start))
       memcpy(state.maximum, of_span.maximum, (size_t)item->shape->state_floats * sizeof(float));
     else
       call->kernel->merge(state, of_span, item->shape->num_q_heads, call->pages->head_dim_v);

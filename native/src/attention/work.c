@@ -1,6 +1,7 @@
 /* How a call's rows are split among threads, and how an item too long for that is split further. */
 #include "work.h"
 
+#include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
 
@@ -94,6 +95,24 @@ static int32_t num_pieces_of(const work *work, int64_t total, int64_t cost, int3
   return (int32_t)(num_pieces < most ? num_pieces : most);
 }
 
+/* First spans of a sequence that shared items have folded. */
+static int32_t num_carried_of(const work *work, int32_t seq) {
+  return work->cascade ? work->cascade->shared_spans[seq] : 0;
+}
+
+/* What the rows of an item read by themselves. */
+static int64_t own_cost_of(const work *work, int32_t seq, int32_t first_row, int32_t num_rows) {
+  int64_t carried = (int64_t)num_carried_of(work, seq) * work->span_tokens * num_rows;
+  return cost_of(work->batch, seq, first_row, num_rows) - carried;
+}
+
+static int64_t own_cost_of_all(const work *work) {
+  int64_t total = pkv_cost_of_work(work->batch);
+  for (int32_t seq = 0; work->cascade && seq < work->batch->num_seqs; seq++)
+    total -= (int64_t)num_carried_of(work, seq) * work->span_tokens * num_rows_of(work->batch, seq);
+  return total;
+}
+
 /* Add an item of these rows for all kv heads: one per group of heads and piece. */
 static void add_items(work_size *size, work_item *items, work_item next, int32_t num_kv_heads,
                       int32_t num_spans, bool is_by_itself) {
@@ -101,8 +120,8 @@ static void add_items(work_size *size, work_item *items, work_item next, int32_t
     next.first_piece = size->num_items;
     next.first_partial = size->num_partials;
     for (int32_t i = 0; i < next.num_pieces; i++, size->num_items++) {
-      next.first_span = (int32_t)((int64_t)num_spans * i / next.num_pieces);
-      next.end_span = (int32_t)((int64_t)num_spans * (i + 1) / next.num_pieces);
+      next.first_span = next.num_carried + (int32_t)((int64_t)num_spans * i / next.num_pieces);
+      next.end_span = next.num_carried + (int32_t)((int64_t)num_spans * (i + 1) / next.num_pieces);
       bool is_first = next.first_head == 0 && i == 0, is_last = i == next.num_pieces - 1;
       next.new_rows = WRITTEN_BY_OTHERS;
       if (!is_by_itself && is_first) next.new_rows = WRITTEN_BEFORE_ALL;
@@ -117,7 +136,7 @@ static void add_items(work_size *size, work_item *items, work_item next, int32_t
 work_size pkv_cut_work(const work *work, work_item *items) {
   const pkv_batch *batch = work->batch;
   work_size size = {0, 0, 0};
-  int64_t total = pkv_cost_of_work(batch), left = 0;
+  int64_t total = own_cost_of_all(work), left = 0;
   for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
     bool is_by_head = splits_by_head(work, num_rows_of(batch, seq));
     const item_shape *shape = is_by_head ? &work->one_head : &work->all_heads;
@@ -125,9 +144,15 @@ work_size pkv_cut_work(const work *work, work_item *items) {
     for (int32_t row = batch->qo_indptr[seq]; row < batch->qo_indptr[seq + 1]; row += num_rows) {
       num_rows = batch->qo_indptr[seq + 1] - row;
       if (num_rows > shape->num_rows) num_rows = shape->num_rows;
-      int32_t num_spans = spans_of(batch, work->span_tokens, seq, row, num_rows).count;
-      int64_t cost = cost_of(batch, seq, row, num_rows);
+      int32_t num_carried = num_carried_of(work, seq);
+      int32_t num_spans = spans_of(batch, work->span_tokens, seq, row, num_rows).count - num_carried;
+      int64_t cost = own_cost_of(work, seq, row, num_rows);
       work_item next = {.shape = shape, .seq = seq, .first_row = row, .num_rows = num_rows, .num_pieces = 1};
+      if (num_carried) {
+        next.num_carried = num_carried;
+        next.first_carried =
+            work->cascade->first_rows[work->cascade->places[seq]] + row - batch->qo_indptr[seq];
+      }
       left += cost;
       if (!is_by_head && is_cut(work, total, left, cost, num_spans)) {
         next.shape = &work->some_heads;
@@ -140,4 +165,68 @@ work_size pkv_cut_work(const work *work, work_item *items) {
     }
   }
   return size;
+}
+
+static int32_t rows_of_node(const pkv_cascade *cascade, const pkv_node *node) {
+  return cascade->first_rows[node->end] - cascade->first_rows[node->begin];
+}
+
+/* How long a node's items take, when each has `rows` rows and one of num_groups groups of heads: they read
+ * the same keys and values for each part of the rows, and compute for each query.  As measured, eight queries
+ * take as long as reading what they need. */
+static double time_of_node(const work *work, int32_t num_rows, int32_t rows, int32_t num_groups) {
+  int32_t group = work->all_heads.num_q_heads / work->num_kv_heads;
+  int64_t num_items = (int64_t)num_groups * ((num_rows + rows - 1) / rows);
+  int64_t num_rounds = (num_items + work->num_workers - 1) / work->num_workers;
+  return (double)num_rounds * (1 + rows * group / 8.0) / num_groups;
+}
+
+static item_shape shape_of_node(const pkv_pages *pages, const work *work, int32_t num_rows) {
+  item_shape best = work->one_head;
+  double least = INFINITY;
+  for (int32_t num_groups = 1; num_groups <= work->num_kv_heads; num_groups++) {
+    if (work->num_kv_heads % num_groups) continue;
+    item_shape shape =
+        shape_of(pages, work->all_heads.num_q_heads / num_groups, work->num_kv_heads / num_groups);
+    for (int32_t parts = 1; parts <= work->num_workers; parts++) {
+      int32_t rows = (num_rows + parts - 1) / parts;
+      if (rows > shape.num_rows) rows = shape.num_rows;
+      double time = time_of_node(work, num_rows, rows, num_groups);
+      if (time >= least) continue; /* larger groups of heads come first: they are read in memory order */
+      least = time;
+      best = shape;
+      best.num_rows = rows;
+    }
+  }
+  return best;
+}
+
+void pkv_shape_nodes(const pkv_pages *pages, const work *work, item_shape *shapes) {
+  for (int32_t i = 0; i < work->cascade->num_nodes; i++)
+    shapes[i] = shape_of_node(pages, work, rows_of_node(work->cascade, &work->cascade->nodes[i]));
+}
+
+int64_t pkv_cut_shared(const work *work, int32_t level, const item_shape *shapes, work_item *items) {
+  const pkv_cascade *cascade = work->cascade;
+  int64_t count = 0;
+  for (int32_t i = 0; i < cascade->num_nodes; i++) {
+    const pkv_node *node = &cascade->nodes[i];
+    if (node->level != level) continue;
+    int32_t end = cascade->first_rows[node->end], most = shapes[i].num_rows;
+    for (int32_t row = cascade->first_rows[node->begin]; row < end; row += most)
+      for (int32_t head = 0; head < work->num_kv_heads; head += shapes[i].num_kv_heads, count++)
+        if (items)
+          items[count] = (work_item){.shape = &shapes[i],
+                                     .seq = cascade->rows[row].seq,
+                                     .first_head = head,
+                                     .first_row = row,
+                                     .rows = cascade->rows + row,
+                                     .num_rows = end - row < most ? end - row : most,
+                                     .first_span = node->first_span,
+                                     .end_span = node->end_span,
+                                     .num_carried = node->first_span,
+                                     .first_carried = row,
+                                     .num_pieces = 1};
+  }
+  return count;
 }

@@ -311,6 +311,7 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
     int64_t first_page = first_page_seen(tables, old_len), end_page = pages_for(tables, new_len);
     int32_t first = batch.qo_indptr[i], *page_ids = batch.kv_indices + batch.kv_indptr[i];
     int64_t num_pages = list_pages(tables, row, first_page, end_page, page_ids);
+    if (pkv_pool_ref_count(pool, page_ids[0]) > 1) plan->batch.may_share = PKV_SHARE_WHAT_PAYS;
     /* New tokens from the sinks on see all pages; later ones skip the pages between sinks and window. */
     int64_t skipped = first_page > tables->sink_pages ? first_page - tables->sink_pages : 0;
     if (tables->tail_copies[row] >= 0) {
@@ -355,6 +356,7 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
   if (has_tokens && memchr(plan->is_written, 0, (size_t)plan->num_layers)) return PKV_LAYER_NOT_WRITTEN;
   plan->is_open = 0;
   tables->num_copies += plan->num_copies;
+  tables->bytes_not_read += plan->bytes_not_read;
   for (int64_t i = 0; i < plan->num_scrubs; i++)
     tables->page_salts[plan->scrubbed[i]] = tables->row_salts[plan->scrubbed_for[i]];
   for (int64_t i = 0; i < plan->batch.num_seqs; i++) {
