@@ -19,7 +19,16 @@ from harness import machine, packed
 from paged_kv.files import replace_files
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("planning", "sharing", "seam", "append_latency", "requested_table", "utilization", "attention")
+BENCHMARKS = (
+    "planning",
+    "sharing",
+    "cascade",
+    "seam",
+    "append_latency",
+    "requested_table",
+    "utilization",
+    "attention",
+)
 BENCHMARKS += ("bitnet", "matrices")
 
 
