@@ -20,6 +20,7 @@ from .pages.pool import MAX_PAGE_BYTES
 from .pages.prefix_index import Counts
 from .pages.retention import KeepPolicy, priority_of, seconds
 from .pages.salts import bytes_of
+from .pin import Pin, pin
 from .sequence import Sequence, matched_sequence, new_sequences
 from .step import Step, seq_ids_of
 from .store import Store
@@ -31,6 +32,7 @@ class CacheStats:
 
     num_pages: int
     num_used_pages: int  # owned by a sequence, or reserved by an open step
+    num_pinned_pages: int  # of these, held by pins
     num_kept_pages: int  # of cached prefixes, without an owner; a step that lacks pages evicts them
     num_free_pages: int
     num_sequences: int
@@ -73,6 +75,7 @@ class PagedKVCache(Uncopyable):
     keep_policy : in which order cached pages without an owner give way; None: those first that were not used
         for longest
     retention_half_life : seconds that a page counts as used later when priority + 1 doubles
+    pin_budget : the share of all pages that pins may hold, from 0 to 1
     clock : seconds, of any start; ages, ttls and the order of kept pages are measured with it
     num_threads : threads of one attend; None: the CPUs that the process may use
 
@@ -100,6 +103,7 @@ class PagedKVCache(Uncopyable):
         fingerprint: bytes = b"",
         keep_policy: KeepPolicy | None = None,
         retention_half_life: float = 600.0,
+        pin_budget: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
         num_threads: int | None = None,
     ) -> None:
@@ -149,6 +153,7 @@ class PagedKVCache(Uncopyable):
             seconds("retention_half_life", retention_half_life),
             keep_policy,
             bytes_of("fingerprint", fingerprint),
+            _share("pin_budget", pin_budget),
         )
 
     @property
@@ -237,7 +242,23 @@ class PagedKVCache(Uncopyable):
             if store.index is None:
                 return Match(0, "disabled", 0)
             found, others = store.index.match(ids, number(salt, 0)), [number(other, 0) for other in also]
-            return explain(store.index, found, ids, number(salt, 0), store.plans, others)
+            return explain(store.index, found, ids, number(salt, 0), store.plans, others).of(ids, salt)
+
+    def pin(self, match: Match, ttl: float | None = None) -> Pin:
+        """Keep the pages of a match from being evicted, as long as the pin is not released or collected.
+
+        Parameters
+        ----------
+        match : what `match` returned; it is looked up again
+        ttl : seconds after which the pin is released by itself; None: never
+
+        Returns: Pin, whose `outcome` is "accepted", "clipped" (to what is still there, or to pin_budget) or
+        "rejected", and whose `num_tokens` are pinned.  A pin takes one of max_sequences.
+        Raises: ArgumentError, CacheClosed.  Cost: O(tokens + pinned pages).
+        """
+        if not isinstance(match, Match):
+            raise ArgumentError(f"match is {match!r:.60}; give what cache.match(tokens) returned")
+        return pin(self._store, match, None if ttl is None else seconds("ttl", ttl))
 
     def reset_prefix_cache(self) -> int:
         """Let no later sequence find what was computed so far, as when the model's weights have changed.
@@ -301,8 +322,11 @@ class PagedKVCache(Uncopyable):
         store = self._store
         with store.reading() as is_alone:
             store.reclaim_abandoned(is_alone)
+            if is_alone:
+                store.release_old_pins()
             num_pages, num_free = store.pool.num_pages, store.pool.num_free
             num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
+            num_pinned, num_pins = len(store.pinned_pages()), len(store.pins)
             num_kept, index = store.pool.num_kept, store.index
             counts = index.counts if index is not None else Counts()
         num_used = num_pages - num_free - num_kept
@@ -310,9 +334,10 @@ class PagedKVCache(Uncopyable):
         return CacheStats(
             num_pages=num_pages,
             num_used_pages=num_used,
+            num_pinned_pages=num_pinned,
             num_kept_pages=num_kept,
             num_free_pages=num_free,
-            num_sequences=num_sequences,
+            num_sequences=num_sequences - num_pins,
             num_tokens=num_tokens,
             utilization=num_tokens / slots if slots else 0.0,
             pool_bytes=store.pool.num_bytes,
@@ -357,6 +382,13 @@ def _multiple(name: str, value: object, of: int, high: int) -> int:
     if number % of:
         raise ArgumentError(f"{name} is {number}; it must be a multiple of {of}")
     return number
+
+
+def _share(name: str, value: object) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= float(value) <= 1:  # type: ignore[arg-type]
+        raise ArgumentError(f"{name} is {value!r:.60}; give a number from 0 to 1")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _num_pages(layout: PageLayout, num_pages: object, memory: object) -> int:

@@ -218,11 +218,11 @@ def new_sequences(
                 for new_id in seq_ids:
                     store.index.start(store.tables.row(new_id), None, priority)
         except BaseException as error:
-            _free_all(store, seq_ids, error)
+            free_all(store, seq_ids, error)
     return handles
 
 
-def _free_all(store: Store, seq_ids: list[int], error: BaseException) -> NoReturn:
+def free_all(store: Store, seq_ids: list[int], error: BaseException) -> NoReturn:
     """Raise what came between rows and their caller, who has no handle; the error may keep ours for long."""
     for seq_id in seq_ids:
         store.free(seq_id)
@@ -260,5 +260,5 @@ def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority
             handle._num_cached_tokens = num_tokens
             store.index.counts.count(len(ids), num_tokens, reason)
         except BaseException as error:
-            _free_all(store, [seq_id], error)
+            free_all(store, [seq_id], error)
     return handle

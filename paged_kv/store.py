@@ -26,7 +26,7 @@ from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_child
 from .machine import shared_cache_bytes
 from .pages.block_table import BlockTables, Window
 from .pages.events import Events
-from .pages.layout import PageLayout
+from .pages.layout import PageLayout, num_pages
 from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
@@ -59,6 +59,7 @@ class Store(Uncopyable):
         half_life: float = 600.0,
         keep_policy: KeepPolicy | None = None,
         fingerprint: bytes = b"",
+        pin_budget: float = 0.5,
     ) -> None:
         self.layout = layout
         self.threads = shared_threads(num_threads)
@@ -87,6 +88,9 @@ class Store(Uncopyable):
         self._lock = OwnedLock()
         self.handles: dict[int, Ref] = {}
         self.open_plans: dict[int, Ref] = {}
+        #: Of hidden sequences that pin pages, by their ids, when their time is over.
+        self.pins: dict[int, float] = {}
+        self.max_pinned = int(pin_budget * num_pages)
         #: Refs whose owners were collected, possibly while the lock was held.  The next call that takes the
         #: lock gives back what they hold.
         self._abandoned_plans: deque[Ref] = deque()
@@ -190,12 +194,30 @@ class Store(Uncopyable):
         is_free = self.tables.remove(seq_id)
         if is_free:
             self.handles.pop(seq_id, None)
+            self.pins.pop(seq_id, None)
         return is_free
 
     def free_later(self, seq_id: int) -> None:
         """Queue a sequence, where this thread holds the lock in a frame below."""
         if (handle := self.handles.get(seq_id)) is not None:
             self._abandoned_seq_ids.append(handle)
+
+    def pinned_pages(self) -> set[int]:
+        """Pages that pins hold."""
+        tables, pinned = self.tables, set[int]()
+        for seq_id in self.pins:
+            if tables.is_idle(seq_id):  # else an interrupt came before it had a row
+                row = tables.row(seq_id)
+                num_pinned = num_pages(int(tables.seq_lens[row]), tables.page_size)
+                pinned.update(tables.page_ids[row, :num_pinned].tolist())
+        return pinned
+
+    def release_old_pins(self) -> None:
+        """Free the pins whose time is over."""
+        if self.pins and self.index is not None:
+            now = self.index.retention.clock()
+            for seq_id in [seq_id for seq_id, deadline in self.pins.items() if deadline <= now]:
+                self.free(seq_id)
 
     # ---- steps
 
@@ -214,8 +236,10 @@ class Store(Uncopyable):
         try:
             try:
                 self.tables.open(plan, seq_ids, new)
-            except OutOfPages:
+            except OutOfPages as error:
                 if self.index is None or not self._make_room(self.index, seq_ids, new):
+                    if self.pins:
+                        raise OutOfPages(f"{error}; {len(self.pinned_pages())} are pinned") from None
                     raise
                 self.tables.open(plan, seq_ids, new)
         except BaseException:
@@ -225,6 +249,7 @@ class Store(Uncopyable):
 
     def _make_room(self, index: PrefixIndex, seq_ids: list[int], new: NewTokens) -> bool:
         """Evict kept pages, so that a step can be opened that would open without an index."""
+        self.release_old_pins()
         if index.make_room(self.tables.pages_needed(seq_ids, new.counts)):
             return True
         index.release_tails([self.tables.row(seq_id) for seq_id in seq_ids])

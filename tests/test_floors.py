@@ -29,7 +29,7 @@ FLOORS = [
     {"pages.match"},
     {"store"},
     {"sequence"},
-    {"step"},
+    {"step", "pin"},
     {"cache", "ring"},
     {"models.ternary", "models.sampling", "models.token_ids", "models.session"},
     {"models.matrix", "commands.baselines"},

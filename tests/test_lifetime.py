@@ -48,6 +48,7 @@ def owners():
     batch = generate.Batch(model, cache, generate.Admission.pages_of(cache))
     store = cache._store
     inner = [
+        cache.pin(cache.match([1])),
         store,
         store.pool,
         store.tables,

@@ -15,7 +15,7 @@ Imports plan and prefix_index.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -41,11 +41,18 @@ class Match:
     page: int | None = None  # and the page it is in, counted from the first of the sequence
     cause: str | None = None  # evicted: "pressure", a step needed room, or "time", its ttl was over
     age: float | None = None  # and seconds since then
+    #: What was matched, for `pin`.
+    ids: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
+    salt: bytes = field(default=b"", repr=False, compare=False)
 
     @property
     def num_lost(self) -> int:
         """Tokens that would have matched but for the reason."""
         return self.would_have_hit - self.num_tokens
+
+    def of(self, ids: NDArray[np.int32], salt: bytes) -> "Match":
+        """The same, and what was matched."""
+        return replace(self, ids=ids, salt=salt)
 
 
 def explain(

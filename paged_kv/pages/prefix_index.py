@@ -180,6 +180,13 @@ class PrefixIndex(Uncopyable):
             if found is not None and found.page_ids:
                 self.retention.find(row, np.array(found.page_ids, np.int32))
 
+    def hold(self, row: int, entries: list[Entry]) -> None:
+        """A new row has the pages of these entries, and is no use of them."""
+        with self._change:
+            self.retention.set_row(row, 0, FOREVER)
+            self._has_other_pages[row] = False
+            self._set_path(row, entries)
+
     def fork(self, parent: int, row: int, length: int) -> None:
         """A new sequence shares the pages of the parent's first tokens."""
         with self._change:
