@@ -23,6 +23,7 @@ BENCHMARKS = (
     "planning",
     "sharing",
     "cascade",
+    "eviction",
     "seam",
     "append_latency",
     "requested_table",

@@ -3,8 +3,12 @@
     python benchmarks/sharing.py [--json] [--toy]
 
 Rows: what is done, tokens, the time of it (a sequence is made and freed), and the same over a sequence that
-is made empty and freed.  Prompts are int32 arrays, pages have 64 tokens.
+is made empty and freed.  Prompts are int32 arrays, pages have 64 tokens.  The last rows are of a step that
+takes 100 pages among so many kept tokens, and evicts as many: microseconds a page.
 """
+
+import statistics
+import time
 
 import numpy as np
 from harness import Timer, arguments, progress, show
@@ -19,6 +23,8 @@ def main() -> None:
     sizes = [100] if options.toy else [1_000, 32_000]
     timer = Timer(0.2 if options.toy else min(options.budget, 20), 5 * len(sizes))
     rows = [row for size in progress(sizes, "sharing") for row in measure(size, timer)]
+    kept_pages = [1000] if options.toy else [1000, 1_000_000]
+    rows += [evict(num_pages) for num_pages in progress(kept_pages, "eviction")]
     show(rows, options.json)
 
 
@@ -44,6 +50,34 @@ def measure(num_tokens: int, timer: Timer) -> list[dict[str, object]]:
             assert again.num_cached_tokens == num_tokens - 1
         freed = timer.us(lambda: cache.sequence(prompt).free())
         return [*results, row_of("match of kept pages", num_tokens, freed, empty)]
+
+
+def evict(num_pages: int) -> dict[str, object]:
+    """Many prompts of ten pages, kept; then steps that take 100 pages each, and roll back."""
+    page_size, rng, times = 16, np.random.default_rng(0), []
+    tokens = 10 * page_size
+    with paged_kv.PagedKVCache(1, 1, 8, num_pages=num_pages, page_size=page_size) as cache:
+        rows = np.zeros((tokens, 1, 8), np.float32)
+        for _ in range(num_pages // 10):
+            with cache.sequence() as seq, cache.step([seq], [rng.integers(0, 2**31, tokens)]) as step:
+                step.write(0, rows, rows)
+                step.commit()
+        assert cache.stats().num_kept_pages == num_pages
+        seq, num_taken = cache.sequence(), 0
+        for _ in range(min(50, num_pages // 200)):
+            num_taken += 100
+            begin = time.perf_counter_ns()
+            cache.step([seq], [num_taken * page_size]).rollback()
+            times.append((time.perf_counter_ns() - begin) / 1e3 / 100)
+            assert cache.stats().num_evictions == num_taken
+    low, median, high = statistics.quantiles(times, n=4)
+    return {
+        "what": "eviction, a page",
+        "num_tokens": num_pages * page_size,
+        "us": round(median, 2),
+        "of_empty": "",
+        "quartiles": f"{low:.2f} to {high:.2f}",
+    }
 
 
 def row_of(what: str, num_tokens: int, timed: dict[str, float], empty: float) -> dict[str, object]:

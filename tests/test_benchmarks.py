@@ -15,6 +15,7 @@ SCRIPTS = {
     "matrices.py": {"rows", "tokens_per_s", "ms", "g_products_per_s", "of_read_ceiling"},
     "bitnet.py": {"way", "sequences", "decode_tokens_per_s", "ms_per_step", "faster"},
     "seam.py": {"call", "us", "us_of_c", "us_over_c"},
+    "eviction.py": {"policy", "pages", "given", "computed", "of_bound"},
     "cascade.py": {"what", "sequences", "us", "plain", "faster", "of_bound"},
     "sharing.py": {"what", "num_tokens", "us", "of_empty"},
     "planning.py": {"num_sequences", "us", "us_per_sequence"},

@@ -336,6 +336,8 @@ class PrefixIndex(Uncopyable):
             if cause is not None:
                 self.evicted.remember(one.key, one.serial, cause, now)
                 self.counts.evictions[cause] += 1
+                if cause == "pressure":
+                    self.retention.evict(one.page_id)
                 self.counts.num_unused_evictions += not self.retention.was_found(one.page_id)
             if self.entries.pop(one.key, None) is not None and one.num_tokens == self.page_size:
                 self.events.removed(one)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_prefix_index import PAGE_SIZE, extend, prefix_cache, start
 
-from paged_kv import ArgumentError, StaleSequence
+from paged_kv import ArgumentError, CostAware, KeptPage, StaleSequence
 
 
 class Clock:
@@ -195,6 +195,44 @@ def test_the_end_of_a_chain_goes_first_whatever_a_policy_says():
             press(cache, 4 - left)
             assert cache.match([*page(1, 4), 5]).num_tokens == left * PAGE_SIZE
             cache.check()
+
+
+def test_cost_aware_keeps_what_is_found_often():
+    clock = Clock()
+    with prefix_cache(num_pages=3, keep_policy=CostAware(), clock=clock, retention_half_life=100) as cache:
+        run(cache, page(1))
+        for _ in range(3):
+            cache.sequence([*page(1), 5]).free()
+        clock.now += 30  # a fifth of the idle time, which is a half-life at first, for each doubling: 40 s
+        for first in (2, 3):
+            run(cache, page(first))
+        press(cache, 1)
+        assert is_there(cache, page(1)) and not is_there(cache, page(2))
+        clock.now += 200
+        run(cache, page(4))
+        press(cache, 2)
+        assert not is_there(cache, page(1)) and is_there(cache, page(4))
+
+
+def test_cost_aware_weighs_position_and_priority_as_it_says():
+    policy = CostAware(even_position=100)
+    kept = KeptPage(0, 0, 50.0, 0, half_life=10.0, idle_seconds=20.0)
+    assert policy.key(kept) == 50.0
+    assert policy.key(kept._replace(num_hits=3)) == 50.0 + 0.2 * 20 * 2
+    assert policy.key(kept._replace(position=300)) == 50.0 + 0.2 * 20 * 2
+    assert policy.key(kept._replace(priority=1)) == 60.0
+    with pytest.raises(ArgumentError, match="even_position"):
+        CostAware(0)
+
+
+def test_the_idle_time_of_evicted_pages_is_measured():
+    policy, clock = Policy(lambda kept: kept.last_used), Clock()
+    with prefix_cache(num_pages=2, keep_policy=policy, clock=clock, retention_half_life=100) as cache:
+        run(cache, page(1))
+        assert policy.seen[-1].idle_seconds == 100
+        clock.now += 356
+        run(cache, page(2, 2))  # which evicts the first
+        assert policy.seen[-1].idle_seconds == 100 + 256 / 256
 
 
 def raises(kept):
