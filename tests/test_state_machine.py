@@ -60,6 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
             num_sink_tokens=self.sinks,
             max_step_tokens=MAX_STEP,
             num_threads=2,
+            prefix_caching=False,  # test_prefix_index.py has a walk of its own
         )
         empty = np.empty((0, NUM_KV_HEADS, HEAD_DIM), np.float32)
         self.empty = [(empty, empty)] * NUM_LAYERS

@@ -224,6 +224,8 @@ class PrefixMachine(RuleBasedStateMachine):
 
     Tokens begin with the salt, so that those of different salts have nothing in common.
     mute: live sequences that hold tokens of before a reset, and so offer nothing
+    open: of sequences in an open step, the step and its ids, which are None after a reset
+    pins: what pins hold, which nothing evicts
     replicas: what two readers of the events know, one of whom reads all the time
     """
 
@@ -232,6 +234,7 @@ class PrefixMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.held, self.offered, self.mute = {}, [], set()
+        self.open, self.new_ids, self.pins = {}, {}, {}
         self.cache = prefix_cache(num_pages=self.num_pages, clock=lambda: float(len(self.offered)))
 
         self.cache._store.index.events._ring = deque(maxlen=5)
@@ -241,10 +244,16 @@ class PrefixMachine(RuleBasedStateMachine):
         self.cache.close()
 
     def everything(self):
-        return self.offered + [tokens for seq, tokens in self.held.items() if seq not in self.mute]
+        live = [tokens for seq, tokens in self.held.items() if seq not in self.mute]
+        return self.offered + live + [tokens for tokens in self.pins.values() if tokens]
 
     def any_of(self, choice):
         return list(self.held)[choice % len(self.held)] if self.held else None
+
+    def idle(self, choice):
+        """A sequence that is in no open step."""
+        idle = [seq for seq in self.held if seq not in self.open]
+        return idle[choice % len(idle)] if idle else None
 
     def most(self, tokens):
         return max((num_common(tokens[:-1], offered) for offered in self.everything()), default=1)
@@ -266,7 +275,7 @@ class PrefixMachine(RuleBasedStateMachine):
         try:
             seq = self.cache.sequence(np.array(tokens[1:], np.int64), salt=salt)
         except OutOfSequences:
-            assert len(self.held) == 6
+            assert len(self.held) + len(self.pins) == 6
             return
         num_cached = seq.num_cached_tokens
         most = max(1, self.most(tokens)) - 1 if tokens[1:] else 0
@@ -278,9 +287,14 @@ class PrefixMachine(RuleBasedStateMachine):
         """The reason is the one that the model finds."""
         ids = tokens[1:]
         most = max(1, self.most(tokens)) - 1 if ids else 0
+        steps = [self.held[seq] + ids for seq, (_, ids) in self.open.items() if ids and seq not in self.mute]
+        in_flight = max((num_common(tokens[:-1], offered) for offered in steps), default=1) - 1
         if not self.is_roomy:
-            assert match.num_tokens <= match.would_have_hit <= most
-            assert (match.reason == "evicted") == (match.num_lost > 0)
+            assert match.num_tokens <= match.would_have_hit <= max(most, in_flight)
+            assert (match.reason in ("evicted", "in_flight")) == (match.num_lost > 0)
+            return
+        if ids and in_flight > most:
+            assert (match.reason, match.num_tokens, match.would_have_hit) == ("in_flight", most, in_flight)
             return
         agreeing = [offered for offered in self.everything() if num_common(tokens[:-1], offered) == most + 1]
         goes_on = any(len(offered) > most + 1 for offered in agreeing)
@@ -290,9 +304,14 @@ class PrefixMachine(RuleBasedStateMachine):
         assert (match.reason, match.num_tokens, match.num_lost) == (reason, most, 0)
         assert match.at == (most if reason == "diverged" else None)
 
-    @rule(choice=st.integers(0, 99), ids=IDS, times=st.sampled_from([1, 7, 16]), commits=st.booleans())
-    def append(self, choice, ids, times, commits):
-        seq, ids = self.any_of(choice), ids * times
+    @rule(
+        choice=st.integers(0, 99),
+        ids=IDS,
+        times=st.sampled_from([1, 7, 16]),
+        ending=st.sampled_from(["commit", "commit", "rollback", "leave open"]),
+    )
+    def append(self, choice, ids, times, ending):
+        seq, ids = self.idle(choice), ids * times
         if seq is None or not ids:
             return
         salt, *held = self.held[seq]
@@ -304,16 +323,29 @@ class PrefixMachine(RuleBasedStateMachine):
             num_owned = self.cache.stats().num_used_pages
             assert not self.is_roomy and num_owned + len(ids) // PAGE_SIZE + 2 > self.num_pages
             return
-        if commits:
-            step.commit()
-            self.held[seq] = self.held[seq] + ids
-        else:
+        self.open[seq] = step, ids
+        self.new_ids[step] = ids
+        if ending != "leave open":
+            self.end(seq, ending == "commit")
+
+    @rule(choice=st.integers(0, 99), commits=st.booleans())
+    def end_an_open_step(self, choice, commits):
+        if self.open:
+            self.end(list(self.open)[choice % len(self.open)], commits)
+
+    def end(self, seq, commits):
+        step, ids = self.open.pop(seq)
+        if not commits:
             step.rollback()
+            return
+        step.commit()
+        self.held[seq] = self.held[seq] + self.new_ids.pop(step)
+        self.mute |= {seq} if ids is None else set()
 
     @rule(choice=st.integers(0, 99), at=st.integers(0, 99))
     def fork(self, choice, at):
         seq = self.any_of(choice)
-        if seq is not None and len(self.held) < 6:
+        if seq is not None and len(self.held) + len(self.pins) < 6:
             at = at % len(self.held[seq])
             fork = seq.fork(at=at)
             self.held[fork] = self.held[seq][: 1 + at]
@@ -321,7 +353,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(choice=st.integers(0, 99), length=st.integers(0, 99))
     def truncate(self, choice, length):
-        seq = self.any_of(choice)
+        seq = self.idle(choice)
         if seq is not None:
             tokens = self.held[seq]
             length = length % len(tokens)
@@ -333,7 +365,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(choice=st.integers(0, 99), is_freed=st.booleans())
     def leave(self, choice, is_freed):
-        seq = self.any_of(choice)
+        seq = self.idle(choice)
         if seq is not None:
             if seq not in self.mute:
                 self.offered.append(self.held[seq])
@@ -352,6 +384,33 @@ class PrefixMachine(RuleBasedStateMachine):
         assert self.cache.stats().num_kept_pages == 0
         self.offered = []
         self.mute = {seq for seq, tokens in self.held.items() if len(tokens) > 1}
+        self.open = {seq: (step, None) for seq, (step, _) in self.open.items()}
+        self.pins = {pin: None for pin in self.pins}
+
+    @rule(choice=st.integers(0, 99), length=st.integers(0, 60))
+    def pin(self, choice, length):
+        known = self.everything() or [[b""]]
+        salt, *ids = known[choice % len(known)][: 1 + length]
+        match = self.cache.match([*ids, 1], salt)
+        pin = self.cache.pin(match)
+        assert pin.num_tokens <= match.num_tokens
+        assert (pin.outcome == "accepted") == (0 < pin.num_tokens == match.num_tokens)
+        if pin.outcome != "rejected":
+            self.pins[pin] = [salt, *ids, 1][: 1 + pin.num_tokens]
+
+    @rule(choice=st.integers(0, 99))
+    def release(self, choice):
+        if self.pins:
+            pin = list(self.pins)[choice % len(self.pins)]
+            tokens = self.pins.pop(pin)
+            pin.release()
+            if tokens:
+                self.offered.append(tokens)
+
+    @rule(choice=st.integers(0, 99), priority=st.integers(0, 9), ttl=st.sampled_from([None, 0.5, 3.0]))
+    def retain(self, choice, priority, ttl):
+        if (seq := self.any_of(choice)) is not None:
+            seq.retain(priority=priority, ttl=ttl)
 
     @rule()
     def read_events(self):
@@ -361,6 +420,13 @@ class PrefixMachine(RuleBasedStateMachine):
     def contents_hold(self):
         self.replicas[0].read(self.cache)
         self.cache.check()
+        stats = self.cache.stats()
+        assert stats.num_sequences == len(self.held)
+        assert stats.num_pinned_pages <= self.num_pages // 2
+        for tokens in self.pins.values():
+            if tokens:
+                salt, *ids = tokens
+                assert self.cache.match([*ids, 9, 9], salt).num_tokens >= len(ids)
         for seq, (salt, *tokens) in self.held.items():
             holds(seq, tokens, salt)
 
