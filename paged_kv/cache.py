@@ -39,6 +39,7 @@ class CacheStats:
     num_tokens: int  # committed, in held pages; a slot that several share counts once
     utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
     pool_bytes: int
+    resident_bytes: int  # of these, those that `trim` has not given back
     num_copies: int  # of shared pages, for those who appended to them; since the cache was built
     bytes_not_read: int  # by attention: shared pages are read once for several sequences; since it was built
     # Of the prefix cache, since the cache was built:
@@ -324,7 +325,7 @@ class PagedKVCache(Uncopyable):
             store.reclaim_abandoned(is_alone)
             if is_alone:
                 store.release_old_pins()
-            num_pages, num_free = store.pool.num_pages, store.pool.num_free
+            num_pages, num_free = store.pool.num_pages, store.pool.num_free + store.pool.num_trimmed
             num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
             num_pinned, num_pins = len(store.pinned_pages()), len(store.pins)
             num_kept, index = store.pool.num_kept, store.index
@@ -341,6 +342,7 @@ class PagedKVCache(Uncopyable):
             num_tokens=num_tokens,
             utilization=num_tokens / slots if slots else 0.0,
             pool_bytes=store.pool.num_bytes,
+            resident_bytes=store.pool.resident_bytes,
             num_copies=store.tables.num_copies,
             bytes_not_read=store.tables.bytes_not_read,
             num_queries=counts.num_queries,
@@ -354,6 +356,27 @@ class PagedKVCache(Uncopyable):
             num_unused_evictions=counts.num_unused_evictions,
             num_policy_errors=index.retention.num_policy_errors if index else 0,
         )
+
+    def trim(self, *, cached: bool = False) -> int:
+        """Give the memory of free pages back to the system, in blocks of 2 MiB that hold nothing else.
+
+        Parameters
+        ----------
+        cached : evict all cached pages without an owner before, so that their memory goes, too
+
+        Steps take it again when they need it.  They raise OutOfPages when the machine does not have it any
+        more; the kernel ends the process if another one takes it at the same moment.
+        Returns: bytes given back.  Raises: ArgumentError, CacheClosed.  Cost: O(pages * num_layers).
+        """
+        store = self._store
+        if type(cached) is not bool:
+            raise ArgumentError(f"cached is {cached!r:.60}; give True or False")
+        with store.lock:
+            store.reclaim_abandoned()
+            store.release_old_pins()
+            if cached and store.index is not None:
+                store.index.make_room(store.pool.num_free + store.pool.num_kept, "limit")
+            return store.pool.trim()
 
     def check(self) -> None:
         """Raise InvariantViolation unless every page is accounted for.  Cost: O(pages)."""

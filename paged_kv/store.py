@@ -63,7 +63,7 @@ class Store(Uncopyable):
     ) -> None:
         self.layout = layout
         self.threads = shared_threads(num_threads)
-        self.pool = PagePool(num_pages, layout.page_bytes)
+        self.pool = PagePool(num_pages, layout.page_bytes, layout.num_layers)
         self.tables = BlockTables(
             self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
         )
@@ -237,23 +237,34 @@ class Store(Uncopyable):
             try:
                 self.tables.open(plan, seq_ids, new)
             except OutOfPages as error:
-                if self.index is None or not self._make_room(self.index, seq_ids, new):
-                    if self.pins:
-                        raise OutOfPages(f"{error}; {len(self.pinned_pages())} are pinned") from None
-                    raise
+                self._make_room(error, seq_ids, new)
                 self.tables.open(plan, seq_ids, new)
         except BaseException:
             self.roll_back(plan)
             raise
         return plan
 
-    def _make_room(self, index: PrefixIndex, seq_ids: list[int], new: NewTokens) -> bool:
-        """Evict kept pages, so that a step can be opened that would open without an index."""
+    def _make_room(self, error: OutOfPages, seq_ids: list[int], new: NewTokens) -> None:
+        """Take trimmed pages again and evict kept ones, so that a step can be opened.
+
+        A step that would open without an index opens with one.  Raises: OutOfPages.
+        """
+        pool, index = self.pool, self.index
         self.release_old_pins()
-        if index.make_room(self.tables.pages_needed(seq_ids, new.counts)):
-            return True
-        index.release_tails([self.tables.row(seq_id) for seq_id in seq_ids])
-        return index.make_room(self.tables.pages_needed(seq_ids, new.counts))
+        needed = self.tables.pages_needed(seq_ids, new.counts)
+        if pool.num_trimmed and needed <= pool.num_free + pool.num_trimmed + pool.num_kept:
+            try:
+                pool.restore(min(pool.num_trimmed, max(0, needed - pool.num_free)))
+            except OutOfPages as refused:
+                error = refused
+        if index is not None and not index.make_room(needed):
+            index.release_tails([self.tables.row(seq_id) for seq_id in seq_ids])
+            needed = self.tables.pages_needed(seq_ids, new.counts)
+            index.make_room(needed)
+        if needed > pool.num_free:
+            if self.pins:
+                raise OutOfPages(f"{error}; {len(self.pinned_pages())} are pinned") from None
+            raise error
 
     def commit(self, plan: Plan) -> None:
         self.tables.commit(plan)

@@ -1,10 +1,18 @@
-"""What several test files share: dtypes, bounds of rounding errors, and the digest of a cache's state."""
+"""What test files share: dtypes, memory in use, bounds of rounding errors, the digest of a cache's state."""
+
+import resource
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 DTYPES = {"float32": np.dtype("f4"), "float16": np.dtype("f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def resident_bytes():
+    """Memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def tolerances(q, k, v, dtype="float32", sm_scale=None, alibi_slopes=None, **_):

@@ -28,6 +28,7 @@ SIGNATURES = {
     paged_kv.PagedKVCache.step: (["seqs", "new"], []),
     paged_kv.PagedKVCache.pages_needed: (["seqs", "new"], []),
     paged_kv.PagedKVCache.stats: ([], []),
+    paged_kv.PagedKVCache.trim: ([], ["cached"]),
     paged_kv.PagedKVCache.check: ([], []),
     paged_kv.PagedKVCache.close: ([], []),
     paged_kv.Sequence.retain: ([], ["priority", "ttl"]),

@@ -1,9 +1,9 @@
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import fill, make_cache, rows
+from support import resident_bytes
 
 from paged_kv import ArgumentError, OutOfSequences, PagedKVCache, StaleSequence
 
@@ -104,10 +104,6 @@ def test_an_argument_that_is_not_there_is_a_type_error():
     for name in ("num_heads", "layers", "n_pages"):
         with pytest.raises(TypeError, match=name):
             PagedKVCache(1, 1, 32, num_pages=1, **{name: 1})
-
-
-def resident_bytes():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 #: A thousand; `make test-long` builds ten thousand.

@@ -2,21 +2,15 @@
 refused by their names.
 """
 
-import resource
-from pathlib import Path
-
 import numpy as np
 import pytest
 from conftest import fill, make_cache
+from support import resident_bytes
 
 from paged_kv import ArgumentError, KVCacheManager, OutOfPages, OutOfSequences, PagedKVCache
 from paged_kv.attention.foreign import paged_attention
 
 MOST = 2**31 - 1
-
-
-def resident_bytes():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 NO_LIMIT = {

@@ -320,7 +320,8 @@ class BlockTables(Uncopyable):
             )
         if status == lib.PKV_OUT_OF_PAGES:
             raise OutOfPages(
-                f"the step needs {requested} new pages, {available + self.pool.num_kept} of "
+                f"the step needs {requested} new pages, "
+                f"{available + self.pool.num_kept + self.pool.num_trimmed} of "
                 f"{self.pool.num_pages} are free; "
                 "free a sequence, step fewer, or build a larger pool"
             )

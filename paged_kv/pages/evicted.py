@@ -19,7 +19,7 @@ from .token_keys import key_of, longest
 class Eviction(NamedTuple):
     """Why and when a page left the index.
 
-    cause : "pressure": a step needed room; "time": its ttl was over
+    cause : "pressure": a step needed room; "time": its ttl was over; "limit": the cache was trimmed
     when : seconds of the cache's clock
     """
 

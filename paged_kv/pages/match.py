@@ -39,7 +39,7 @@ class Match:
     would_have_hit: int  # tokens, but for the reason
     at: int | None = None  # diverged: position of the first token that differs
     page: int | None = None  # and the page it is in, counted from the first of the sequence
-    cause: str | None = None  # evicted: "pressure", a step needed room, or "time", its ttl was over
+    cause: str | None = None  # evicted: "pressure" (a step needed room), "time" (its ttl) or "limit" (trim)
     age: float | None = None  # and seconds since then
     #: What was matched, for `pin`.
     ids: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)

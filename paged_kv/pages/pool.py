@@ -24,11 +24,13 @@ MAX_PAGE_BYTES = 2**40
 class PagePool(Uncopyable):
     """num_pages pages of page_bytes bytes (a multiple of 64), reserved once and never moved.
 
+    num_parts : regions that follow each other, each with an equal part of every page
+
     Raises: ArgumentError; MemoryError, naming both sizes, when the machine or its control group has less.
     Cost: touches every byte once.
     """
 
-    def __init__(self, num_pages: int, page_bytes: int) -> None:
+    def __init__(self, num_pages: int, page_bytes: int, num_parts: int = 1) -> None:
         self.num_pages = integer("num_pages", num_pages, 1)
         self.page_bytes = integer("page_bytes", page_bytes, 64, MAX_PAGE_BYTES)
         self.num_bytes = self.num_pages * self.page_bytes
@@ -38,10 +40,42 @@ class PagePool(Uncopyable):
         what = f"a pool of {self.num_pages} pages of {self.page_bytes} bytes ({mebibytes(self.num_bytes)})"
         check(lib.pkv_pool_create(self.num_pages, self.page_bytes, self._owner), what)
         self.handle = self._owner[0]
+        lib.pkv_pool_set_parts(self.handle, num_parts)
 
     @property
     def num_free(self) -> int:
         return int(lib.pkv_pool_num_free(self.handle))
+
+    @property
+    def num_trimmed(self) -> int:
+        """Pages that would be free, but whose memory was given back."""
+        return int(lib.pkv_pool_num_trimmed(self.handle))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that were not given back."""
+        return int(lib.pkv_pool_resident_bytes(self.handle))
+
+    def trim(self) -> int:
+        """Give back the memory of blocks of 2 MiB that hold free pages only.  Returns: the bytes."""
+        return int(lib.pkv_pool_trim(self.handle))
+
+    def restore(self, count: int) -> None:
+        """Take memory again, so that `count` trimmed pages are free.
+
+        Raises: OutOfPages when the machine or its control group has less; another process may still take it
+        in between.
+        """
+        needed = int(lib.pkv_pool_bytes_to_restore(self.handle, count))
+        available = machine.available_memory()
+        if available is None or needed <= available:
+            if lib.pkv_pool_restore(self.handle, count) == lib.PKV_OK:
+                return
+            available = available or 0
+        raise OutOfPages(
+            f"{count} pages were trimmed, and take {mebibytes(needed)} again, {mebibytes(available)} are "
+            "available; free memory, or a sequence"
+        )
 
     @property
     def num_kept(self) -> int:

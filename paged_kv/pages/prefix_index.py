@@ -379,8 +379,10 @@ class PrefixIndex(Uncopyable):
                 self._set_path(row, [])
             return self.pool.num_free - num_free
 
-    def make_room(self, num_pages: int) -> bool:
+    def make_room(self, num_pages: int, because: str | None = None) -> bool:
         """Evict kept pages, as `retention` orders them, until so many are free.
+
+        because : the cause; None: as `retention` says
 
         Returns False, and evicts nothing, when there are too few.  Cost: O(log n) for each.
         """
@@ -394,7 +396,7 @@ class PrefixIndex(Uncopyable):
                 if entry is None:  # an interrupt came while it was indexed
                     pool.set_indexed(page_id, False)
                 else:
-                    self.drop(entry, cause, num_pages)
+                    self.drop(entry, because or cause, num_pages)
             return True
 
     def release_tails(self, rows: list[int]) -> None:

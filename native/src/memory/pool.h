@@ -1,0 +1,35 @@
+/* What the files of the pool share: pool.c and trim.c. */
+#ifndef PKV_POOL_H
+#define PKV_POOL_H
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "kept.h"
+#include "paged_kv.h"
+
+enum { HUGE_PAGE = 2 << 20 };
+
+struct pkv_pool {
+  int64_t num_pages;
+  int64_t page_bytes;
+  char *data;    /* num_pages * page_bytes, aligned to HUGE_PAGE */
+  void *mapping; /* what munmap needs */
+  size_t mapping_bytes;
+  int64_t num_free;
+  int32_t *free_stack; /* [num_pages]; the first num_free are free pages */
+  int32_t *ref_counts; /* [num_pages]: 0 free or kept, 1 owned, more: shared */
+  uint8_t *is_indexed; /* [num_pages] */
+  pkv_kept kept;
+  /* A page has one part in each of num_parts regions of the mapping, which follow each other: a layer's. */
+  int64_t num_parts;
+  int64_t num_trimmed;
+  int32_t *trimmed;    /* [num_pages]; the first num_trimmed are trimmed pages */
+  uint8_t *is_trimmed; /* [num_pages] */
+  uint8_t *is_gone;    /* [blocks of HUGE_PAGE]: its memory was given back */
+  int64_t num_gone;
+};
+
+/* Touch every OS page now, so that a lack of memory is an error here and not a signal later. */
+bool pkv_populate(void *start, size_t bytes);
+
+#endif
