@@ -237,34 +237,37 @@ class Store(Uncopyable):
             try:
                 self.tables.open(plan, seq_ids, new)
             except OutOfPages as error:
-                self._make_room(error, seq_ids, new)
+                reason = self._make_room(seq_ids, new)
+                if reason is not None:
+                    if reason:
+                        raise OutOfPages(f"{error}; {reason}") from None
+                    raise
                 self.tables.open(plan, seq_ids, new)
         except BaseException:
             self.roll_back(plan)
             raise
         return plan
 
-    def _make_room(self, error: OutOfPages, seq_ids: list[int], new: NewTokens) -> None:
+    def _make_room(self, seq_ids: list[int], new: NewTokens) -> str | None:
         """Take trimmed pages again and evict kept ones, so that a step can be opened.
 
-        A step that would open without an index opens with one.  Raises: OutOfPages.
+        A step that would open without an index opens with one.
+        Returns: None when there is room, else what is to be said besides.
         """
-        pool, index = self.pool, self.index
+        pool, index, reasons = self.pool, self.index, []
         self.release_old_pins()
         needed = self.tables.pages_needed(seq_ids, new.counts)
-        if pool.num_trimmed and needed <= pool.num_free + pool.num_trimmed + pool.num_kept:
-            try:
-                pool.restore(min(pool.num_trimmed, max(0, needed - pool.num_free)))
-            except OutOfPages as refused:
-                error = refused
+        num_trimmed = min(pool.num_trimmed, max(0, needed - pool.num_free))
+        is_enough = needed <= pool.num_free + pool.num_trimmed + pool.num_kept
+        if num_trimmed and is_enough and (refusal := pool.restore(num_trimmed)):
+            reasons.append(refusal)
         if index is not None and not index.make_room(needed):
             index.release_tails([self.tables.row(seq_id) for seq_id in seq_ids])
             needed = self.tables.pages_needed(seq_ids, new.counts)
             index.make_room(needed)
-        if needed > pool.num_free:
-            if self.pins:
-                raise OutOfPages(f"{error}; {len(self.pinned_pages())} are pinned") from None
-            raise error
+        if self.pins:
+            reasons.append(f"{len(self.pinned_pages())} are pinned")
+        return None if needed <= pool.num_free else "; ".join(reasons)
 
     def commit(self, plan: Plan) -> None:
         self.tables.commit(plan)

@@ -14,7 +14,7 @@ import pytest
 from conftest import SEED, STRIDE, Tripwire, fill, make_cache, rows
 
 import paged_kv
-from paged_kv import NotCopyable, PagedKVError, StaleSequence, lifetime
+from paged_kv import NotCopyable, OutOfPages, PagedKVError, StaleSequence, lifetime, machine
 from paged_kv._binding import ffi, lib
 from paged_kv.attention import prepared
 from paged_kv.models import bitnet, decoder, matrix
@@ -511,3 +511,29 @@ def test_an_interrupt_at_any_call_loses_nothing(window, rng):
     assert num_calls > 200
     for at in range(1 + SEED % STRIDE, num_calls + 1, STRIDE):
         run(at)
+
+
+@pytest.mark.parametrize("how", ["plain", "pinned", "trimmed", "no prefix caching"])
+def test_a_refused_step_keeps_no_sequence_alive(how, monkeypatch):
+    """An error that is kept in a frame of its own traceback is garbage that only the collector frees."""
+    options = {"num_layers": 1, "num_kv_heads": 8, "head_dim": 128, "num_pages": 64}
+    with make_cache(**options, prefix_caching=how != "no prefix caching") as cache:
+        if how == "pinned":
+            with cache.sequence() as other, cache.step([other], [[1] * 20]) as step:
+                step.write(0, *(np.zeros((20, 8, 128), np.float32) for _ in range(2)))
+                step.commit()
+            pin = cache.pin(cache.match([1] * 20))
+            assert pin.outcome == "accepted"
+        if how == "trimmed":
+            assert cache.trim() > 0
+            monkeypatch.setattr(machine, "available_memory", lambda: 0)
+        seqs = [cache.sequence(), cache.sequence()]
+        gc.collect()
+        gc.disable()
+        try:
+            with contextlib.suppress(OutOfPages):
+                cache.step(seqs, [600, 10 if how == "trimmed" else 600])
+            del seqs
+            assert cache.stats().num_sequences == 0
+        finally:
+            gc.enable()

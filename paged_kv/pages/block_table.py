@@ -325,6 +325,8 @@ class BlockTables(Uncopyable):
                 f"{self.pool.num_pages} are free; "
                 "free a sequence, step fewer, or build a larger pool"
             )
+        if status == lib.PKV_NEGATIVE_ID:
+            raise ArgumentError(f"new[{refusal.index}] holds an id outside [0, 2**31)")
         if status != lib.PKV_BAD_ARGUMENT:
             check(status, "step")
         if refusal.index < 0:

@@ -38,8 +38,8 @@ class NewTokens(NamedTuple):
 def new_tokens_of(new: object, num_seqs: int) -> NewTokens:
     """What each sequence gets: from lists of ids, counts, or an integer array of counts.
 
-    Raises: ArgumentError for what is neither, and for ids outside [0, 2**31).  Counts below 1 are left for
-    the plan to refuse.
+    Raises: ArgumentError for what is neither, and for ids from 2**31 on.  Counts below 1 and negative ids are
+    left for the plan to refuse.
     """
     if isinstance(new, (list, tuple)):
         if len(new) != num_seqs:
@@ -74,7 +74,7 @@ def token_ids_of(name: str, tokens: object) -> NDArray[np.int32]:
     ids = None
     if type(tokens) is list:
         ids = _ids_of_lists([tokens])
-    if ids is None:
+    if ids is None or (ids.size and ids.min() < 0):
         entry = _entry(name, tokens)
         if isinstance(entry, int) and hasattr(tokens, "__len__"):
             return np.empty(0, np.int32)
@@ -85,13 +85,14 @@ def token_ids_of(name: str, tokens: object) -> NDArray[np.int32]:
 
 
 def _ids_of_lists(new: Any) -> NDArray[np.int32] | None:
-    """All ids of lists of Python integers; None when one of them has to be named in an error."""
+    """All ids of lists of integers, which may be negative; None when one has to be named in an error."""
     flat = list(itertools.chain.from_iterable(new))
     if list(map(type, flat)).count(int) != len(flat):
         return None
-    if flat and not 0 <= min(flat) <= max(flat) <= MAX_TOKENS:
+    try:
+        return np.array(flat, np.int32)
+    except OverflowError:
         return None
-    return np.array(flat, np.int32)
 
 
 def _ids_of_arrays(new: Any) -> NDArray[np.int32] | None:

@@ -60,22 +60,20 @@ class PagePool(Uncopyable):
         """Give back the memory of blocks of 2 MiB that hold free pages only.  Returns: the bytes."""
         return int(lib.pkv_pool_trim(self.handle))
 
-    def restore(self, count: int) -> None:
+    def restore(self, count: int) -> str | None:
         """Take memory again, so that `count` trimmed pages are free.
 
-        Raises: OutOfPages when the machine or its control group has less; another process may still take it
-        in between.
+        Returns: None; or a sentence, when the machine or its control group has less.  Another process may
+        still take it in between.
         """
         needed = int(lib.pkv_pool_bytes_to_restore(self.handle, count))
         available = machine.available_memory()
         if available is None or needed <= available:
             if lib.pkv_pool_restore(self.handle, count) == lib.PKV_OK:
-                return
+                return None
             available = available or 0
-        raise OutOfPages(
-            f"{count} pages were trimmed, and take {mebibytes(needed)} again, {mebibytes(available)} are "
-            "available; free memory, or a sequence"
-        )
+        memory = f"{mebibytes(needed)} again, {mebibytes(available)} are available"
+        return f"{count} of them were trimmed and take {memory}"
 
     @property
     def num_kept(self) -> int:

@@ -36,8 +36,13 @@ def test_counts_and_ids_are_what_was_given(new):
     ids=repr,
 )
 def test_ids_beyond_31_bits_are_refused_by_the_name_of_their_entry(new):
-    with pytest.raises(ArgumentError, match=r"new\[1\]"):
-        new_tokens_of([[5], *new], 2)
+    with make_cache() as cache:
+        seqs = [cache.sequence(), cache.sequence()]
+        before = cache.stats()
+        with pytest.raises(ArgumentError, match=r"new\[1\]"):
+            cache.step(seqs, [[5], *new])
+        assert cache.stats() == before
+        cache.check()
 
 
 @pytest.mark.parametrize("bad", [[True], [1.5], ["1"], [[1]], [None]], ids=repr)

@@ -66,7 +66,7 @@ def test_memory_that_is_not_there_any_more_is_refused(rng, monkeypatch):
         cache.trim()
         before = cache.stats()
         monkeypatch.setattr(machine, "available_memory", lambda: 1 * MIB)
-        with pytest.raises(OutOfPages, match=r"trimmed, and take [0-9.]+ MiB again, 1.0 MiB are"):
+        with pytest.raises(OutOfPages, match=r"trimmed and take [0-9.]+ MiB again, 1.0 MiB are"):
             cache.step([seq], [3000])
         assert cache.stats() == before
         monkeypatch.undo()

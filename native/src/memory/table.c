@@ -338,12 +338,24 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
   return PKV_OK;
 }
 
+static bool has_negative(const int32_t *ids, int64_t count) {
+  int32_t all = 0; /* whose sign bit is that of any */
+  for (int64_t i = 0; i < count; i++) all |= ids[i];
+  return all < 0;
+}
+
 pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_seqs, const int64_t *seq_ids,
                          const int64_t *counts, const int32_t *ids, const uint8_t *has_ids, pkv_plan *plan,
                          int64_t plan_bytes, pkv_step_size *size, pkv_refusal *refusal) {
+  const int32_t *next_ids = ids;
   pkv_status status = pkv_step_measure(pool, tables, num_seqs, seq_ids, counts, size, refusal);
   if (status != PKV_OK) return status;
   if (size->plan_bytes > plan_bytes) return PKV_PLAN_TOO_SMALL;
+  for (int64_t i = 0; ids && i < num_seqs; i++) {
+    if (!has_ids[i]) continue;
+    if (has_negative(next_ids, counts[i])) return refuse(refusal, PKV_NEGATIVE_ID, i, 0, 0);
+    next_ids += counts[i];
+  }
   *plan = lay_out(tables, (char *)(plan + 1), num_seqs, size);
   status = plan_rows(pool, tables, seq_ids, counts, ids, has_ids, plan);
   plan->is_open = status == PKV_OK;
