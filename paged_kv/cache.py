@@ -71,7 +71,7 @@ class PagedKVCache(Uncopyable):
         pages that no later token sees are released at commit.  None: all tokens
     max_step_tokens : of one sequence in one step; limited with a window only
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
-        an owner until a step needs them; None: yes, unless there is a window, with which it is not possible
+        an owner until a step needs them
     fingerprint : bytes that identify the model: part of every page's hash in `events`
     keep_policy : in which order cached pages without an owner give way; None: those first that were not used
         for longest
@@ -100,7 +100,7 @@ class PagedKVCache(Uncopyable):
         max_step_tokens: int = 2048,
         window: int | None = None,
         num_sink_tokens: int = 0,
-        prefix_caching: bool | None = None,
+        prefix_caching: bool = True,
         fingerprint: bytes = b"",
         keep_policy: KeepPolicy | None = None,
         retention_half_life: float = 600.0,
@@ -131,13 +131,8 @@ class PagedKVCache(Uncopyable):
             most = min(most, integer("max_seq_len", max_seq_len, 1, MAX_TOKENS))
         num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
         max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
-        if prefix_caching is None:
-            prefix_caching = window is None
-        if type(prefix_caching) is not bool or (prefix_caching and window is not None):
-            raise ArgumentError(
-                f"prefix_caching is {prefix_caching!r} and window is {window!r}; "
-                "give None, False, or True and no window"
-            )
+        if type(prefix_caching) is not bool:
+            raise ArgumentError(f"prefix_caching is {prefix_caching!r}; give True or False")
         seen = None
         if window is not None:
             window = integer("window", window, 1, MAX_TOKENS)

@@ -59,10 +59,12 @@ def pin(store: Store, match: Match, ttl: float | None) -> Pin:
         index = store.index
         if index is None or match.ids is None:
             return Pin(None, 0, "rejected")
-        found = index.match(match.ids, number := store.salts.numbers.get(match.salt, 0))
-        num_tokens = min(found.num_tokens, match.num_tokens)
-        num_pages = _pages_in_budget(store, found.page_ids[: -(-num_tokens // index.page_size)])
-        num_tokens = min(num_tokens, num_pages * index.page_size)
+        number = store.salts.numbers.get(match.salt, 0)
+        found = index.match(match.ids[: match.num_tokens + 1], number)
+        num_pages = _pages_in_budget(store, found.page_ids)
+        num_tokens = min(found.num_tokens, num_pages * index.page_size)
+        if store.tables.window is not None:  # its pages are those of the window: all are needed
+            num_tokens = found.num_tokens if num_pages == len(found.page_ids) else 0
         if not num_tokens:
             return Pin(None, 0, "rejected")
         entries = found.entries[: num_tokens // index.page_size]

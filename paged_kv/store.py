@@ -26,13 +26,14 @@ from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_child
 from .machine import shared_cache_bytes
 from .pages.block_table import BlockTables, Window
 from .pages.events import Events
-from .pages.layout import PageLayout, num_pages
+from .pages.layout import PageLayout
 from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
 from .pages.prefix_index import PrefixIndex
 from .pages.retention import KeepPolicy, Retention
 from .pages.salts import Salts
+from .pages.windowed_index import WindowedIndex
 
 #: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.
 Calls: TypeAlias = dict[str, Any]
@@ -68,12 +69,13 @@ class Store(Uncopyable):
             self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
         )
         self.salts = Salts()
-        self.index = None
+        self.index: PrefixIndex | None = None
         if prefix_caching:
             rows_and_pages = (self.pool, max_sequences, layout.page_size)
             retention = Retention(*rows_and_pages, clock, half_life, keep_policy)
             events = Events(layout.page_size, fingerprint)
-            self.index = PrefixIndex(self.tables, self.salts, retention, events)
+            kind = PrefixIndex if window is None else WindowedIndex
+            self.index = kind(self.tables, self.salts, retention, events)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
         #: Of steps that ended, by their number of tokens, the last one at the end.
@@ -207,9 +209,7 @@ class Store(Uncopyable):
         tables, pinned = self.tables, set[int]()
         for seq_id in self.pins:
             if tables.is_idle(seq_id):  # else an interrupt came before it had a row
-                row = tables.row(seq_id)
-                num_pinned = num_pages(int(tables.seq_lens[row]), tables.page_size)
-                pinned.update(tables.page_ids[row, :num_pinned].tolist())
+                pinned.update(tables.held_pages(tables.row(seq_id))[1].tolist())
         return pinned
 
     def release_old_pins(self) -> None:
@@ -270,9 +270,12 @@ class Store(Uncopyable):
         return None if needed <= pool.num_free else "; ".join(reasons)
 
     def commit(self, plan: Plan) -> None:
+        index = self.index
+        if isinstance(index, WindowedIndex) and plan.is_complete:
+            index.publish_step(plan)
         self.tables.commit(plan)
-        if self.index is not None and plan.handle.is_page_completed:
-            self.index.publish(plan.rows)
+        if index is not None and plan.handle.is_page_completed and self.tables.window is None:
+            index.publish(plan.rows)
         self.open_plans.pop(id(plan), None)
 
     def roll_back(self, plan: Plan) -> None:

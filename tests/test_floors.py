@@ -26,7 +26,7 @@ FLOORS = [
     {"pages.pool", "pages.plan", "pages.new_tokens", "pages.salts", "pages.evicted", "pages.events"},
     {"pages.block_table", "pages.retention"},
     {"pages.prefix_index"},
-    {"pages.match"},
+    {"pages.match", "pages.windowed_index"},
     {"store"},
     {"sequence"},
     {"step", "pin"},

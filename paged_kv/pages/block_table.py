@@ -180,7 +180,10 @@ class BlockTables(Uncopyable):
             check(status, "add")
 
     def add_pages(self, seq_id: int, salt: int, page_ids: list[int], seq_len: int) -> int:
-        """A row for a new sequence that shares these pages' first seq_len tokens.  Returns: the row."""
+        """A row for a new sequence of seq_len tokens that shares these pages.  Returns: the row.
+
+        page_ids : those that a row of this length holds, in logical order
+        """
         ids = ffi.new("int32_t[]", page_ids)
         check(lib.pkv_tables_add_pages(self.pool.handle, self._tables, seq_id, salt, ids, seq_len), "add")
         return self.row(seq_id)
@@ -231,6 +234,35 @@ class BlockTables(Uncopyable):
             f"at {name} {length} the window would need tokens whose pages were released; "
             f"keep more of the {self.seq_lens[row]} tokens, or reset the sequence"
         )
+
+    @property
+    def sink_pages(self) -> int:
+        """Pages of the sinks; 0 without a window."""
+        return int(self._tables.sink_pages)
+
+    def first_page_at(self, seq_len: int) -> int:
+        """The first page behind the sinks that a row of this length holds."""
+        if self.window is None:
+            return 0
+        return max(max(0, seq_len - self.window.size) // self.page_size, self.sink_pages)
+
+    def cell(self, page: int) -> int:
+        """Where a logical page is in a row."""
+        ring_pages = self.page_ids.shape[1]
+        return (
+            page
+            if page < ring_pages
+            else self.sink_pages + (page - self.sink_pages) % (ring_pages - self.sink_pages)
+        )
+
+    def held_pages(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """The logical pages that a row holds, in order, and their ids."""
+        seq_len = int(self.seq_lens[row])
+        end, first = num_pages(seq_len, self.page_size), self.first_page_at(seq_len)
+        logical = np.concatenate([np.arange(min(self.sink_pages, end)), np.arange(first, end)])
+        if self.window is None:
+            return logical, self.page_ids[row, :end]
+        return logical, self.page_ids[row, [self.cell(page) for page in logical.tolist()]]
 
     def held_positions(self, row: int) -> NDArray[np.int32]:
         """Positions of a row's held tokens: the sinks' and the window's, oldest first."""

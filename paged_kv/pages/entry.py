@@ -5,6 +5,9 @@ Imports token_keys.
 
 from .token_keys import SERIAL_BYTES
 
+#: In place of a page id, of an entry whose page was taken.
+HOLLOW = -1
+
 
 class Entry:
     """An indexed page: the ids of its first tokens follow the serial number of what is before in `key`.

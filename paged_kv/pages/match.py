@@ -6,6 +6,7 @@ Reasons, and the order in which they are tried:
     full         all is there but the last token, which has to be computed
     in_flight    the next tokens are in an open step: once it commits, they can be found
     evicted      the next tokens were there: `cause` and `age` say why and how long ago they went
+    window_passed    later pages are there, but not all that the window needs
     diverged     what is there goes on with another token at position `at`, in page `page`
     other_salt   one of the salts in `also` has more
     longer       everything that is there agrees, and the rest of the prompt is new
@@ -26,7 +27,7 @@ from .prefix_index import Found, PrefixIndex
 from .token_keys import num_common
 
 Reason: TypeAlias = Literal[
-    "disabled", "full", "in_flight", "evicted", "diverged", "other_salt", "longer", "first"
+    "disabled", "full", "in_flight", "evicted", "window_passed", "diverged", "other_salt", "longer", "first"
 ]
 
 
@@ -82,6 +83,8 @@ def explain(
     if eviction is not None and first_page + num_more > num_tokens:
         age = index.retention.clock() - eviction.when
         return Match(num_tokens, "evicted", first_page + num_more, cause=eviction.cause, age=age)
+    if found.reach > num_tokens:
+        return Match(num_tokens, "window_passed", found.reach)
     return _not_there(index, found, ids, also)
 
 
@@ -104,6 +107,7 @@ def _in_flight(index: PrefixIndex, ids: NDArray[np.int32], salt: int, plans: Ite
             continue
         rows, first_pages = plan.rows, plan.int32(plan.batch.kv_indices, plan.num_pages)[plan.kv_indptr[:-1]]
         is_alike = (plan.new_known > 0) & (tables.num_known[rows] == tables.seq_lens[rows])
+        is_alike &= plan.first_pages <= tables.sink_pages  # else pages, and with them ids, are gone
         is_alike &= (tables.row_salts[rows] == salt) & (tables.token_ids[first_pages, 0] == ids[0])
         for i in np.flatnonzero(is_alike).tolist():
             num_tokens = int(tables.seq_lens[rows[i]] + plan.new_known[i])

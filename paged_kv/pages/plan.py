@@ -85,6 +85,16 @@ class Plan(Uncopyable):
         return self.int32(self.handle.new_known, self.num_seqs)
 
     @property
+    def is_complete(self) -> bool:
+        """Can it be committed: is it open, and every layer written?"""
+        return self.is_open and (not self.num_tokens or all(self.is_written))
+
+    @property
+    def first_pages(self) -> NDArray[np.int32]:
+        """int32 [num_seqs]: the first logical page behind the sinks that is read."""
+        return self.int32(self.batch.first_pages, self.num_seqs)
+
+    @property
     def kv_indptr(self) -> NDArray[np.int32]:
         """int32 [num_seqs + 1]: where each sequence's pages begin."""
         return self.int32(self.batch.kv_indptr, self.num_seqs + 1)

@@ -20,7 +20,7 @@ holds the cache's lock.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from sortedcontainers import SortedDict
 
 from ..lifetime import Uncopyable
 from .block_table import BlockTables
-from .entry import Entry
+from .entry import HOLLOW, Entry
 from .events import Events
 from .evicted import Evicted
 from .plan import Plan
@@ -49,12 +49,14 @@ class Found(NamedTuple):
     entries : of its full pages
     page_ids : all its pages
     num_tokens : of them, short of the last one of a prompt
+    reach : tokens of all entries, and of an open page behind them; more where a window lacks pages
     serial : of what its full pages end with, an entry or the salt
     """
 
     entries: list[Entry]
     page_ids: list[int]
     num_tokens: int
+    reach: int
     serial: bytes
 
 
@@ -136,13 +138,14 @@ class PrefixIndex(Uncopyable):
         page_id, num_more = self._longest(serial, len(entries), ids[num_tokens:limit][: self.page_size])
         if num_more:
             page_ids.append(page_id)
-        return Found(entries, page_ids, num_tokens + num_more, serial)
+        return Found(entries, page_ids, num_tokens + num_more, num_tokens + num_more, serial)
 
     def _longest(self, serial: bytes, depth: int, rest: NDArray[np.int32]) -> tuple[int, int]:
         """The page that follows an entry and agrees with `rest` for longest, and for how many tokens."""
         entry, num_agreed = longest(self.entries, serial, rest)
         page_ids, agreed, _ = self._open_pages(serial, depth, rest)
-        if agreed.size and agreed.max() > num_agreed:
+        has_page = entry is not None and entry.page_id != HOLLOW
+        if agreed.size and agreed.max() > (num_agreed if has_page else 0):
             return int(page_ids[agreed.argmax()]), int(agreed.max())
         return (entry.page_id if entry else -1), num_agreed
 
@@ -156,7 +159,7 @@ class PrefixIndex(Uncopyable):
         rows, num_known = rows[num_known > 0], num_known[num_known > 0]
         if not rows.size:
             return _NONE, _NONE.astype(np.int64), _NONE
-        page_ids = tables.page_ids[rows, depth]
+        page_ids = tables.page_ids[rows, tables.cell(depth)]
         agrees = tables.token_ids[page_ids, : len(rest)] == rest
         agreed = np.minimum(np.logical_and.accumulate(agrees, axis=1).sum(axis=1), num_known)
         return page_ids, agreed, num_known
@@ -176,9 +179,10 @@ class PrefixIndex(Uncopyable):
         with self._change:
             self.retention.set_row(row, priority, FOREVER)
             self._has_other_pages[row] = False
-            self._set_path(row, found.entries if found is not None else [])
+            self._set_path(row, [] if found is None else found.entries[: found.num_tokens // self.page_size])
             if found is not None and found.page_ids:
-                self.retention.find(row, np.array(found.page_ids, np.int32))
+                logical, pages = self.tables.held_pages(row)
+                self.retention.find(row, pages, (logical * self.page_size).tolist())
 
     def hold(self, row: int, entries: list[Entry]) -> None:
         """A new row has the pages of these entries, and is no use of them."""
@@ -209,49 +213,60 @@ class PrefixIndex(Uncopyable):
                 if path and path[-1].is_dropped:
                     path = []
                 num_full = int(tables.num_known[row]) // self.page_size
-                page_ids = tables.page_ids[row, len(path) : num_full]
-                new, positions = [], []
-                for page_id, ids in zip(page_ids.tolist(), tables.token_ids[page_ids], strict=True):
-                    entry, is_new = self._entry(row, path, ids, page_id)
-                    if is_new:
-                        new.append(page_id)
-                        positions.append(len(path) * self.page_size)
-                    elif entry.page_id != page_id:
-                        self._has_other_pages[row] = True
-                    path.append(entry)
-                self._set_path(row, path)
-                if new:
-                    self.retention.publish(row, new, positions)
+                self._publish_pages(row, path, tables.page_ids[row, len(path) : num_full])
+
+    def _publish_pages(self, row: int, path: list[Entry], page_ids: NDArray[np.int32]) -> None:
+        """Index the full pages that follow a row's path."""
+        new, positions = [], []
+        for page_id, ids in zip(page_ids.tolist(), self.tables.token_ids[page_ids], strict=True):
+            entry, is_new = self._entry(row, path, ids, page_id)
+            if is_new:
+                new.append(page_id)
+                positions.append(len(path) * self.page_size)
+            elif entry.page_id != page_id:
+                self._has_other_pages[row] = True
+            path.append(entry)
+        self._set_path(row, path)
+        if new:
+            self.retention.publish(row, new, positions)
 
     def shorten(self, row: int, length: int) -> None:
         """A row forgets its tokens from `length` on; its full pages stay indexed."""
         with self._change:
             path, num_left = self.paths.get(row, []), length // self.page_size
-            gone = [entry.page_id for entry in path[num_left:]]
+            gone = [(i, entry.page_id) for i, entry in enumerate(path[num_left:]) if entry.page_id != HOLLOW]
             self._set_path(row, path[:num_left])
             if gone:
-                self.retention.leave(row, np.array(gone, np.int32), num_left)
+                places, page_ids = zip(*gone, strict=True)
+                positions = [(num_left + place) * self.page_size for place in places]
+                self.retention.leave(row, np.array(page_ids, np.int32), positions)
 
     def leave(self, row: int) -> None:
         """Before a row releases its pages: index the open one, too, and give all their keys."""
         with self._change:
             path, num_known = self.paths.get(row, []), int(self.tables.num_known[row])
             num_open = num_known - len(path) * self.page_size
-            pages = self.tables.page_ids[row, : len(path)]
-            if self._has_other_pages[row]:
-                pages = np.array([entry.page_id for entry in path], np.int32)
+            pages, positions = self._left_pages(row, path)
             if not (path and path[-1].is_dropped) and 0 < num_open < self.page_size:
-                page_id = int(self.tables.page_ids[row, len(path)])
+                page_id = int(self.tables.page_ids[row, self.tables.cell(len(path))])
                 ids = self.tables.token_ids[page_id, :num_open]
                 if not self._is_indexed(self._end_of(row, path), ids):
                     entry, is_new = self._entry(row, path, ids, page_id)
                     if is_new:
                         self.retention.publish(row, [page_id], [len(path) * self.page_size])
                     pages = np.append(pages, np.int32(entry.page_id))
+                    positions = [*positions, len(path) * self.page_size]
             if len(pages):
-                self.retention.leave(row, pages)
+                self.retention.leave(row, pages, positions)
             self._has_other_pages[row] = False
             self._set_path(row, [])
+
+    def _left_pages(self, row: int, path: list[Entry]) -> tuple[NDArray[np.int32], Sequence[int]]:
+        """The pages of a row's path, and the positions of their first tokens."""
+        positions = range(0, len(path) * self.page_size, self.page_size)
+        if self._has_other_pages[row]:
+            return np.array([entry.page_id for entry in path], np.int32), positions
+        return self.tables.page_ids[row, : len(path)], positions
 
     def _end_of(self, row: int, path: list[Entry]) -> bytes:
         """What the page after a row's path follows: the last entry, or the salt."""
@@ -273,12 +288,17 @@ class PrefixIndex(Uncopyable):
         """
         key = self._end_of(row, path) + key_of(ids)
         there: Entry | None = self.entries.get(key)
-        if there is not None:
+        if there is not None and there.page_id != HOLLOW:
             return there, False
         shorter = self.by_page.get(page_id)  # the page was open when it was indexed
         if shorter is not None:
             self.drop(shorter, None)  # what it named is in the new entry
         self.pool.set_indexed(page_id, True)
+        if there is not None:
+            there.page_id = page_id
+            self.by_page[page_id] = there
+            self.events.stored(there)
+            return there, True
         serial = self.evicted.take(key) or next(self.salts.serials).to_bytes(8)
         before = path[-1] if path else self.salts.name(int(self.tables.row_salts[row]))
         entry = Entry(key, page_id, serial, before)
@@ -303,19 +323,19 @@ class PrefixIndex(Uncopyable):
             while chain[-1] not in alive and isinstance(chain[-1].before, Entry):
                 chain.append(chain[-1].before)
             for one in reversed(chain):
-                if one.is_dropped or self.by_page.get(one.page_id) is not one:
+                if one.is_dropped or (one.page_id != HOLLOW and self.by_page.get(one.page_id) is not one):
                     break  # and those behind it are dead, too
                 alive.add(one)
         for entry in self.by_page.values():
             entry.is_dropped = entry not in alive
-        self.by_page = {entry.page_id: entry for entry in alive}
+        self.by_page = {entry.page_id: entry for entry in alive if entry.page_id != HOLLOW}
         self.entries = SortedDict({entry.key: entry for entry in alive})
         for page_id in range(self.pool.num_pages):
             if self.pool.is_indexed(page_id) and page_id not in self.by_page:
                 self.pool.set_indexed(page_id, False)
         self.evicted.clear()
         self.retention.repair()
-        self.events.forget(sum(entry.num_tokens == self.page_size for entry in alive))
+        self.events.forget(sum(entry.num_tokens == self.page_size for entry in self.by_page.values()))
         self._change.is_under_way = False
 
     # ---- what has to go
@@ -335,23 +355,36 @@ class PrefixIndex(Uncopyable):
             one.is_dropped = True
             if cause is not None:
                 self.evicted.remember(one.key, one.serial, cause, now)
-                self.counts.evictions[cause] += 1
-                if cause == "pressure":
-                    self.retention.evict(one.page_id)
-                self.counts.num_unused_evictions += not self.retention.was_found(one.page_id)
-            if self.entries.pop(one.key, None) is not None and one.num_tokens == self.page_size:
+                self.count_eviction(one.page_id, cause)
+            is_full = one.num_tokens == self.page_size and one.page_id != HOLLOW
+            if self.entries.pop(one.key, None) is not None and is_full:
                 self.events.removed(one)
             if self.by_page.get(one.page_id) is one:
                 del self.by_page[one.page_id]
                 self.retention.forget(one.page_id)
                 self.pool.set_indexed(one.page_id, False)
 
+    def evict(self, entry: Entry, cause: str, num_free: int) -> None:
+        """Take the page of an entry, and before it those that follow, until so many are free."""
+        self.drop(entry, cause, num_free)
+
+    def count_eviction(self, page_id: int, cause: str) -> None:
+        if page_id == HOLLOW:
+            return
+        self.counts.evictions[cause] += 1
+        if cause == "pressure":
+            self.retention.evict(page_id)
+        self.counts.num_unused_evictions += not self.retention.was_found(page_id)
+
+    def has_followers(self, entry: Entry) -> bool:
+        return continues(self.entries, entry.serial)
+
     def full_entries(self) -> Iterator[Entry]:
         """The entries of full pages, each after the one before it."""
         waiting: list[Entry] = [one for one in self.entries.values() if isinstance(one.before, bytes)]
         while waiting:
             entry = waiting.pop()
-            if entry.num_tokens == self.page_size:
+            if entry.num_tokens == self.page_size and entry.page_id != HOLLOW:
                 yield entry
             waiting += [self.entries[key] for key in following(self.entries, entry.serial)]
 
@@ -372,9 +405,9 @@ class PrefixIndex(Uncopyable):
             self.evicted.clear()
             for entry in found:
                 entry.is_dropped = True
-                self.by_page.pop(entry.page_id, None)
-                self.retention.forget(entry.page_id)
-                self.pool.set_indexed(entry.page_id, False)
+                if self.by_page.pop(entry.page_id, None) is not None:
+                    self.retention.forget(entry.page_id)
+                    self.pool.set_indexed(entry.page_id, False)
             for row in list(self.paths):
                 self._set_path(row, [])
             return self.pool.num_free - num_free
@@ -396,7 +429,7 @@ class PrefixIndex(Uncopyable):
                 if entry is None:  # an interrupt came while it was indexed
                     pool.set_indexed(page_id, False)
                 else:
-                    self.drop(entry, because or cause, num_pages)
+                    self.evict(entry, because or cause, num_pages)
             return True
 
     def release_tails(self, rows: list[int]) -> None:
@@ -405,26 +438,31 @@ class PrefixIndex(Uncopyable):
             tables = self.tables
             for row in rows:
                 page, offset = divmod(int(tables.seq_lens[row]), self.page_size)
-                indexed = self.by_page.get(int(tables.page_ids[row, page])) if offset else None
+                indexed = self.by_page.get(int(tables.page_ids[row, tables.cell(page)])) if offset else None
                 if indexed is not None:
                     self.drop(indexed, "pressure")
 
     def broken_rule(self) -> str | None:
         """A sentence about what is wrong, for `check`; None: entries and pages agree.  Cost: O(pages)."""
-        serials = {entry.serial for entry in self.entries.values()}
+        serials, num_hollow = {entry.serial for entry in self.entries.values()}, 0
         entry: Entry
         for key, entry in self.entries.items():
-            ids = ids_of(key)
-            salt = self.tables.page_salts[entry.page_id]
-            if key != entry.key or (key[:8] not in serials and int.from_bytes(key[:8]) != salt):
+            ids, before = ids_of(key), entry.before
+            is_first = isinstance(before, bytes) and self.salts.numbers[before] == int.from_bytes(key[:8])
+            if key != entry.key or not (is_first or key[:8] in serials):
                 return f"the entry of page {entry.page_id} follows one that was dropped"
+            if entry.page_id == HOLLOW:
+                if not self.has_followers(entry):
+                    return "an entry without a page is followed by none"
+                num_hollow += 1
+                continue
             if self.by_page.get(entry.page_id) is not entry:
                 return f"page {entry.page_id} has several entries"
             if not self.pool.is_indexed(entry.page_id):
                 return f"page {entry.page_id} is not marked as indexed"
             if not np.array_equal(ids, self.tables.token_ids[entry.page_id, : len(ids)]):
                 return f"page {entry.page_id} holds other tokens than its entry"
-        if len(self.by_page) != len(self.entries):
+        if len(self.by_page) + num_hollow != len(self.entries):
             return "a page is named by no entry"
         return None
 

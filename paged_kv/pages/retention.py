@@ -124,19 +124,19 @@ class Retention:
         self._set_deadlines(pages, -FOREVER)
         self._rank(row, pages, positions, self.pool.set_keys)
 
-    def find(self, row: int, pages: NDArray[np.int32]) -> None:
-        """A new sequence begins with these pages."""
+    def find(self, row: int, pages: NDArray[np.int32], positions: Sequence[int]) -> None:
+        """A new sequence begins with these pages, whose tokens begin at these positions."""
         self._num_hits[pages] += 1
-        self._rank(row, pages, self._positions(len(pages)), self.pool.raise_keys)
+        self._rank(row, pages, positions, self.pool.raise_keys)
 
-    def leave(self, row: int, pages: NDArray[np.int32], first: int = 0) -> None:
-        """A sequence that has these pages, from its page `first` on, ends or is cut."""
+    def leave(self, row: int, pages: NDArray[np.int32], positions: Sequence[int]) -> None:
+        """A sequence that has these pages, whose tokens begin at these positions, ends or is cut."""
         ttl = float(self._ttls[row]) or FOREVER
         if ttl == FOREVER and not self._by_deadline:
             self._deadlines[pages] = FOREVER
         else:
             self._set_deadlines(pages, np.maximum(self._deadlines[pages], self.clock() + ttl))
-        self._rank(row, pages, self._positions(len(pages), first), self.pool.raise_keys)
+        self._rank(row, pages, positions, self.pool.raise_keys)
 
     def was_found(self, page_id: int) -> bool:
         """Did a sequence begin with this page since it was published?"""
@@ -180,9 +180,6 @@ class Retention:
                 self._by_deadline.discard((before, page_id))
             if math.isfinite(after):
                 self._by_deadline.add((after, page_id))
-
-    def _positions(self, num_pages: int, first: int = 0) -> Sequence[int]:
-        return range(first * self.page_size, (first + num_pages) * self.page_size, self.page_size)
 
     def _rank(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import make_cache
 
-from paged_kv import OutOfPages, OutOfSequences
+from paged_kv import ArgumentError, OutOfPages, OutOfSequences
 from paged_kv.pages.salts import NO_SALT
 
 PAGE_SIZE, HEADS, DIM = 16, 2, 16
@@ -36,13 +36,16 @@ def rows_of(tokens):
 class Expected:
     """The bits that attention gives for each token of a sequence, without any sharing."""
 
-    def __init__(self):
-        self.known = {}
+    def __init__(self, **window):
+        self.known, self.window = {}, window
 
     def __call__(self, tokens):
         key = tuple(tokens)
         if key not in self.known:
-            with caching(prefix_caching=False) as cache, cache.step([cache.sequence()], [len(key)]) as step:
+            with (
+                caching(prefix_caching=False, **self.window) as cache,
+                cache.step([cache.sequence()], [len(key)]) as step,
+            ):
                 self.known[key] = step.attend(0, *rows_of(tokens))
         return self.known[key]
 
@@ -154,20 +157,22 @@ def test_row_50_prefixes_round_a_page_edge_are_whole(length, more):
         advance(cache, [first, second], held, [[8], [9, 9]], expected)
 
 
-def test_row_51_outputs_do_not_depend_on_the_cache():
+@pytest.mark.parametrize("window", [{}, {"window": 37}, {"window": 20, "num_sink_tokens": 18}], ids=str)
+def test_row_51_outputs_do_not_depend_on_the_cache(window):
     """vLLM #37076, #39146: outputs diverged under eviction pressure.
 
     Random workloads over a simulated day, on few and many pages: prompts with shared beginnings, batches of
     several writers on one page, forks, truncation, rollbacks, priorities, trimming.  Every output has the
     bits that it has without prefix caching.
     """
-    expected = Expected()
+    expected = Expected(**window)
     num_hits = num_evictions = 0
-    for seed in range(NUM_WORKLOADS):
+    for seed in range(-(-NUM_WORKLOADS // 3)):
         rng, now, held = np.random.default_rng([51, seed]), [0.0], {}
         if len(expected.known) > 20000:
             expected.known.clear()
-        with caching(num_pages=int(rng.integers(8, 40)), clock=lambda now=now: now[0]) as cache:
+        num_pages = int(rng.integers(8, 40))
+        with caching(num_pages=num_pages, clock=lambda now=now: now[0], **window) as cache:
             for _ in range(40):
                 now[0] += float(rng.exponential(2000))
                 work(cache, rng, held, expected)
@@ -175,7 +180,7 @@ def test_row_51_outputs_do_not_depend_on_the_cache():
             stats = cache.stats()
             num_hits += stats.num_hits
             num_evictions += stats.num_evictions
-    assert num_hits > 2 * NUM_WORKLOADS and num_evictions > NUM_WORKLOADS
+    assert num_hits > NUM_WORKLOADS // 2 and num_evictions > NUM_WORKLOADS // 3
 
 
 def work(cache, rng, held, expected):
@@ -209,6 +214,8 @@ def work(cache, rng, held, expected):
         else:
             any_seq.free()
             del held[any_seq]
+    except ArgumentError:
+        assert cache.window is not None  # which has passed the place of a fork or of a cut
     except (OutOfPages, OutOfSequences):
         # A sequence that `begin` could not step was made all the same.
         for seq in [seq for seq in held if rng.random() < 0.5]:

@@ -487,8 +487,9 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
 
 pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_id, int64_t salt,
                                 const int32_t *page_ids, int64_t seq_len) {
-  if (tables->window || seq_len < 0 || seq_len > tables->max_seq_len) return PKV_BAD_ARGUMENT;
-  int64_t num_pages = pages_for(tables, seq_len);
+  if (seq_len < 0 || seq_len > tables->max_seq_len) return PKV_BAD_ARGUMENT;
+  int64_t end = pages_for(tables, seq_len), first = first_page_at(tables, seq_len);
+  int64_t num_sinks = min64(tables->sink_pages, end), num_pages = num_sinks + (end > first ? end - first : 0);
   for (int64_t i = 0; i < num_pages; i++)
     if (tables->page_salts[page_ids[i]] != salt) return PKV_BAD_ARGUMENT;
   pkv_status status = pkv_pool_share(pool, num_pages, page_ids);
@@ -499,7 +500,8 @@ pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_
     return status;
   }
   int32_t row = (int32_t)row_in(seq_id);
-  memcpy(cell_of(tables, row, 0), page_ids, (size_t)num_pages * sizeof *page_ids);
+  for (int64_t page = 0; page < num_sinks; page++) *cell_of(tables, row, page) = *page_ids++;
+  for (int64_t page = first; page < end; page++) *cell_of(tables, row, page) = *page_ids++;
   tables->seq_lens[row] = tables->reserved_lens[row] = tables->num_known[row] = (int32_t)seq_len;
   return PKV_OK;
 }
