@@ -99,6 +99,7 @@ def _pinned_sequence(
     store.pins[seq_id] = float("inf")
     try:
         index.hold(store.tables.add_pages(seq_id, salt, page_ids, num_tokens), path)
-    except BaseException as error:
-        free_all(store, [seq_id], error)
+    except BaseException:
+        free_all(store, [seq_id])
+        raise
     return seq

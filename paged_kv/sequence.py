@@ -6,7 +6,7 @@ Imports store.
 """
 
 from types import TracebackType
-from typing import NoReturn, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -217,16 +217,16 @@ def new_sequences(
             elif store.index is not None:
                 for new_id in seq_ids:
                     store.index.start(store.tables.row(new_id), None, priority)
-        except BaseException as error:
-            free_all(store, seq_ids, error)
+        except BaseException:
+            free_all(store, seq_ids)
+            raise
     return handles
 
 
-def free_all(store: Store, seq_ids: list[int], error: BaseException) -> NoReturn:
-    """Raise what came between rows and their caller, who has no handle; the error may keep ours for long."""
+def free_all(store: Store, seq_ids: list[int]) -> None:
+    """After an error between rows and their caller, who has no handle; the error may keep ours for long."""
     for seq_id in seq_ids:
         store.free(seq_id)
-    raise error
 
 
 def _share_prefix(store: Store, parent: Sequence, forks: list[Sequence]) -> None:
@@ -259,6 +259,7 @@ def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority
             store.index.start(row, found, priority)
             handle._num_cached_tokens = num_tokens
             store.index.counts.count(len(ids), num_tokens, reason)
-        except BaseException as error:
-            free_all(store, [seq_id], error)
+        except BaseException:
+            free_all(store, [seq_id])
+            raise
     return handle

@@ -537,3 +537,17 @@ def test_a_refused_step_keeps_no_sequence_alive(how, monkeypatch):
             assert cache.stats().num_sequences == 0
         finally:
             gc.enable()
+
+
+def test_a_refused_fork_keeps_no_sequence_alive():
+    with make_cache(num_layers=1) as cache:
+        seq = cache.sequence()
+        gc.collect()
+        gc.disable()
+        try:
+            with contextlib.suppress(PagedKVError):
+                seq.fork(at=5)
+            del seq
+            assert cache.stats().num_sequences == 0
+        finally:
+            gc.enable()

@@ -194,6 +194,28 @@ def test_pages_of_the_caller_are_shared_too(rng):
     np.testing.assert_array_equal(bits(attend(lists)[3:]), bits(attend(lists[3:])))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_lists_that_are_all_the_same_are_read_once(rng, causal):
+    """Nothing is left for a row's own item, when it sees whole spans only."""
+    k_pages, v_pages = (rows(rng, 16, 64, 8, 64) for _ in range(2))
+    q, ids = rows(rng, 5, 16, 64), rng.permutation(16)
+
+    def attend(q):
+        return paged_kv.paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            qo_indptr=np.arange(len(q) + 1),
+            kv_indptr=np.arange(len(q) + 1) * 16,
+            kv_indices=np.tile(ids, len(q)),
+            kv_last_page_len=np.full(len(q), 64),
+            causal=causal,
+        )
+
+    alone = np.concatenate([attend(q[i : i + 1]) for i in range(5)])
+    np.testing.assert_array_equal(bits(attend(q)), bits(alone))
+
+
 def test_a_token_that_is_no_number_reaches_only_those_who_share_it(rng):
     cache, seqs = shared_cache(3, 1024, 0, rng, num_layers=1)
     other = cache.sequence()

@@ -38,6 +38,7 @@ typedef struct {
   float scale;          /* of scores, in units of log2 */
   float *sinks;         /* [num_q_heads], in units of log2; NULL: none */
   work work;
+  float *options; /* [2, num_q_heads]: slopes and sinks, in units of log2 */
   pkv_cascade cascade;
   char *cascade_memory;
   float *carried; /* [num_kv_heads, rows of the cascade]: states over shared spans */
@@ -256,9 +257,9 @@ static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
 }
 
 /* Slopes and sinks in units of log2, for as long as the call runs. */
-static void scale_options(job *job, float *memory) {
+static void scale_options(job *job) {
   const float *slopes = job->attention->alibi_slopes, *sinks = job->attention->sinks;
-  float *scaled_slopes = memory, *scaled_sinks = memory + job->call.num_q_heads;
+  float *scaled_slopes = job->options, *scaled_sinks = job->options + job->call.num_q_heads;
   job->call.layer.alibi_slopes = slopes ? scaled_slopes : NULL;
   job->sinks = sinks ? scaled_sinks : NULL;
   for (int32_t h = 0; h < job->call.num_q_heads; h++) {
@@ -306,50 +307,64 @@ static bool find_shared(job *job) {
   return true;
 }
 
+/* The next num_bytes of memory, which begins at a cache line; NULL while they are only counted. */
+static void *take(char *memory, size_t *used, size_t num_bytes) {
+  char *taken = memory ? memory + *used : NULL;
+  *used += aligned(num_bytes);
+  return taken;
+}
+
+/* Floats of scratch that the largest item needs. */
+static int64_t most_scratch(const job *job) {
+  int64_t most = scratch_floats(&job->work.all_heads), one_head = scratch_floats(&job->work.one_head);
+  if (most < one_head) most = one_head;
+  for (int32_t i = 0; i < job->cascade.num_nodes; i++)
+    if (most < scratch_floats(&job->shapes[i])) most = scratch_floats(&job->shapes[i]);
+  return most;
+}
+
+/* Shared items of the level that has most. */
+static int64_t most_shared(const job *job) {
+  int64_t most = 0;
+  for (int32_t level = 0; level < job->cascade.num_levels; level++) {
+    int64_t count = pkv_cut_shared(&job->work, level, job->shapes, NULL);
+    if (most < count) most = count;
+  }
+  return most;
+}
+
+/* Place what the call needs in its memory.  Returns the bytes; with NULL it only counts them. */
+static size_t lay_out(job *job, const work_size *size, int32_t num_workers, char *memory) {
+  size_t used = 0, num_carried = (size_t)job->cascade.num_rows * (size_t)job->call.pages->num_kv_heads;
+  job->worker_bytes = aligned((size_t)most_scratch(job) * sizeof(float));
+  job->options = take(memory, &used, 2 * (size_t)job->call.num_q_heads * sizeof(float));
+  job->items = take(memory, &used, (size_t)size->num_items * sizeof(work_item));
+  job->num_ended = take(memory, &used, (size_t)size->num_items * sizeof(atomic_int));
+  job->partials = take(memory, &used, (size_t)size->num_partials * sizeof(float));
+  job->shared = take(memory, &used, (size_t)most_shared(job) * sizeof(work_item));
+  job->carried = take(memory, &used, num_carried * (size_t)job->work.one_head.state_floats * sizeof(float));
+  job->worker_scratch = take(memory, &used, (size_t)num_workers * job->worker_bytes);
+  return used;
+}
+
 /* Split the work for up to num_workers, allocate its scratch, do it. */
 static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
+  const pkv_batch *batch = job->call.batch;
   int64_t token_bytes =
       (int64_t)4 * job->call.pages->num_kv_heads * (job->call.pages->head_dim + job->call.pages->head_dim_v);
-  if (pkv_cost_of_work(job->call.batch) <= (BYTES_WORTH_A_THREAD - 1) / token_bytes) num_workers = 1;
-  job->work = pkv_work_of(job->call.pages, job->call.batch, job->call.num_q_heads, job->call.span_tokens,
-                          num_workers);
-  if (job->call.batch->may_share && job->call.batch->num_seqs > 1 && !find_shared(job))
-    return PKV_OUT_OF_MEMORY;
+  if (pkv_cost_of_work(batch) <= (BYTES_WORTH_A_THREAD - 1) / token_bytes) num_workers = 1;
+  job->work = pkv_work_of(job->call.pages, batch, job->call.num_q_heads, job->call.span_tokens, num_workers);
+  if (batch->may_share && batch->num_seqs > 1 && !find_shared(job)) return PKV_OUT_OF_MEMORY;
   work_size size = pkv_cut_work(&job->work, NULL);
   if (size.num_items < num_workers) num_workers = size.num_items ? (int32_t)size.num_items : 1;
-
-  int64_t scratch = scratch_floats(&job->work.all_heads), num_shared = 0;
-  if (scratch < scratch_floats(&job->work.one_head)) scratch = scratch_floats(&job->work.one_head);
-  for (int32_t i = 0; i < job->cascade.num_nodes; i++)
-    if (scratch < scratch_floats(&job->shapes[i])) scratch = scratch_floats(&job->shapes[i]);
-  for (int32_t level = 0; level < job->cascade.num_levels; level++) {
-    int64_t of_level = pkv_cut_shared(&job->work, level, job->shapes, NULL);
-    if (of_level > num_shared) num_shared = of_level;
-  }
-  int64_t num_carried = (int64_t)job->cascade.num_rows * job->call.pages->num_kv_heads;
-  job->worker_bytes = aligned((size_t)scratch * sizeof(float));
-  size_t items_bytes = aligned((size_t)size.num_items * sizeof(work_item));
-  size_t counts_bytes = aligned((size_t)size.num_items * sizeof(atomic_int));
-  size_t partial_bytes = aligned((size_t)size.num_partials * sizeof(float));
-  size_t options_bytes = aligned(2 * (size_t)job->call.num_q_heads * sizeof(float));
-  size_t worker_bytes = (size_t)num_workers * job->worker_bytes;
-  size_t shared_bytes = aligned((size_t)num_shared * sizeof(work_item));
-  size_t carried_bytes =
-      aligned((size_t)num_carried * (size_t)job->work.one_head.state_floats * sizeof(float));
-  size_t num_bytes = options_bytes + items_bytes + counts_bytes + partial_bytes + worker_bytes +
-                     shared_bytes + carried_bytes;
+  size_t num_bytes = lay_out(job, &size, num_workers, NULL);
   char *memory = threads ? pkv_threads_scratch(threads, num_bytes) : aligned_alloc(64, num_bytes);
   if (!memory) return PKV_OUT_OF_MEMORY;
-  scale_options(job, (float *)memory);
-  job->items = (work_item *)(memory + options_bytes);
-  job->num_ended = (atomic_int *)((char *)job->items + items_bytes);
-  job->partials = (float *)((char *)job->num_ended + counts_bytes);
-  job->worker_scratch = (char *)job->partials + partial_bytes;
-  job->shared = (work_item *)(job->worker_scratch + worker_bytes);
-  job->carried = (float *)((char *)job->shared + shared_bytes);
+  lay_out(job, &size, num_workers, memory);
+  scale_options(job);
   job->num_items = size.num_items;
   pkv_cut_work(&job->work, job->items);
-  memset(job->num_ended, 0, counts_bytes);
+  memset(job->num_ended, 0, (size_t)size.num_items * sizeof(atomic_int));
 
   write_new_rows(num_workers, size.num_before, job);
   fold_shared_spans(num_workers, job);
