@@ -164,12 +164,12 @@ class PagedKVCache(Uncopyable):
     @property
     def max_sequences(self) -> int:
         """Sequences at a time."""
-        return self._store.tables.max_sequences
+        return self._store.tables.rows.max_sequences
 
     @property
     def max_seq_len(self) -> int:
         """Tokens of one sequence."""
-        return self._store.tables.max_seq_len
+        return self._store.tables.rows.max_seq_len
 
     @property
     def window(self) -> int | None:
@@ -321,7 +321,7 @@ class PagedKVCache(Uncopyable):
             if is_alone:
                 store.release_old_pins()
             num_pages, num_free = store.pool.num_pages, store.pool.num_free + store.pool.num_trimmed
-            num_tokens, num_sequences = store.tables.num_tokens, store.tables.num_sequences
+            num_tokens, num_sequences = store.tables.num_tokens, store.tables.rows.num_sequences
             num_pinned, num_pins = len(store.pinned_pages()), len(store.pins)
             num_kept, index = store.pool.num_kept, store.index
             counts = index.counts if index is not None else Counts()

@@ -92,7 +92,7 @@ def _pinned_sequence(
 ) -> Sequence | None:
     """A hidden sequence of these pages; None when no row is free."""
     try:
-        (seq_id,) = store.tables.next_seq_ids(1)
+        (seq_id,) = store.tables.rows.next_seq_ids(1)
     except OutOfSequences:
         return None
     seq = Sequence(store, seq_id)

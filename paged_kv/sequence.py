@@ -41,7 +41,7 @@ class Sequence(Uncopyable):
     def __len__(self) -> int:
         """Tokens ever committed.  Raises: StaleSequence, CacheClosed."""
         self._store.require_open()
-        return int(self._store.tables.seq_lens[self._store.tables.row(self._seq_id)])
+        return int(self._store.tables.rows.seq_lens[self._store.tables.rows.row(self._seq_id)])
 
     def __bool__(self) -> bool:
         return True
@@ -56,7 +56,7 @@ class Sequence(Uncopyable):
         """int32 [held]: positions of the held tokens: the sinks and the last `window`, in order."""
         with self._store.reading():
             self._store.require_open()
-            return self._store.tables.held_positions(self._store.tables.row(self._seq_id))
+            return self._store.tables.held_positions(self._store.tables.rows.row(self._seq_id))
 
     def gather(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A copy of one layer's keys and values.
@@ -69,7 +69,7 @@ class Sequence(Uncopyable):
         store.require_open()
         pages = store.pages(layer)
         with store.reading():
-            slots = store.tables.slots(store.tables.row(self._seq_id))
+            slots = store.tables.slots(store.tables.rows.row(self._seq_id))
         layout, num_heads = store.layout, store.layout.num_kv_heads
         k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)
         v = np.empty((len(slots), num_heads, layout.head_dim_v), np.float32)
@@ -124,7 +124,7 @@ class Sequence(Uncopyable):
         store = self._store
         with store.lock:
             store.reclaim_abandoned()
-            row = store.tables.row(self._seq_id)
+            row = store.tables.rows.row(self._seq_id)
             if store.index is not None:
                 store.index.retention.set_row(row, priority, ttl)
 
@@ -140,8 +140,8 @@ class Sequence(Uncopyable):
             tables, index = self._store.tables, self._store.index
             tables.truncate(self._seq_id, length)
             if index is not None:
-                row = tables.row(self._seq_id)
-                index.shorten(row, int(tables.seq_lens[row]))
+                row = tables.rows.row(self._seq_id)
+                index.shorten(row, int(tables.rows.seq_lens[row]))
 
     def reset(self) -> None:
         """Forget every token and release the pages; the sequence can be used again.
@@ -151,7 +151,7 @@ class Sequence(Uncopyable):
         with self._store.lock:
             self._store.reclaim_abandoned()
             if self._store.index is not None:
-                self._store.index.leave(self._store.tables.idle_row(self._seq_id))
+                self._store.index.leave(self._store.tables.rows.idle_row(self._seq_id))
             self._store.tables.reset(self._seq_id)
             self._num_cached_tokens = 0
 
@@ -176,7 +176,7 @@ class Sequence(Uncopyable):
                 # A finaliser of a cycle runs after settle() has freed the cycle's sequences: then this frees
                 # nothing.
                 if not store.free(self._seq_id):
-                    store.tables.idle_row(self._seq_id)  # raises SequenceBusy
+                    store.tables.rows.idle_row(self._seq_id)  # raises SequenceBusy
         self._seq_id = FREED
 
     def __enter__(self) -> "Sequence":
@@ -206,8 +206,8 @@ def new_sequences(
         # The parent is looked up before there is room for its forks.
         seq_id = None if parent is None else parent._seq_id
         if seq_id is not None:
-            store.tables.row(seq_id)
-        seq_ids = store.tables.next_seq_ids(count)
+            store.tables.rows.row(seq_id)
+        seq_ids = store.tables.rows.next_seq_ids(count)
         # Handles are made before their rows are taken, so that an interrupt loses none.
         handles = [Sequence(store, seq_id) for seq_id in seq_ids]
         try:
@@ -216,7 +216,7 @@ def new_sequences(
                 _share_prefix(store, parent, handles)
             elif store.index is not None:
                 for new_id in seq_ids:
-                    store.index.start(store.tables.row(new_id), None, priority)
+                    store.index.start(store.tables.rows.row(new_id), None, priority)
         except BaseException:
             free_all(store, seq_ids)
             raise
@@ -232,11 +232,11 @@ def free_all(store: Store, seq_ids: list[int]) -> None:
 def _share_prefix(store: Store, parent: Sequence, forks: list[Sequence]) -> None:
     """Forks offer, and were given, as much of a cached prefix as they hold."""
     for fork in forks:
-        row = store.tables.row(fork._seq_id)
-        seq_len = int(store.tables.seq_lens[row])
+        row = store.tables.rows.row(fork._seq_id)
+        seq_len = int(store.tables.rows.seq_lens[row])
         fork._num_cached_tokens = min(parent._num_cached_tokens, seq_len)
         if store.index is not None:
-            store.index.fork(store.tables.row(parent._seq_id), row, seq_len)
+            store.index.fork(store.tables.rows.row(parent._seq_id), row, seq_len)
 
 
 def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority: int) -> Sequence:
@@ -246,7 +246,7 @@ def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority
     """
     with store.lock:
         store.reclaim_abandoned()
-        (seq_id,) = store.tables.next_seq_ids(1)
+        (seq_id,) = store.tables.rows.next_seq_ids(1)
         handle = Sequence(store, seq_id)
         number = store.salt_number(salt)
         if store.index is None:

@@ -32,6 +32,7 @@ from .pages.plan import Plan
 from .pages.pool import PagePool
 from .pages.prefix_index import PrefixIndex
 from .pages.retention import KeepPolicy, Retention
+from .pages.rows import Rows
 from .pages.salts import Salts
 from .pages.windowed_index import WindowedIndex
 
@@ -65,9 +66,8 @@ class Store(Uncopyable):
         self.layout = layout
         self.threads = shared_threads(num_threads)
         self.pool = PagePool(num_pages, layout.page_bytes, layout.num_layers)
-        self.tables = BlockTables(
-            self.pool, layout.page_size, max_sequences, max_seq_len, window, layout.num_layers
-        )
+        self.rows = Rows(max_sequences, max_seq_len)
+        self.tables = BlockTables(self.pool, self.rows, layout.page_size, window, layout.num_layers)
         self.salts = Salts()
         self.index: PrefixIndex | None = None
         if prefix_caching:
@@ -178,7 +178,7 @@ class Store(Uncopyable):
         """The number of a salt, for a new sequence."""
         index, tables = self.index, self.tables
         self.salts.forget_unused(
-            lambda: tables.row_salts[tables.seq_ids > 0].tolist(),
+            lambda: tables.rows.salts[tables.rows.seq_ids > 0].tolist(),
             index.has_entries if index is not None else lambda number: False,
         )
         return self.salts.number(salt)
@@ -191,8 +191,8 @@ class Store(Uncopyable):
 
     def free(self, seq_id: int) -> bool:
         """Release what a sequence holds, if it is not freed yet; False when it is in an open step."""
-        if self.index is not None and self.tables.is_idle(seq_id):
-            self.index.leave(self.tables.row(seq_id))
+        if self.index is not None and self.tables.rows.is_idle(seq_id):
+            self.index.leave(self.tables.rows.row(seq_id))
         is_free = self.tables.remove(seq_id)
         if is_free:
             self.handles.pop(seq_id, None)
@@ -208,8 +208,8 @@ class Store(Uncopyable):
         """Pages that pins hold."""
         tables, pinned = self.tables, set[int]()
         for seq_id in self.pins:
-            if tables.is_idle(seq_id):  # else an interrupt came before it had a row
-                pinned.update(tables.held_pages(tables.row(seq_id))[1].tolist())
+            if tables.rows.is_idle(seq_id):  # else an interrupt came before it had a row
+                pinned.update(tables.held_pages(tables.rows.row(seq_id))[1].tolist())
         return pinned
 
     def release_old_pins(self) -> None:
@@ -262,7 +262,7 @@ class Store(Uncopyable):
         if num_trimmed and is_enough and (refusal := pool.restore(num_trimmed)):
             reasons.append(refusal)
         if index is not None and not index.make_room(needed):
-            index.release_tails([self.tables.row(seq_id) for seq_id in seq_ids])
+            index.release_tails([self.tables.rows.row(seq_id) for seq_id in seq_ids])
             needed = self.tables.pages_needed(seq_ids, new.counts)
             index.make_room(needed)
         if self.pins:

@@ -37,5 +37,5 @@ def tolerances(q, k, v, dtype="float32", sm_scale=None, alibi_slopes=None, **_):
 def digest(cache):
     """Everything that a refused call must leave as it is."""
     tables = cache._store.tables
-    arrays = (tables.page_ids, tables.seq_lens, tables.reserved_lens, tables.tail_copies)
+    arrays = (tables.page_ids, tables.rows.seq_lens, tables.rows.reserved_lens, tables.tail_copies)
     return cache.stats(), [array.tobytes() for array in arrays], cache._store.pool.data().tobytes()

@@ -30,8 +30,8 @@ def shifted_to(cache, seq, length, rng):
         count = min(window.max_step_tokens, short - len(seq))
         (layer,) = fill(cache, [seq], [count], rng)
         written = [np.concatenate(pair) for pair in zip(written, layer, strict=True)]
-    row = tables.row(seq._seq_id)
-    tables.seq_lens[row] = tables.reserved_lens[row] = length
+    row = tables.rows.row(seq._seq_id)
+    tables.rows.seq_lens[row] = tables.rows.reserved_lens[row] = length
     return written
 
 

@@ -52,6 +52,7 @@ def owners():
         store,
         store.pool,
         store.tables,
+        store.rows,
         store.index,
         store.salts,
         step._plan,

@@ -317,7 +317,7 @@ class CacheMachine(RuleBasedStateMachine):
         for seq, layers in self.held.items():
             assert len(seq) == self.length(seq)
             if self.window is None:
-                assert tables.known_ids(tables.row(seq._seq_id)).tolist() == self.known[seq]
+                assert tables.known_ids(tables.rows.row(seq._seq_id)).tolist() == self.known[seq]
             for layer, expected in enumerate(layers):
                 held = seq.held_positions
                 np.testing.assert_array_equal(seq.gather(layer), [side[held] for side in expected])

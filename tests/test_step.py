@@ -20,8 +20,8 @@ def state_of(cache):
     tables = cache._store.tables
     return (
         cache.stats(),
-        tables.seq_lens.tolist(),
-        tables.reserved_lens.tolist(),
+        tables.rows.seq_lens.tolist(),
+        tables.rows.reserved_lens.tolist(),
         cache._store.pool.data().tobytes(),
     )
 

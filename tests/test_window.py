@@ -25,7 +25,7 @@ def poison_free_pages(cache):
 
 
 def used_pages(tables):
-    for row in np.flatnonzero(tables.seq_lens):
+    for row in np.flatnonzero(tables.rows.seq_lens):
         yield (tables.slots(row) // tables.page_size).tolist()
 
 

@@ -19,23 +19,24 @@ static int32_t next_free[ROWS];
 static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[NUM_PAGES],
     filled[NUM_PAGES], num_known[ROWS], token_ids[NUM_PAGES * PAGE_SIZE];
 static int32_t tail_copies[ROWS] = {-1, -1, -1};
-static pkv_tables tables = {.seq_ids = row_ids,
-                            .row_salts = row_salts,
+static pkv_rows rows = {.seq_ids = row_ids,
+                        .next_free = next_free,
+                        .free_row = -1,
+                        .seq_lens = seq_lens,
+                        .reserved_lens = reserved_lens,
+                        .num_known = num_known,
+                        .salts = row_salts,
+                        .max_sequences = ROWS,
+                        .max_seq_len = RING * PAGE_SIZE};
+static pkv_tables tables = {.rows = &rows,
                             .page_salts = page_salts,
-                            .next_free = next_free,
-                            .free_row = -1,
                             .page_ids = page_ids,
-                            .seq_lens = seq_lens,
-                            .reserved_lens = reserved_lens,
                             .tail_copies = tail_copies,
                             .filled = filled,
                             .token_ids = token_ids,
-                            .num_known = num_known,
                             .page_marks = page_marks,
-                            .max_sequences = ROWS,
                             .ring_pages = RING,
-                            .page_size = PAGE_SIZE,
-                            .max_seq_len = RING * PAGE_SIZE};
+                            .page_size = PAGE_SIZE};
 
 static union {
   pkv_plan plan;
@@ -57,19 +58,19 @@ static pkv_status open_step(pkv_pool *pool, int64_t num_seqs, const int64_t *seq
 }
 
 static void rows_are_given_and_taken_back(pkv_pool *pool) {
-  int32_t rows[ROWS + 1];
+  int32_t next[ROWS + 1];
   int64_t seq_ids[ROWS] = {seq_id(0), seq_id(1), seq_id(2)};
-  assert(pkv_tables_next_rows(&tables, ROWS + 1, rows) == ROWS && rows[0] == 0 && rows[2] == 2);
+  assert(pkv_rows_next(&rows, ROWS + 1, next) == ROWS && next[0] == 0 && next[2] == 2);
   assert(pkv_tables_add(pool, &tables, 1, seq_ids + 1, 1, -1, 0) == PKV_BAD_ARGUMENT); /* row 0 comes first */
   assert(pkv_tables_add(pool, &tables, 2, seq_ids, 1, 2, 0) == PKV_STALE_SEQUENCE);
-  assert(pkv_tables_add(pool, &tables, ROWS, seq_ids, 1, -1, 0) == PKV_OK && tables.num_sequences == ROWS);
-  assert(pkv_tables_next_rows(&tables, 1, rows) == 0);
+  assert(pkv_tables_add(pool, &tables, ROWS, seq_ids, 1, -1, 0) == PKV_OK && rows.num_sequences == ROWS);
+  assert(pkv_rows_next(&rows, 1, next) == 0);
   assert(pkv_tables_remove(pool, &tables, seq_ids[1]) == PKV_OK);
   assert(pkv_tables_remove(pool, &tables, seq_ids[1]) == PKV_STALE_SEQUENCE);
   assert(pkv_tables_remove(pool, &tables, seq_ids[0]) == PKV_OK);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
-  assert(pkv_tables_next_rows(&tables, ROWS, rows) == 2 && rows[0] == 0 && rows[1] == 1);
-  assert(pkv_tables_row(&tables, seq_ids[0]) == -1 && pkv_tables_row(&tables, seq_ids[2]) == 2);
+  assert(pkv_rows_next(&rows, ROWS, next) == 2 && next[0] == 0 && next[1] == 1);
+  assert(pkv_rows_find(&rows, seq_ids[0]) == -1 && pkv_rows_find(&rows, seq_ids[2]) == 2);
   next_free[1] = 0; /* a circle */
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
   next_free[1] = -1;

@@ -5,15 +5,9 @@ cell j of the sequence's row; with a window, the cells after those of the sinks'
 and it is in ``s + (j - s) % (ring_pages - s)``.  numpy owns the arrays, and C works on them in place, for
 a whole batch in one call.
 
-    seq_lens[r]       committed tokens
-    reserved_lens[r]  and those of an open step: more than seq_lens[r] only while the row is in one
-
-A sequence has an id: a serial number that no other sequence of the process has, and its row.
-
-Imports pool, plan, new_tokens and salts.  The caller holds the cache's lock.
+Imports rows, pool, plan, new_tokens and salts.  The caller holds the cache's lock.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,7 +18,6 @@ from .._binding import check, ffi, integer, lib
 from ..errors import (
     ArgumentError,
     OutOfPages,
-    OutOfSequences,
     SequenceBusy,
     SequenceTooLong,
     StaleSequence,
@@ -34,16 +27,10 @@ from .layout import num_pages
 from .new_tokens import MAX_TOKENS, Counts, NewTokens, int64s
 from .plan import Plan
 from .pool import PagePool
+from .rows import Rows
 from .salts import NO_SALT
 
 SEQUENCE_BUSY = lib.PKV_SEQUENCE_BUSY
-
-#: The low bits of a seq_id are the row, the others the serial number, which repeats after 2**39 - 1
-#: sequences: six days at a million a second.
-ROW_BITS = int(lib.PKV_ROW_BITS)
-MAX_SERIAL = 2 ** (63 - ROW_BITS) - 1
-
-_serials = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -61,26 +48,20 @@ class Window:
 
 
 class BlockTables(Uncopyable):
-    """The rows of `max_sequences` sequences over one pool.
+    """The pages of a cache's rows, over one pool.
 
     num_layers : that a step has to write before it can be committed
     """
 
     def __init__(
-        self,
-        pool: PagePool,
-        page_size: int,
-        max_sequences: int,
-        max_seq_len: int,
-        window: Window | None,
-        num_layers: int = 0,
+        self, pool: PagePool, rows: Rows, page_size: int, window: Window | None, num_layers: int = 0
     ) -> None:
         self.pool = pool
+        self.rows = rows
         self.page_size = page_size
-        self.max_sequences = max_sequences
-        self.max_seq_len = max_seq_len
         self.window = window
-        ring_pages = num_pages(max_seq_len, page_size)
+        max_sequences = rows.max_sequences
+        ring_pages = num_pages(rows.max_seq_len, page_size)
         if window is not None:
             # No row holds more pages than the pool; after the sinks' cells there is at least one.  Where
             # sinks alone would fill the pool, no page ever leaves its cell.
@@ -89,44 +70,30 @@ class BlockTables(Uncopyable):
             ring_pages = min(ring_pages, window.ring_pages(page_size), most)
         # Untouched zeros: the rows of sequences that never come cost no memory.
         self.page_ids = _table(max_sequences, ring_pages)
-        self.seq_lens = np.zeros(max_sequences, np.int32)
-        self.reserved_lens = np.zeros(max_sequences, np.int32)
         self.tail_copies = np.zeros(max_sequences, np.int32)
-        self.seq_ids = np.zeros(max_sequences, np.int64)
-        self.row_salts = np.zeros(max_sequences, np.int64)
         self.page_salts = np.zeros(pool.num_pages, np.int64)
-        self._next_free = np.zeros(max_sequences, np.int32)
         self._filled = np.zeros(pool.num_pages, np.int32)
         #: [num_pages, page_size]: the id of the token in each slot, where it is known.
         self.token_ids = np.zeros((pool.num_pages, page_size), np.int32)
-        self.num_known = np.zeros(max_sequences, np.int32)
         self._page_marks = np.zeros(pool.num_pages, np.int32)
         arrays = {
             "page_ids": self.page_ids,
-            "seq_lens": self.seq_lens,
-            "reserved_lens": self.reserved_lens,
             "tail_copies": self.tail_copies,
-            "next_free": self._next_free,
             "filled": self._filled,
             "token_ids": self.token_ids,
-            "num_known": self.num_known,
             "page_marks": self._page_marks,
         }
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
-        for name in ("seq_ids", "row_salts", "page_salts"):
-            self._pointers[name] = ffi.from_buffer("int64_t[]", getattr(self, name))
+        self._pointers["page_salts"] = ffi.from_buffer("int64_t[]", self.page_salts)
         # Filled and read under the cache's lock, so one of each is enough.
         self.size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
-        self._one_row = ffi.new("int32_t[1]")
         self._tables = ffi.new(
             "pkv_tables *",
             {
                 **self._pointers,
-                "free_row": -1,
-                "max_sequences": max_sequences,
+                "rows": rows.handle,
                 "ring_pages": self.page_ids.shape[1],
                 "page_size": page_size,
-                "max_seq_len": max_seq_len,
                 "window": window.size if window else 0,
                 "num_sink_tokens": window.num_sink_tokens if window else 0,
                 "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
@@ -138,10 +105,6 @@ class BlockTables(Uncopyable):
     # ---- rows
 
     @property
-    def num_sequences(self) -> int:
-        return int(self._tables.num_sequences)
-
-    @property
     def num_copies(self) -> int:
         """Of shared pages, by steps that were committed."""
         return int(self._tables.num_copies)
@@ -151,26 +114,14 @@ class BlockTables(Uncopyable):
         """Of shared pages, by the attention of steps that were committed."""
         return int(self._tables.bytes_not_read)
 
-    def next_seq_ids(self, count: int) -> list[int]:
-        """Keys for `count` new sequences, which `add` gives rows to; OutOfSequences when there are fewer."""
-        num_free = self.max_sequences - self.num_sequences
-        if count > num_free:
-            what = f"requested {count} forks, {num_free} of {self.max_sequences} sequences are free"
-            if count == 1:
-                what = f"all {self.max_sequences} sequences are in use"
-            raise OutOfSequences(f"{what}; free one, or build a cache with a larger max_sequences")
-        rows = self._one_row if count == 1 else ffi.new("int32_t[]", count)
-        lib.pkv_tables_next_rows(self._tables, count, rows)
-        return [(next(_serials) % MAX_SERIAL + 1) << ROW_BITS | rows[i] for i in range(count)]
-
     def add(
         self, seq_ids: list[int], parent: int | None = None, at: object = None, salt: int = NO_SALT
     ) -> None:
         """Rows for new sequences: empty and of this salt, or sharing the first `at` tokens of `parent`."""
         row, length = -1, 0
         if parent is not None:
-            row = self.row(parent)
-            length = seq_len = int(self.seq_lens[row])
+            row = self.rows.row(parent)
+            length = seq_len = int(self.rows.seq_lens[row])
             if at is not None:
                 length = integer("at", at, 0, seq_len)
         status = lib.pkv_tables_add(self.pool.handle, self._tables, len(seq_ids), seq_ids, salt, row, length)
@@ -186,7 +137,7 @@ class BlockTables(Uncopyable):
         """
         ids = ffi.new("int32_t[]", page_ids)
         check(lib.pkv_tables_add_pages(self.pool.handle, self._tables, seq_id, salt, ids, seq_len), "add")
-        return self.row(seq_id)
+        return self.rows.row(seq_id)
 
     def remove(self, seq_id: int) -> bool:
         """Release a sequence's row and pages, if there is one; False when it is in an open step."""
@@ -197,33 +148,14 @@ class BlockTables(Uncopyable):
             check(status, "free")
         return True
 
-    def row(self, seq_id: int) -> int:
-        """The row of a sequence; StaleSequence when there is none of this id."""
-        row = int(lib.pkv_tables_row(self._tables, seq_id))
-        if row < 0:
-            raise StaleSequence("the sequence was freed, or is another cache's")
-        return row
-
-    def idle_row(self, seq_id: int) -> int:
-        """The row of a sequence that is in no open step; StaleSequence, SequenceBusy."""
-        row = self.row(seq_id)
-        if self.reserved_lens[row] != self.seq_lens[row]:
-            raise SequenceBusy("the sequence is in an open step; commit it or roll it back first")
-        return row
-
-    def is_idle(self, seq_id: int) -> bool:
-        """Is there a sequence of this id, and in no open step?"""
-        row = int(lib.pkv_tables_row(self._tables, seq_id))
-        return row >= 0 and bool(self.reserved_lens[row] == self.seq_lens[row])
-
     def reset(self, seq_id: int) -> None:
         """Give a row's pages back; it is empty then."""
-        check(lib.pkv_tables_reset(self.pool.handle, self._tables, self.idle_row(seq_id)), "reset")
+        check(lib.pkv_tables_reset(self.pool.handle, self._tables, self.rows.idle_row(seq_id)), "reset")
 
     def truncate(self, seq_id: int, length: object) -> None:
         """Forget a row's tokens from `length` on; ArgumentError when it has fewer."""
-        row = self.idle_row(seq_id)
-        length = integer("length", length, 0, int(self.seq_lens[row]))
+        row = self.rows.idle_row(seq_id)
+        length = integer("length", length, 0, int(self.rows.seq_lens[row]))
         status = lib.pkv_tables_truncate(self.pool.handle, self._tables, row, length)
         if status == lib.PKV_TOKENS_GONE:
             self._refuse_length("length", length, row)
@@ -232,7 +164,7 @@ class BlockTables(Uncopyable):
     def _refuse_length(self, name: str, length: int, row: int) -> NoReturn:
         raise ArgumentError(
             f"at {name} {length} the window would need tokens whose pages were released; "
-            f"keep more of the {self.seq_lens[row]} tokens, or reset the sequence"
+            f"keep more of the {self.rows.seq_lens[row]} tokens, or reset the sequence"
         )
 
     @property
@@ -257,7 +189,7 @@ class BlockTables(Uncopyable):
 
     def held_pages(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The logical pages that a row holds, in order, and their ids."""
-        seq_len = int(self.seq_lens[row])
+        seq_len = int(self.rows.seq_lens[row])
         end, first = num_pages(seq_len, self.page_size), self.first_page_at(seq_len)
         logical = np.concatenate([np.arange(min(self.sink_pages, end)), np.arange(first, end)])
         if self.window is None:
@@ -266,7 +198,7 @@ class BlockTables(Uncopyable):
 
     def held_positions(self, row: int) -> NDArray[np.int32]:
         """Positions of a row's held tokens: the sinks' and the window's, oldest first."""
-        seq_len = int(self.seq_lens[row])
+        seq_len = int(self.rows.seq_lens[row])
         if self.window is None or seq_len <= self.window.size:
             return np.arange(seq_len, dtype=np.int32)
         start = seq_len - self.window.size
@@ -284,7 +216,7 @@ class BlockTables(Uncopyable):
 
     def known_ids(self, row: int) -> NDArray[np.int32]:
         """Ids of a row's first tokens, as far as they are known; without a window only."""
-        num_known = int(self.num_known[row])
+        num_known = int(self.rows.num_known[row])
         pages = self.page_ids[row, : num_pages(num_known, self.page_size)]
         ids: NDArray[np.int32] = self.token_ids[pages].reshape(-1)[:num_known]
         return ids

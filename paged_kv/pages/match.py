@@ -106,11 +106,11 @@ def _in_flight(index: PrefixIndex, ids: NDArray[np.int32], salt: int, plans: Ite
         if not plan.is_open or not plan.num_pages:
             continue
         rows, first_pages = plan.rows, plan.int32(plan.batch.kv_indices, plan.num_pages)[plan.kv_indptr[:-1]]
-        is_alike = (plan.new_known > 0) & (tables.num_known[rows] == tables.seq_lens[rows])
+        is_alike = (plan.new_known > 0) & (tables.rows.num_known[rows] == tables.rows.seq_lens[rows])
         is_alike &= plan.first_pages <= tables.sink_pages  # else pages, and with them ids, are gone
-        is_alike &= (tables.row_salts[rows] == salt) & (tables.token_ids[first_pages, 0] == ids[0])
+        is_alike &= (tables.rows.salts[rows] == salt) & (tables.token_ids[first_pages, 0] == ids[0])
         for i in np.flatnonzero(is_alike).tolist():
-            num_tokens = int(tables.seq_lens[rows[i]] + plan.new_known[i])
+            num_tokens = int(tables.rows.seq_lens[rows[i]] + plan.new_known[i])
             held = tables.token_ids[plan.pages_of(i)].reshape(-1)[:num_tokens]
             longest = max(longest, num_common(held, ids))
     return longest

@@ -110,10 +110,10 @@ class PrefixIndex(Uncopyable):
         self.by_page: dict[int, Entry] = {}
         self.paths: dict[int, list[Entry]] = {}
         #: Of each row's path, the serial number of the last entry, and the length.
-        self._ends = np.zeros(tables.max_sequences, np.int64)
-        self._path_lens = np.zeros(tables.max_sequences, np.int32)
+        self._ends = np.zeros(tables.rows.max_sequences, np.int64)
+        self._path_lens = np.zeros(tables.rows.max_sequences, np.int32)
         #: Does a row hold a page other than its entry's, having computed the same tokens?
-        self._has_other_pages = np.zeros(tables.max_sequences, np.bool_)
+        self._has_other_pages = np.zeros(tables.rows.max_sequences, np.bool_)
         self.salts, self.retention, self.events = salts, retention, events
         self.evicted = Evicted(min(4 * tables.pool.num_pages, MAX_REMEMBERED))
         self.counts = Counts()
@@ -155,7 +155,7 @@ class PrefixIndex(Uncopyable):
         """Page `depth` of rows whose path ends here: page ids, tokens that agree with `rest`, known ones."""
         tables = self.tables
         rows = np.flatnonzero(self._ends == int.from_bytes(serial))
-        num_known = tables.num_known[rows] - depth * self.page_size
+        num_known = tables.rows.num_known[rows] - depth * self.page_size
         rows, num_known = rows[num_known > 0], num_known[num_known > 0]
         if not rows.size:
             return _NONE, _NONE.astype(np.int64), _NONE
@@ -200,19 +200,19 @@ class PrefixIndex(Uncopyable):
 
     def _set_path(self, row: int, path: list[Entry]) -> None:
         self.paths[row] = path
-        self._ends[row] = int.from_bytes(path[-1].serial) if path else self.tables.row_salts[row]
+        self._ends[row] = int.from_bytes(path[-1].serial) if path else self.tables.rows.salts[row]
         self._path_lens[row] = len(path)
 
     def publish(self, rows: NDArray[np.int32]) -> None:
         """Index the full pages of known ids that a commit has completed."""
         with self._change:
             tables = self.tables
-            has_more = tables.num_known[rows] // self.page_size > self._path_lens[rows]
+            has_more = tables.rows.num_known[rows] // self.page_size > self._path_lens[rows]
             for row in rows[has_more].tolist():
                 path = self.paths.get(row, [])
                 if path and path[-1].is_dropped:
                     path = []
-                num_full = int(tables.num_known[row]) // self.page_size
+                num_full = int(tables.rows.num_known[row]) // self.page_size
                 self._publish_pages(row, path, tables.page_ids[row, len(path) : num_full])
 
     def _publish_pages(self, row: int, path: list[Entry], page_ids: NDArray[np.int32]) -> None:
@@ -244,7 +244,7 @@ class PrefixIndex(Uncopyable):
     def leave(self, row: int) -> None:
         """Before a row releases its pages: index the open one, too, and give all their keys."""
         with self._change:
-            path, num_known = self.paths.get(row, []), int(self.tables.num_known[row])
+            path, num_known = self.paths.get(row, []), int(self.tables.rows.num_known[row])
             num_open = num_known - len(path) * self.page_size
             pages, positions = self._left_pages(row, path)
             if not (path and path[-1].is_dropped) and 0 < num_open < self.page_size:
@@ -270,7 +270,7 @@ class PrefixIndex(Uncopyable):
 
     def _end_of(self, row: int, path: list[Entry]) -> bytes:
         """What the page after a row's path follows: the last entry, or the salt."""
-        return path[-1].serial if path else int(self.tables.row_salts[row]).to_bytes(8)
+        return path[-1].serial if path else int(self.tables.rows.salts[row]).to_bytes(8)
 
     def has_entries(self, salt: int) -> bool:
         """Is a page of this salt indexed?"""
@@ -300,7 +300,7 @@ class PrefixIndex(Uncopyable):
             self.events.stored(there)
             return there, True
         serial = self.evicted.take(key) or next(self.salts.serials).to_bytes(8)
-        before = path[-1] if path else self.salts.name(int(self.tables.row_salts[row]))
+        before = path[-1] if path else self.salts.name(int(self.tables.rows.salts[row]))
         entry = Entry(key, page_id, serial, before)
         self.by_page[page_id] = entry
         self.entries[key] = entry
@@ -394,7 +394,7 @@ class PrefixIndex(Uncopyable):
         Returns: how many kept pages are free now.
         """
         with self._change:
-            self.tables.num_known[:] = 0
+            self.tables.rows.num_known[:] = 0
             for plan in plans:
                 if plan.is_open:
                     plan.forget_ids()
@@ -437,7 +437,7 @@ class PrefixIndex(Uncopyable):
         with self._change:
             tables = self.tables
             for row in rows:
-                page, offset = divmod(int(tables.seq_lens[row]), self.page_size)
+                page, offset = divmod(int(tables.rows.seq_lens[row]), self.page_size)
                 indexed = self.by_page.get(int(tables.page_ids[row, tables.cell(page)])) if offset else None
                 if indexed is not None:
                     self.drop(indexed, "pressure")

@@ -68,7 +68,7 @@ class WindowedIndex(PrefixIndex):
     def publish_step(self, plan: Plan) -> None:
         """Index the full pages that the commit of a step is about to complete."""
         tables, rows = self.tables, plan.rows
-        old_lens, known = tables.seq_lens[rows], tables.num_known[rows]
+        old_lens, known = tables.rows.seq_lens[rows], tables.rows.num_known[rows]
         known = np.where(known == old_lens, known + plan.new_known, known)
         has_more = (known // self.page_size > self._path_lens[rows]) & (self._ends[rows] != MUTE)
         if not has_more.any():
@@ -93,7 +93,7 @@ class WindowedIndex(PrefixIndex):
 
     def _set_path(self, row: int, path: list[Entry]) -> None:
         super()._set_path(row, path)
-        if self.tables.num_known[row] // self.page_size > len(path):
+        if self.tables.rows.num_known[row] // self.page_size > len(path):
             self._ends[row] = MUTE  # the page that follows is not its open one
 
     def evict(self, entry: Entry, cause: str, num_free: int) -> None:

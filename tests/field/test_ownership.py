@@ -170,7 +170,7 @@ def test_row_14_counters_are_what_counting_from_scratch_gives(rng):
         tables = cache._store.tables
         pages = {
             int(page)
-            for row, length in enumerate(tables.seq_lens)
+            for row, length in enumerate(tables.rows.seq_lens)
             for page in tables.page_ids[row, : -(-int(length) // 16)]
         }
         assert cache.stats().num_used_pages == len(pages) >= 0

@@ -263,5 +263,7 @@ def test_two_writers_on_one_open_page_get_pages_of_their_own(num_writers):
             seqs.append(seq)
         for _ in range(20):
             advance(cache, seqs, held, [[i] for i in range(num_writers)], expected)
-        tails = {int(cache._store.tables.page_ids[cache._store.tables.row(seq._seq_id), 1]) for seq in seqs}
+        tails = {
+            int(cache._store.tables.page_ids[cache._store.tables.rows.row(seq._seq_id), 1]) for seq in seqs
+        }
         assert len(tails) == num_writers

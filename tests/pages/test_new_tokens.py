@@ -55,7 +55,7 @@ def test_what_are_no_ids_is_refused(bad):
 
 def known(seq):
     tables = seq._store.tables
-    return tables.known_ids(tables.row(seq._seq_id)).tolist()
+    return tables.known_ids(tables.rows.row(seq._seq_id)).tolist()
 
 
 def step(cache, seqs, new, rng, *, commits=True):

@@ -34,7 +34,7 @@ def values_in_pages(cache, seq):
     step_bytes = store.layout.page_share_bytes
     num_pages = store.pool.num_pages
     data = store.pool.data().view(np.float32).reshape(NUM_LAYERS, num_pages, step_bytes // 4)
-    row = store.tables.row(seq._seq_id)
+    row = store.tables.rows.row(seq._seq_id)
     pages = store.tables.page_ids[row, : -(-len(seq) // PAGE_SIZE)]
     found = data[:, pages]
     return set(found[~np.isnan(found)].tolist())  # NaN: nothing was ever written there

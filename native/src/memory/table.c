@@ -17,7 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "paged_kv.h"
+#include "rows.h"
 
 static int64_t pages_for(const pkv_tables *tables, int64_t num_tokens) {
   return (num_tokens + tables->page_size - 1) / tables->page_size;
@@ -52,17 +52,6 @@ static int64_t num_pages_seen(const pkv_tables *tables, int64_t old_len, int64_t
   return min64(tables->sink_pages, end) + (end > first ? end - first : 0);
 }
 
-/* The row in a seq_id's low bits, which the caller knows to be valid. */
-static int64_t row_in(int64_t seq_id) { return seq_id & ((1 << PKV_ROW_BITS) - 1); }
-
-/* The row of a sequence, or -1. */
-static int64_t row_of(const pkv_tables *tables, int64_t seq_id) {
-  int64_t row = row_in(seq_id);
-  return seq_id > 0 && row < tables->num_rows && tables->seq_ids[row] == seq_id ? row : -1;
-}
-
-int64_t pkv_tables_row(const pkv_tables *tables, int64_t seq_id) { return row_of(tables, seq_id); }
-
 /* ---- copy-on-write */
 
 enum { TO_BE_COPIED = -2 }; /* in tail_copies, while a step is measured */
@@ -71,7 +60,7 @@ enum { SALT_UNKNOWN = -1 }; /* in page_salts */
 /* The cell of the page that a row's next token goes into, when that page holds tokens of the row; else NULL.
  */
 static int32_t *tail_of(const pkv_tables *tables, int64_t row) {
-  int32_t seq_len = tables->seq_lens[row];
+  int32_t seq_len = tables->rows->seq_lens[row];
   return seq_len % tables->page_size ? cell_of(tables, row, seq_len / tables->page_size) : NULL;
 }
 
@@ -80,7 +69,7 @@ static int32_t *tail_of(const pkv_tables *tables, int64_t row) {
 static bool needs_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t count) {
   const int32_t *tail = tail_of(tables, row);
   if (!tail) return false;
-  int32_t *filled = &tables->filled[*tail], offset = tables->seq_lens[row] % tables->page_size;
+  int32_t *filled = &tables->filled[*tail], offset = tables->rows->seq_lens[row] % tables->page_size;
   bool is_own = pkv_pool_ref_count(pool, *tail) == 1 && !pkv_pool_is_indexed(pool, *tail);
   if (*filled != offset && !is_own) return true;
   *filled = (int32_t)min64(offset + count, tables->page_size);
@@ -90,7 +79,7 @@ static bool needs_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t r
 /* Undo needs_copy, of a row that needed none. */
 static void unfill_tail(const pkv_tables *tables, int64_t row) {
   const int32_t *tail = tail_of(tables, row);
-  if (tail) tables->filled[*tail] = tables->seq_lens[row] % tables->page_size;
+  if (tail) tables->filled[*tail] = tables->rows->seq_lens[row] % tables->page_size;
 }
 
 /* ---- measuring a step */
@@ -111,20 +100,20 @@ static bool stands_earlier(const int64_t *seq_ids, int64_t index) {
 static pkv_status measure_sequence(const pkv_pool *pool, const pkv_tables *tables, const int64_t *seq_ids,
                                    const int64_t *counts, int64_t i, pkv_step_size *size,
                                    pkv_refusal *refusal) {
-  int64_t row = row_of(tables, seq_ids[i]);
+  int64_t row = pkv_rows_find(tables->rows, seq_ids[i]);
   if (row < 0) return refuse(refusal, PKV_STALE_SEQUENCE, i, seq_ids[i], 0);
   if (counts[i] < 1 || counts[i] > INT32_MAX)
     return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], INT32_MAX);
-  int64_t old_len = tables->seq_lens[row], new_len = old_len + counts[i];
-  if (tables->reserved_lens[row] != old_len) {
+  int64_t old_len = tables->rows->seq_lens[row], new_len = old_len + counts[i];
+  if (tables->rows->reserved_lens[row] != old_len) {
     pkv_status status = stands_earlier(seq_ids, i) ? PKV_SEQUENCE_TWICE : PKV_SEQUENCE_BUSY;
     return refuse(refusal, status, i, 0, 0);
   }
   if (tables->window && counts[i] > tables->max_step_tokens)
     return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], tables->max_step_tokens);
-  if (new_len > tables->max_seq_len)
-    return refuse(refusal, PKV_SEQUENCE_TOO_LONG, i, new_len, tables->max_seq_len);
-  tables->reserved_lens[row] = (int32_t)new_len;
+  if (new_len > tables->rows->max_seq_len)
+    return refuse(refusal, PKV_SEQUENCE_TOO_LONG, i, new_len, tables->rows->max_seq_len);
+  tables->rows->reserved_lens[row] = (int32_t)new_len;
   if (needs_copy(pool, tables, row, counts[i])) {
     tables->tail_copies[row] = TO_BE_COPIED;
     size->num_copies++;
@@ -149,10 +138,10 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
     num_marked += status == PKV_OK;
   }
   for (int64_t i = num_marked - 1; i >= 0; i--) { /* as it was before */
-    int64_t row = row_in(seq_ids[i]);
+    int64_t row = pkv_row_in(seq_ids[i]);
     if (tables->tail_copies[row] != TO_BE_COPIED) unfill_tail(tables, row);
     tables->tail_copies[row] = -1;
-    tables->reserved_lens[row] = tables->seq_lens[row];
+    tables->rows->reserved_lens[row] = tables->rows->seq_lens[row];
   }
   if (status != PKV_OK) return status;
   /* positions, and all counts of tokens, are int32 */
@@ -233,19 +222,19 @@ static pkv_status acquire_pages(pkv_pool *pool, const pkv_tables *tables, int64_
 /* Release what a row's step reserved. */
 static pkv_status unreserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t row) {
   int32_t *copy = &tables->tail_copies[row];
-  int64_t num_held = pages_for(tables, tables->seq_lens[row]);
+  int64_t num_held = pages_for(tables, tables->rows->seq_lens[row]);
   pkv_status status =
-      release_pages(pool, tables, row, num_held, pages_for(tables, tables->reserved_lens[row]));
+      release_pages(pool, tables, row, num_held, pages_for(tables, tables->rows->reserved_lens[row]));
   if (status == PKV_OK && *copy >= 0) status = pkv_pool_release(pool, 1, copy);
   if (*copy < 0) unfill_tail(tables, row);
   *copy = -1;
-  tables->reserved_lens[row] = tables->seq_lens[row];
+  tables->rows->reserved_lens[row] = tables->rows->seq_lens[row];
   return status;
 }
 
 /* Reserve what a row needs: slots in its tail, or a copy of it, and pages up to new_len. */
 static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t row, int32_t new_len) {
-  int32_t seq_len = tables->seq_lens[row], *copy = &tables->tail_copies[row];
+  int32_t seq_len = tables->rows->seq_lens[row], *copy = &tables->tail_copies[row];
   pkv_status status = PKV_OK;
   if (needs_copy(pool, tables, row, new_len - seq_len)) {
     status = pkv_pool_acquire(pool, 1, copy);
@@ -255,7 +244,7 @@ static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t 
   }
   status = acquire_pages(pool, tables, row, pages_for(tables, seq_len), new_len);
   if (status == PKV_OK)
-    tables->reserved_lens[row] = new_len;
+    tables->rows->reserved_lens[row] = new_len;
   else
     unreserve_row(pool, tables, row);
   return status;
@@ -279,9 +268,9 @@ static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_
 /* Note that a row's step has taken a page, which is scrubbed if it held another salt. */
 static void change_salt(const pkv_tables *tables, int64_t row, int32_t page, pkv_plan *plan) {
   int64_t *salt = &tables->page_salts[page];
-  if (*salt == tables->row_salts[row]) return;
+  if (*salt == tables->rows->salts[row]) return;
   if (*salt == 0) {
-    *salt = tables->row_salts[row];
+    *salt = tables->rows->salts[row];
     return;
   }
   *salt = SALT_UNKNOWN;
@@ -300,8 +289,8 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
   pkv_batch batch = plan->batch;
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
   for (int64_t i = 0; i < batch.num_seqs; i++) {
-    int64_t row = row_in(seq_ids[i]);
-    int32_t old_len = tables->seq_lens[row], new_len = old_len + (int32_t)counts[i];
+    int64_t row = pkv_row_in(seq_ids[i]);
+    int32_t old_len = tables->rows->seq_lens[row], new_len = old_len + (int32_t)counts[i];
     pkv_status status = reserve_row(pool, tables, row, new_len);
     if (status != PKV_OK) { /* the pool has fewer pages than it says */
       plan->batch.num_seqs = i;
@@ -370,22 +359,22 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
   tables->num_copies += plan->num_copies;
   tables->bytes_not_read += plan->bytes_not_read;
   for (int64_t i = 0; i < plan->num_scrubs; i++)
-    tables->page_salts[plan->scrubbed[i]] = tables->row_salts[plan->scrubbed_for[i]];
+    tables->page_salts[plan->scrubbed[i]] = tables->rows->salts[plan->scrubbed_for[i]];
   for (int64_t i = 0; i < plan->batch.num_seqs; i++) {
     int32_t row = plan->rows[i];
-    int64_t old_len = tables->seq_lens[row], new_len = tables->reserved_lens[row];
+    int64_t old_len = tables->rows->seq_lens[row], new_len = tables->rows->reserved_lens[row];
     if (tables->tail_copies[row] >= 0) {
       int32_t *cell = cell_of(tables, row, old_len / tables->page_size);
       if (pkv_pool_release(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
       *cell = tables->tail_copies[row];
       tables->tail_copies[row] = -1;
     }
-    if (tables->num_known[row] == old_len && plan->new_known[i]) {
-      tables->num_known[row] += plan->new_known[i];
+    if (tables->rows->num_known[row] == old_len && plan->new_known[i]) {
+      tables->rows->num_known[row] += plan->new_known[i];
       int64_t old_pages = old_len / tables->page_size;
-      if (tables->num_known[row] / tables->page_size > old_pages) plan->is_page_completed = 1;
+      if (tables->rows->num_known[row] / tables->page_size > old_pages) plan->is_page_completed = 1;
     }
-    tables->seq_lens[row] = (int32_t)new_len;
+    tables->rows->seq_lens[row] = (int32_t)new_len;
     /* Pages that have left the window are released only now, so that the step could be rolled back. */
     pkv_status status =
         release_pages(pool, tables, row, first_page_at(tables, old_len), first_page_at(tables, new_len));
@@ -410,30 +399,14 @@ pkv_status pkv_step_rollback(pkv_pool *pool, const pkv_tables *tables, pkv_plan 
 
 /* ---- rows */
 
-static bool is_row(const pkv_tables *tables, int32_t row) { return row >= 0 && row < tables->num_rows; }
-
 static bool is_busy(const pkv_tables *tables, int32_t row) {
-  return tables->reserved_lens[row] != tables->seq_lens[row];
-}
-
-/* The free row after `row`: the next of the list, then those that were never used. */
-static int32_t next_row(const pkv_tables *tables, int32_t row) {
-  if (row >= tables->num_rows) return row + 1;
-  int32_t next = tables->next_free[row];
-  return next >= 0 ? next : tables->num_rows;
-}
-
-int64_t pkv_tables_next_rows(const pkv_tables *tables, int64_t count, int32_t *rows) {
-  int32_t row = tables->free_row >= 0 ? tables->free_row : tables->num_rows;
-  int64_t found = 0;
-  for (; found < count && row < tables->max_sequences; row = next_row(tables, row)) rows[found++] = row;
-  return found;
+  return tables->rows->reserved_lens[row] != tables->rows->seq_lens[row];
 }
 
 /* Does a row hold what it would hold at this length, at most its own? */
 static bool can_end_at(const pkv_tables *tables, int32_t row, int64_t length) {
   return pages_for(tables, length) <= tables->sink_pages ||
-         first_page_at(tables, length) >= first_page_at(tables, tables->seq_lens[row]);
+         first_page_at(tables, length) >= first_page_at(tables, tables->rows->seq_lens[row]);
 }
 
 /* Share the pages of the first seq_len tokens of `from`. */
@@ -446,40 +419,24 @@ static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t 
     if (pkv_pool_share(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
     *cell_of(tables, to, page) = *cell;
   }
-  tables->row_salts[to] = tables->row_salts[from];
-  tables->seq_lens[to] = tables->reserved_lens[to] = (int32_t)seq_len;
-  tables->num_known[to] = (int32_t)min64(tables->num_known[from], seq_len);
+  tables->rows->salts[to] = tables->rows->salts[from];
+  tables->rows->seq_lens[to] = tables->rows->reserved_lens[to] = (int32_t)seq_len;
+  tables->rows->num_known[to] = (int32_t)min64(tables->rows->num_known[from], seq_len);
   return PKV_OK;
-}
-
-/* Are the rows of these seq_ids the next free ones, in order? */
-static bool name_the_next_rows(const pkv_tables *tables, int64_t count, const int64_t *seq_ids) {
-  int32_t row = tables->free_row >= 0 ? tables->free_row : tables->num_rows;
-  for (int64_t i = 0; i < count; i++, row = next_row(tables, row))
-    if (row >= tables->max_sequences || seq_ids[i] < 0 || seq_ids[i] >> PKV_ROW_BITS == 0 ||
-        row_in(seq_ids[i]) != row)
-      return false;
-  return true;
 }
 
 pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, const int64_t *seq_ids,
                           int64_t salt, int32_t from, int64_t length) {
   if (from < 0 && salt < 1) return PKV_BAD_ARGUMENT;
-  if (from >= 0 && (!is_row(tables, from) || tables->seq_ids[from] == 0)) return PKV_STALE_SEQUENCE;
-  if (from >= 0 && (length < 0 || length > tables->seq_lens[from])) return PKV_BAD_ARGUMENT;
+  if (from >= 0 && (!pkv_is_row(tables->rows, from) || tables->rows->seq_ids[from] == 0))
+    return PKV_STALE_SEQUENCE;
+  if (from >= 0 && (length < 0 || length > tables->rows->seq_lens[from])) return PKV_BAD_ARGUMENT;
   if (from >= 0 && !can_end_at(tables, from, length)) return PKV_TOKENS_GONE;
-  if (count > tables->max_sequences - tables->num_sequences) return PKV_OUT_OF_SEQUENCES;
-  if (!name_the_next_rows(tables, count, seq_ids)) return PKV_BAD_ARGUMENT;
+  if (count > tables->rows->max_sequences - tables->rows->num_sequences) return PKV_OUT_OF_SEQUENCES;
+  if (!pkv_rows_are_next(tables->rows, count, seq_ids)) return PKV_BAD_ARGUMENT;
   for (int64_t i = 0; i < count; i++) {
-    int32_t row = (int32_t)row_in(seq_ids[i]);
-    if (row == tables->num_rows)
-      tables->num_rows++;
-    else
-      tables->free_row = tables->next_free[row];
-    tables->seq_ids[row] = seq_ids[i];
+    int32_t row = pkv_rows_take(tables->rows, seq_ids[i], salt);
     tables->tail_copies[row] = -1;
-    tables->row_salts[row] = salt;
-    tables->num_sequences++;
     if (from >= 0 && share_pages(pool, tables, from, row, length) != PKV_OK) return PKV_INVARIANT;
   }
   return PKV_OK;
@@ -487,7 +444,7 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
 
 pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_id, int64_t salt,
                                 const int32_t *page_ids, int64_t seq_len) {
-  if (seq_len < 0 || seq_len > tables->max_seq_len) return PKV_BAD_ARGUMENT;
+  if (seq_len < 0 || seq_len > tables->rows->max_seq_len) return PKV_BAD_ARGUMENT;
   int64_t end = pages_for(tables, seq_len), first = first_page_at(tables, seq_len);
   int64_t num_sinks = min64(tables->sink_pages, end), num_pages = num_sinks + (end > first ? end - first : 0);
   for (int64_t i = 0; i < num_pages; i++)
@@ -499,36 +456,35 @@ pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_
     pkv_pool_release(pool, num_pages, page_ids);
     return status;
   }
-  int32_t row = (int32_t)row_in(seq_id);
+  int32_t row = (int32_t)pkv_row_in(seq_id);
   for (int64_t page = 0; page < num_sinks; page++) *cell_of(tables, row, page) = *page_ids++;
   for (int64_t page = first; page < end; page++) *cell_of(tables, row, page) = *page_ids++;
-  tables->seq_lens[row] = tables->reserved_lens[row] = tables->num_known[row] = (int32_t)seq_len;
+  tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = tables->rows->num_known[row] =
+      (int32_t)seq_len;
   return PKV_OK;
 }
 
 pkv_status pkv_tables_remove(pkv_pool *pool, pkv_tables *tables, int64_t seq_id) {
-  int32_t row = (int32_t)row_of(tables, seq_id);
+  int32_t row = (int32_t)pkv_rows_find(tables->rows, seq_id);
   if (row < 0) return PKV_STALE_SEQUENCE;
   pkv_status status = pkv_tables_reset(pool, tables, row);
   if (status != PKV_OK) return status;
-  tables->seq_ids[row] = 0;
-  tables->next_free[row] = tables->free_row;
-  tables->free_row = row;
-  tables->num_sequences--;
+  pkv_rows_give_back(tables->rows, row);
   return PKV_OK;
 }
 
 pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t row, int64_t length) {
-  if (!is_row(tables, row) || length < 0 || length > tables->seq_lens[row]) return PKV_BAD_ARGUMENT;
+  if (!pkv_is_row(tables->rows, row) || length < 0 || length > tables->rows->seq_lens[row])
+    return PKV_BAD_ARGUMENT;
   if (is_busy(tables, row)) return PKV_SEQUENCE_BUSY;
-  int64_t first_held = first_page_at(tables, tables->seq_lens[row]);
-  int64_t num_kept = pages_for(tables, length), end = pages_for(tables, tables->seq_lens[row]);
+  int64_t first_held = first_page_at(tables, tables->rows->seq_lens[row]);
+  int64_t num_kept = pages_for(tables, length), end = pages_for(tables, tables->rows->seq_lens[row]);
   if (!can_end_at(tables, row, length)) return PKV_TOKENS_GONE;
   pkv_status status = release_pages(pool, tables, row, num_kept > first_held ? num_kept : first_held, end);
   if (status == PKV_OK) status = release_pages(pool, tables, row, num_kept, min64(tables->sink_pages, end));
   if (status != PKV_OK) return status;
-  tables->seq_lens[row] = tables->reserved_lens[row] = (int32_t)length;
-  tables->num_known[row] = (int32_t)min64(tables->num_known[row], length);
+  tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = (int32_t)length;
+  tables->rows->num_known[row] = (int32_t)min64(tables->rows->num_known[row], length);
   return status;
 }
 
@@ -539,8 +495,8 @@ pkv_status pkv_tables_reset(pkv_pool *pool, const pkv_tables *tables, int32_t ro
 /* ---- what there is */
 
 int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
-  for (int64_t row = 0; row < tables->num_rows; row++) {
-    int64_t seq_len = tables->seq_lens[row], first = first_page_at(tables, seq_len);
+  for (int64_t row = 0; row < tables->rows->num_rows; row++) {
+    int64_t seq_len = tables->rows->seq_lens[row], first = first_page_at(tables, seq_len);
     for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
       if (page == tables->sink_pages && page < first) page = first;
       int32_t filled = (int32_t)min64(seq_len - page * tables->page_size, tables->page_size);
@@ -559,10 +515,11 @@ int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
 /* Count the references of the tables to each page, which has as many reserved slots as any row has tokens in
  * it. */
 static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, int32_t *references) {
-  for (int64_t row = 0; row < tables->num_rows; row++) {
-    int64_t seq_len = tables->seq_lens[row], reserved_len = tables->reserved_lens[row];
-    if (seq_len < 0 || seq_len > reserved_len || reserved_len > tables->max_seq_len) return PKV_INVARIANT;
-    if (tables->num_known[row] < 0 || tables->num_known[row] > seq_len) return PKV_INVARIANT;
+  for (int64_t row = 0; row < tables->rows->num_rows; row++) {
+    int64_t seq_len = tables->rows->seq_lens[row], reserved_len = tables->rows->reserved_lens[row];
+    if (seq_len < 0 || seq_len > reserved_len || reserved_len > tables->rows->max_seq_len)
+      return PKV_INVARIANT;
+    if (tables->rows->num_known[row] < 0 || tables->rows->num_known[row] > seq_len) return PKV_INVARIANT;
     int64_t first = first_page_at(tables, seq_len);
     for (int64_t page = 0; page < pages_for(tables, reserved_len); page++) {
       if (page == tables->sink_pages && page < first) page = first;
@@ -570,7 +527,7 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
       if (page_id < 0 || page_id >= num_pages) return PKV_INVARIANT;
       references[page_id]++;
       bool is_held = page < pages_for(tables, seq_len); /* else its step may not have scrubbed it yet */
-      if (is_held && tables->page_salts[page_id] != tables->row_salts[row]) return PKV_INVARIANT;
+      if (is_held && tables->page_salts[page_id] != tables->rows->salts[row]) return PKV_INVARIANT;
       int64_t num_in_page = min64(seq_len - page * tables->page_size, tables->page_size);
       int32_t filled = tables->filled[page_id];
       if (filled < num_in_page || filled > tables->page_size) return PKV_INVARIANT;
@@ -582,25 +539,9 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
   return PKV_OK;
 }
 
-/* Each row is in use, by a seq_id of this row, or on the list once, and empty. */
-static pkv_status check_rows(const pkv_tables *tables) {
-  int32_t num_used = 0, num_listed = 0;
-  for (int32_t row = 0; row < tables->num_rows; row++) {
-    int64_t seq_id = tables->seq_ids[row];
-    if (seq_id < 0 || (seq_id > 0 && row_in(seq_id) != row)) return PKV_INVARIANT;
-    if (seq_id == 0 && tables->reserved_lens[row]) return PKV_INVARIANT;
-    num_used += seq_id > 0;
-  }
-  for (int32_t row = tables->free_row; row >= 0; row = tables->next_free[row])
-    if (row >= tables->num_rows || tables->seq_ids[row] || ++num_listed > tables->num_rows)
-      return PKV_INVARIANT;
-  bool is_whole = num_used == tables->num_sequences && num_used + num_listed == tables->num_rows;
-  return is_whole && tables->num_rows <= tables->max_sequences ? PKV_OK : PKV_INVARIANT;
-}
-
 pkv_status pkv_tables_check(const pkv_pool *pool, const pkv_tables *tables, int64_t num_pages) {
   pkv_status status = pkv_pool_check(pool);
-  if (status == PKV_OK) status = check_rows(tables);
+  if (status == PKV_OK) status = pkv_rows_check(tables->rows);
   if (status != PKV_OK) return status;
   int32_t *references = calloc((size_t)num_pages, sizeof *references);
   if (!references) return PKV_OUT_OF_MEMORY;

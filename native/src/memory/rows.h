@@ -1,0 +1,20 @@
+/* Rows within the tables (rows.c). */
+#ifndef PKV_ROWS_H
+#define PKV_ROWS_H
+#include <stdbool.h>
+
+#include "paged_kv.h"
+
+/* The row in a seq_id's low bits, which the caller knows to be valid. */
+static inline int64_t pkv_row_in(int64_t seq_id) { return seq_id & ((1 << PKV_ROW_BITS) - 1); }
+
+static inline bool pkv_is_row(const pkv_rows *rows, int32_t row) { return row >= 0 && row < rows->num_rows; }
+
+/* Do these seq_ids name the next free rows, in order? */
+bool pkv_rows_are_next(const pkv_rows *rows, int64_t count, const int64_t *seq_ids);
+/* Take the row of a seq_id, the next free one, which is empty.  Returns: the row. */
+int32_t pkv_rows_take(pkv_rows *rows, int64_t seq_id, int64_t salt);
+/* Give back the row of a sequence that is empty. */
+void pkv_rows_give_back(pkv_rows *rows, int32_t row);
+
+#endif
