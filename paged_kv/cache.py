@@ -12,12 +12,12 @@ from ._binding import integer, kernels
 from .errors import ArgumentError, InvariantViolation
 from .lifetime import Uncopyable
 from .pages.block_table import Window
+from .pages.counts import Counts
 from .pages.events import Event
 from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
 from .pages.match import Match, explain
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
-from .pages.prefix_index import Counts
 from .pages.retention import KeepPolicy, priority_of, seconds
 from .pages.salts import bytes_of
 from .pin import Pin, pin

@@ -14,7 +14,9 @@ import itertools
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import Any, NoReturn, Protocol
 from weakref import ref
 
@@ -81,6 +83,28 @@ def reentrant_call() -> ReentrantCall:
         "this thread is inside another call on the same object: a signal handler or a finaliser ran in the "
         "middle of it; call again when that has returned"
     )
+
+
+class Change:
+    """For `with`, around each change of something that an interrupt can tear.
+
+    A change that did not end is repaired before the next one begins.
+    """
+
+    def __init__(self, repair: Callable[[], None]) -> None:
+        self.is_under_way = False
+        self._repair = repair
+
+    def __enter__(self) -> None:
+        if self.is_under_way:
+            self._repair()
+        self.is_under_way = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.is_under_way = False
 
 
 # ---- forked children

@@ -17,6 +17,7 @@ FLOORS = [
         "models.report",
         "_old_paths",
         "pages.token_keys",
+        "pages.counts",
     },
     {"_binding", "lifetime", "commands.texts", "pages.layout", "pages.entry"},
     {"attention.arrays"},

@@ -15,22 +15,20 @@ An interrupt may come between any two lines, also of a sorted container.  Each m
 does it within `with self._change`; the next call finds that one did not end, and rebuilds everything from
 `by_page`.  The pool marks a page as indexed before it has an entry, and until after it had one.
 
-Imports block_table, retention, evicted, events, entry, token_keys, salts, plan and lifetime.  The caller
-holds the cache's lock.
+Imports block_table, retention, evicted, events, entry, counts, token_keys, salts, plan and lifetime.  The
+caller holds the cache's lock.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedDict
 
-from ..lifetime import Uncopyable
+from ..lifetime import Change, Uncopyable
 from .block_table import BlockTables
+from .counts import Counts
 from .entry import HOLLOW, Entry
 from .events import Events
 from .evicted import Evicted
@@ -58,47 +56,6 @@ class Found(NamedTuple):
     num_tokens: int
     reach: int
     serial: bytes
-
-
-@dataclass
-class Counts:
-    """What happened since the cache was built; CacheStats describes it."""
-
-    num_queries: int = 0
-    num_queried_tokens: int = 0
-    num_hits: int = 0
-    num_hit_tokens: int = 0
-    num_unused_evictions: int = 0
-    misses: Counter[str] = field(default_factory=Counter)
-    evictions: Counter[str] = field(default_factory=Counter)
-
-    def count(self, num_tokens: int, num_hit_tokens: int, reason: str) -> None:
-        """A new sequence was given so many tokens, and found so many."""
-        self.num_queries += 1
-        self.num_queried_tokens += num_tokens
-        self.num_hits += num_hit_tokens > 0
-        self.num_hit_tokens += num_hit_tokens
-        if reason != "full":
-            self.misses[reason] += 1
-
-
-class Change:
-    """Around each change of an index: one that did not end is repaired before the next one begins."""
-
-    def __init__(self, repair: Callable[[], None]) -> None:
-        self.is_under_way = False
-        self._repair = repair
-
-    def __enter__(self) -> None:
-        if self.is_under_way:
-            self._repair()
-        self.is_under_way = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.is_under_way = False
 
 
 class PrefixIndex(Uncopyable):

@@ -1,26 +1,15 @@
 /* Attention over pages: one call, from its arguments to the rows of the output.
  *
- * A call is validated, and its work split into items (work.h).  Threads take items, or pieces of a long one,
- * one at a time: write the new rows, prepare q, fold and merge spans (runs.h), finish.  The thread that ends
- * an item's last piece merges its spans, in the same order.  Before that, spans that several sequences share
- * are folded, level by level (cascade.h). */
-#include <math.h>
-#include <stdatomic.h>
-#include <stdbool.h>
+ * A call is validated, what its sequences share is found (cascade.h), its work is split into items (work.h),
+ * and its memory laid out.  Then threads write new rows, fold what is shared, and do the items (items.h). */
 #include <stdlib.h>
 #include <string.h>
 
-#include "paged_kv.h"
+#include "items.h"
 #include "memory/append.h"
 #include "memory/gate.h"
-#include "kernels/kernel.h"
-#include "runs.h"
-#include "runtime/threads.h"
-#include "visibility.h"
-#include "work.h"
 
 enum {
-  ROWS_WORTH_A_THREAD = 32,        /* new rows to write */
   BYTES_WORTH_A_THREAD = 64 << 10, /* in a call with fewer, waking a thread costs more than it saves */
   /* When sharing pays, as measured (benchmarks/cascade.py): */
   MOST_QUERIES_TO_SHARE = 12, /* of a key, by one sequence; with more, arithmetic is the limit */
@@ -31,221 +20,12 @@ enum {
 /* The kernels' exponentials are powers of 2. */
 static const float LOG2_E = 0x1.715476p+0f;
 
-typedef struct {
-  pkv_call call;
-  const pkv_attention *attention;
-  const int64_t *slots; /* [num_tokens], where k and v are written first; NULL: they are written */
-  float scale;          /* of scores, in units of log2 */
-  float *sinks;         /* [num_q_heads], in units of log2; NULL: none */
-  work work;
-  float *options; /* [2, num_q_heads]: slopes and sinks, in units of log2 */
-  pkv_cascade cascade;
-  char *cascade_memory;
-  float *carried; /* [num_kv_heads, rows of the cascade]: states over shared spans */
-
-  item_shape *shapes; /* of the cascade's nodes */
-  work_item *shared;  /* of the level that runs */
-  int64_t num_shared;
-  work_item *items;
-  int64_t num_items;
-  atomic_llong next_item;
-  atomic_int *num_ended; /* [item]: pieces that have ended, counted at the item's first one */
-  float *partials;       /* states of [span, row] of items in pieces */
-  char *worker_scratch;  /* [num_workers] */
-  size_t worker_bytes;
-} job;
-
 /* Keys and values of all heads. */
 static int64_t bytes_of_token(const pkv_pages *pages) {
   int64_t k_bytes = (int64_t)pages->head_dim * (pages->k_dtype == PKV_FLOAT32 ? 4 : 2);
   int64_t v_bytes = (int64_t)pages->head_dim_v * (pages->v_dtype == PKV_FLOAT32 ? 4 : 2);
   return pages->num_kv_heads * (k_bytes + v_bytes);
 }
-
-/* ---- one work item */
-
-typedef struct {
-  float *q;      /* [rows], prepared */
-  float *states; /* [rows], of the spans merged so far */
-  float *span;   /* [rows], of the current span */
-} scratch;
-
-static int64_t scratch_floats(const item_shape *shape) {
-  return shape->num_rows * (2 * shape->state_floats + shape->q_floats);
-}
-
-static scratch scratch_of(const job *job, const item_shape *shape, int32_t worker) {
-  float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
-  int64_t states = shape->num_rows * shape->state_floats;
-  return (scratch){floats + 2 * states, floats, floats + states};
-}
-
-static int32_t first_q_head(const job *job, const work_item *item) {
-  return item->first_head * (job->call.num_q_heads / job->call.pages->num_kv_heads);
-}
-
-static void finish_rows(const job *job, const work_item *item, float *states) {
-  const pkv_tensor *out = &job->attention->out;
-  for (int64_t row = 0; row < item->num_rows; row++)
-    for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
-      int64_t q_row = q_row_of(item, (int32_t)row), head = first_q_head(job, item) + i;
-      pkv_state state = state_of_head(&job->call, state_at(item->shape, states, row), i);
-      float *lse = job->attention->lse ? job->attention->lse + q_row * job->call.num_q_heads + head : NULL;
-      job->call.kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride, out->dtype,
-                               state, job->sinks ? job->sinks + head : NULL, job->call.pages->head_dim_v,
-                               lse);
-    }
-}
-
-static float *partial_states(const job *job, const work_item *item, int32_t span) {
-  int64_t index = span - item->num_carried;
-  return job->partials + item->first_partial + index * item->num_rows * item->shape->state_floats;
-}
-
-static void prepare_rows(const job *job, const work_item *item, float *prepared) {
-  const pkv_tensor *q = &job->attention->q;
-  int32_t head_dim = job->call.pages->head_dim;
-  for (int64_t row = 0; row < item->num_rows; row++)
-    for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
-      const char *from = q->data + q_row_of(item, (int32_t)row) * q->token_stride +
-                         (first_q_head(job, item) + i) * q->head_stride;
-      float *to = prepared + row * item->shape->q_floats + i * pkv_padded(job->call.layer.k.dim);
-      if (job->call.layer.k.dtype == PKV_BFLOAT16_PAIRS)
-        memcpy(to, from, (size_t)head_dim * sizeof(uint16_t));
-      else
-        job->call.kernel->prepare_q(to, from, q->dtype, job->scale, head_dim);
-    }
-}
-
-/* ---- new keys and values */
-
-static void write_rows_of(const job *job, const work_item *item, int32_t first_head, int32_t num_kv_heads) {
-  pkv_tensor k = job->attention->k, v = job->attention->v;
-  pkv_pages pages = *job->call.pages;
-  k.data += item->first_row * k.token_stride + first_head * k.head_stride;
-  v.data += item->first_row * v.token_stride + first_head * v.head_stride;
-  pages.k += first_head * pages.k_head_stride;
-  pages.v += first_head * pages.v_head_stride;
-  pages.num_kv_heads = num_kv_heads;
-  pkv_write_rows(job->call.kernel, &pages, item->num_rows, job->slots + item->first_row, &k, &v, false);
-}
-
-static void write_before_all(void *context, int32_t worker) {
-  (void)worker;
-  job *job = context;
-  long long i;
-  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_items)
-    if (job->items[i].new_rows == WRITTEN_BEFORE_ALL)
-      write_rows_of(job, &job->items[i], 0, job->call.pages->num_kv_heads);
-}
-
-/* On all workers when there are many rows, as in a prompt. */
-static void write_new_rows(int32_t num_workers, int64_t num_before, job *job) {
-  if (!job->slots || !num_before) return;
-  if (num_workers > 1 && num_before >= (int64_t)ROWS_WORTH_A_THREAD * num_workers)
-    pkv_threads_run(num_workers, write_before_all, job);
-  else
-    write_before_all(job, 0);
-  atomic_store(&job->next_item, 0);
-}
-
-/* ---- item by item */
-
-/* The states over shared spans of a kv head, for the cascade's rows from `row` on. */
-static float *carried_states(const job *job, int32_t head, int32_t row) {
-  return job->carried + ((int64_t)head * job->cascade.num_rows + row) * job->work.one_head.state_floats;
-}
-
-/* Begin an item's states with those that it carries on, or leave them to be carried on. */
-static void copy_carried(const job *job, const work_item *item, float *states, bool is_left) {
-  const item_shape *one_head = &job->work.one_head;
-  int32_t group = one_head->num_q_heads;
-  for (int32_t row = 0; row < item->num_rows; row++)
-    for (int32_t i = 0; i < item->shape->num_kv_heads; i++) {
-      float *floats = carried_states(job, item->first_head + i, item->first_carried + row);
-      pkv_state carried = state_at(one_head, floats, 0);
-      pkv_state own = state_of_head(&job->call, state_at(item->shape, states, row), i * group);
-      pkv_state from = is_left ? own : carried, to = is_left ? carried : own;
-      memcpy(to.maximum, from.maximum, (size_t)group * sizeof(float));
-      memcpy(to.sum, from.sum, (size_t)group * sizeof(float));
-      memcpy(to.accumulated, from.accumulated, (size_t)one_head->value_floats * sizeof(float));
-    }
-}
-
-/* For an item whose pieces have all ended; its first piece has merged its own spans. */
-static void merge_pieces(const job *job, const work_item *first) {
-  const work_item *last = first + first->num_pieces - 1;
-  float *states = partial_states(job, first, first->num_carried);
-  span_list spans =
-      spans_of(job->call.batch, job->call.span_tokens, first->seq, first->first_row, first->num_rows);
-  for (int32_t i = first->end_span; i < last->end_span; i++)
-    pkv_merge_span(&job->call, first, start_of_span(spans, i), states, partial_states(job, first, i));
-  finish_rows(job, first, states);
-}
-
-/* Merge spans as they come; a piece that is not the item's first leaves the states of its spans. */
-static void attend_item(const job *job, const work_item *item, int32_t worker) {
-  scratch scratch = scratch_of(job, item->shape, worker);
-  span_list spans =
-      spans_of(job->call.batch, job->call.span_tokens, item->seq, item->first_row, item->num_rows);
-  if (job->slots && item->new_rows == WRITTEN_BY_ITSELF)
-    write_rows_of(job, item, item->first_head, item->shape->num_kv_heads);
-  prepare_rows(job, item, scratch.q);
-  for (int32_t row = 0; spans.count == 0 && row < item->num_rows; row++)
-    clear(item->shape, state_at(item->shape, scratch.states, row));
-  bool is_cut = item->num_pieces > 1, is_first = item->first_span == item->num_carried;
-  float *merged = is_cut ? partial_states(job, item, item->num_carried) : scratch.states;
-  if (is_first && item->num_carried) copy_carried(job, item, merged, false);
-  for (int32_t i = item->first_span; i < item->end_span; i++) {
-    int32_t start = start_of_span(spans, i);
-    float *states = i == 0 ? merged : is_first ? scratch.span : partial_states(job, item, i);
-    pkv_fold_span(&job->call, item, start, scratch.q, states);
-    if (i > 0 && is_first) pkv_merge_span(&job->call, item, start, merged, scratch.span);
-  }
-  if (!is_cut)
-    finish_rows(job, item, merged);
-  else if (atomic_fetch_add(&job->num_ended[item->first_piece], 1) == item->num_pieces - 1)
-    merge_pieces(job, &job->items[item->first_piece]);
-}
-
-/* ---- shared spans, before all items */
-
-static void fold_shared_item(const job *job, const work_item *item, int32_t worker) {
-  scratch scratch = scratch_of(job, item->shape, worker);
-  prepare_rows(job, item, scratch.q);
-  if (item->num_carried) copy_carried(job, item, scratch.states, false);
-  for (int32_t i = item->first_span; i < item->end_span; i++) {
-    int32_t start = i * job->call.span_tokens; /* without a window, spans are consecutive */
-    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span);
-    if (i > 0) pkv_merge_span(&job->call, item, start, scratch.states, scratch.span);
-  }
-  copy_carried(job, item, scratch.states, true);
-}
-
-static void fold_shared_items(void *context, int32_t worker) {
-  job *job = context;
-  long long i;
-  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_shared)
-    fold_shared_item(job, &job->shared[i], worker);
-}
-
-/* Level by level: each one carries on what the one above has left. */
-static void fold_shared_spans(int32_t num_workers, job *job) {
-  for (int32_t level = 0; level < job->cascade.num_levels; level++) {
-    job->num_shared = pkv_cut_shared(&job->work, level, job->shapes, job->shared);
-    pkv_threads_run(num_workers, fold_shared_items, job);
-    atomic_store(&job->next_item, 0);
-  }
-}
-
-static void attend_items(void *context, int32_t worker) {
-  job *job = context;
-  long long i;
-  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_items)
-    attend_item(job, &job->items[job->num_items - 1 - i], worker); /* the longest first */
-}
-
-/* ---- one call */
 
 static size_t aligned(size_t num_bytes) { return (num_bytes + 63) & ~(size_t)63; }
 
@@ -257,7 +37,7 @@ static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
 }
 
 /* Slopes and sinks in units of log2, for as long as the call runs. */
-static void scale_options(job *job) {
+static void scale_options(pkv_job *job) {
   const float *slopes = job->attention->alibi_slopes, *sinks = job->attention->sinks;
   float *scaled_slopes = job->options, *scaled_sinks = job->options + job->call.num_q_heads;
   job->call.layer.alibi_slopes = slopes ? scaled_slopes : NULL;
@@ -283,7 +63,7 @@ static bool out_overlaps(const pkv_attention *attention) {
 }
 
 /* Find what sequences share, and note it for the call.  False: there is no memory. */
-static bool find_shared(job *job) {
+static bool find_shared(pkv_job *job) {
   const pkv_batch *batch = job->call.batch;
   size_t shapes_bytes = aligned((size_t)batch->num_seqs * sizeof(item_shape));
   job->cascade_memory = malloc(shapes_bytes + (size_t)pkv_cascade_bytes(batch));
@@ -315,16 +95,16 @@ static void *take(char *memory, size_t *used, size_t num_bytes) {
 }
 
 /* Floats of scratch that the largest item needs. */
-static int64_t most_scratch(const job *job) {
-  int64_t most = scratch_floats(&job->work.all_heads), one_head = scratch_floats(&job->work.one_head);
+static int64_t most_scratch(const pkv_job *job) {
+  int64_t most = pkv_scratch_floats(&job->work.all_heads), one_head = pkv_scratch_floats(&job->work.one_head);
   if (most < one_head) most = one_head;
   for (int32_t i = 0; i < job->cascade.num_nodes; i++)
-    if (most < scratch_floats(&job->shapes[i])) most = scratch_floats(&job->shapes[i]);
+    if (most < pkv_scratch_floats(&job->shapes[i])) most = pkv_scratch_floats(&job->shapes[i]);
   return most;
 }
 
 /* Shared items of the level that has most. */
-static int64_t most_shared(const job *job) {
+static int64_t most_shared(const pkv_job *job) {
   int64_t most = 0;
   for (int32_t level = 0; level < job->cascade.num_levels; level++) {
     int64_t count = pkv_cut_shared(&job->work, level, job->shapes, NULL);
@@ -334,7 +114,7 @@ static int64_t most_shared(const job *job) {
 }
 
 /* Place what the call needs in its memory.  Returns the bytes; with NULL it only counts them. */
-static size_t lay_out(job *job, const work_size *size, int32_t num_workers, char *memory) {
+static size_t lay_out(pkv_job *job, const work_size *size, int32_t num_workers, char *memory) {
   size_t used = 0, num_carried = (size_t)job->cascade.num_rows * (size_t)job->call.pages->num_kv_heads;
   job->worker_bytes = aligned((size_t)most_scratch(job) * sizeof(float));
   job->options = take(memory, &used, 2 * (size_t)job->call.num_q_heads * sizeof(float));
@@ -348,7 +128,7 @@ static size_t lay_out(job *job, const work_size *size, int32_t num_workers, char
 }
 
 /* Split the work for up to num_workers, allocate its scratch, do it. */
-static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *job) {
+static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, pkv_job *job) {
   const pkv_batch *batch = job->call.batch;
   int64_t token_bytes =
       (int64_t)4 * job->call.pages->num_kv_heads * (job->call.pages->head_dim + job->call.pages->head_dim_v);
@@ -366,9 +146,9 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, job *jo
   pkv_cut_work(&job->work, job->items);
   memset(job->num_ended, 0, (size_t)size.num_items * sizeof(atomic_int));
 
-  write_new_rows(num_workers, size.num_before, job);
-  fold_shared_spans(num_workers, job);
-  pkv_threads_run(num_workers, attend_items, job);
+  pkv_write_new_rows(num_workers, size.num_before, job);
+  pkv_fold_shared_spans(num_workers, job);
+  pkv_attend_items(num_workers, job);
   if (!threads) free(memory);
   return PKV_OK;
 }
@@ -416,9 +196,9 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
   int32_t num_q_heads = attention->num_q_heads;
   if (!kernel || !is_valid(pages, num_q_heads) || (batch->sees_all && batch->window)) return PKV_BAD_ARGUMENT;
   if (attention->byte_lengths && out_overlaps(attention)) return PKV_OUT_OVERLAPS;
-  job job = {.call = call_of(kernel, pages, batch, attention),
-             .attention = attention,
-             .scale = attention->sm_scale * LOG2_E};
+  pkv_job job = {.call = call_of(kernel, pages, batch, attention),
+                 .attention = attention,
+                 .scale = attention->sm_scale * LOG2_E};
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   if (plan && attention->has_rows) {
     pkv_prepare_pages(pages, plan);

@@ -1,0 +1,193 @@
+/* Work items of a call of attention, done by threads that take them one at a time.
+ *
+ *   item     prepare q, fold and merge spans (runs.h), finish; write the new rows that it alone reads
+ *   piece    some spans of a long item: the thread that ends the last one merges them, in the same order
+ *   shared   spans that several sequences begin with, folded level by level before all items (cascade.h) */
+#include "items.h"
+
+#include <string.h>
+
+#include "memory/append.h"
+#include "visibility.h"
+
+enum { ROWS_WORTH_A_THREAD = 32 }; /* new rows to write */
+
+typedef struct {
+  float *q;      /* [rows], prepared */
+  float *states; /* [rows], of the spans merged so far */
+  float *span;   /* [rows], of the current span */
+} scratch;
+
+static scratch scratch_of(const pkv_job *job, const item_shape *shape, int32_t worker) {
+  float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
+  int64_t states = shape->num_rows * shape->state_floats;
+  return (scratch){floats + 2 * states, floats, floats + states};
+}
+
+static int32_t first_q_head(const pkv_job *job, const work_item *item) {
+  return item->first_head * (job->call.num_q_heads / job->call.pages->num_kv_heads);
+}
+
+static void finish_rows(const pkv_job *job, const work_item *item, float *states) {
+  const pkv_tensor *out = &job->attention->out;
+  for (int64_t row = 0; row < item->num_rows; row++)
+    for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
+      int64_t q_row = q_row_of(item, (int32_t)row), head = first_q_head(job, item) + i;
+      pkv_state state = state_of_head(&job->call, state_at(item->shape, states, row), i);
+      float *lse = job->attention->lse ? job->attention->lse + q_row * job->call.num_q_heads + head : NULL;
+      job->call.kernel->finish(out->data + q_row * out->token_stride + head * out->head_stride, out->dtype,
+                               state, job->sinks ? job->sinks + head : NULL, job->call.pages->head_dim_v,
+                               lse);
+    }
+}
+
+static float *partial_states(const pkv_job *job, const work_item *item, int32_t span) {
+  int64_t index = span - item->num_carried;
+  return job->partials + item->first_partial + index * item->num_rows * item->shape->state_floats;
+}
+
+static void prepare_rows(const pkv_job *job, const work_item *item, float *prepared) {
+  const pkv_tensor *q = &job->attention->q;
+  int32_t head_dim = job->call.pages->head_dim;
+  for (int64_t row = 0; row < item->num_rows; row++)
+    for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
+      const char *from = q->data + q_row_of(item, (int32_t)row) * q->token_stride +
+                         (first_q_head(job, item) + i) * q->head_stride;
+      float *to = prepared + row * item->shape->q_floats + i * pkv_padded(job->call.layer.k.dim);
+      if (job->call.layer.k.dtype == PKV_BFLOAT16_PAIRS)
+        memcpy(to, from, (size_t)head_dim * sizeof(uint16_t));
+      else
+        job->call.kernel->prepare_q(to, from, q->dtype, job->scale, head_dim);
+    }
+}
+
+/* ---- new keys and values */
+
+static void write_rows_of(const pkv_job *job, const work_item *item, int32_t first_head,
+                          int32_t num_kv_heads) {
+  pkv_tensor k = job->attention->k, v = job->attention->v;
+  pkv_pages pages = *job->call.pages;
+  k.data += item->first_row * k.token_stride + first_head * k.head_stride;
+  v.data += item->first_row * v.token_stride + first_head * v.head_stride;
+  pages.k += first_head * pages.k_head_stride;
+  pages.v += first_head * pages.v_head_stride;
+  pages.num_kv_heads = num_kv_heads;
+  pkv_write_rows(job->call.kernel, &pages, item->num_rows, job->slots + item->first_row, &k, &v, false);
+}
+
+static void write_before_all(void *context, int32_t worker) {
+  (void)worker;
+  pkv_job *job = context;
+  long long i;
+  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_items)
+    if (job->items[i].new_rows == WRITTEN_BEFORE_ALL)
+      write_rows_of(job, &job->items[i], 0, job->call.pages->num_kv_heads);
+}
+
+/* On all workers when there are many rows, as in a prompt. */
+void pkv_write_new_rows(int32_t num_workers, int64_t num_before, pkv_job *job) {
+  if (!job->slots || !num_before) return;
+  if (num_workers > 1 && num_before >= (int64_t)ROWS_WORTH_A_THREAD * num_workers)
+    pkv_threads_run(num_workers, write_before_all, job);
+  else
+    write_before_all(job, 0);
+  atomic_store(&job->next_item, 0);
+}
+
+/* ---- item by item */
+
+/* The states over shared spans of a kv head, for the cascade's rows from `row` on. */
+static float *carried_states(const pkv_job *job, int32_t head, int32_t row) {
+  return job->carried + ((int64_t)head * job->cascade.num_rows + row) * job->work.one_head.state_floats;
+}
+
+/* Begin an item's states with those that it carries on, or leave them to be carried on. */
+static void copy_carried(const pkv_job *job, const work_item *item, float *states, bool is_left) {
+  const item_shape *one_head = &job->work.one_head;
+  int32_t group = one_head->num_q_heads;
+  for (int32_t row = 0; row < item->num_rows; row++)
+    for (int32_t i = 0; i < item->shape->num_kv_heads; i++) {
+      float *floats = carried_states(job, item->first_head + i, item->first_carried + row);
+      pkv_state carried = state_at(one_head, floats, 0);
+      pkv_state own = state_of_head(&job->call, state_at(item->shape, states, row), i * group);
+      pkv_state from = is_left ? own : carried, to = is_left ? carried : own;
+      memcpy(to.maximum, from.maximum, (size_t)group * sizeof(float));
+      memcpy(to.sum, from.sum, (size_t)group * sizeof(float));
+      memcpy(to.accumulated, from.accumulated, (size_t)one_head->value_floats * sizeof(float));
+    }
+}
+
+/* For an item whose pieces have all ended; its first piece has merged its own spans. */
+static void merge_pieces(const pkv_job *job, const work_item *first) {
+  const work_item *last = first + first->num_pieces - 1;
+  float *states = partial_states(job, first, first->num_carried);
+  span_list spans =
+      spans_of(job->call.batch, job->call.span_tokens, first->seq, first->first_row, first->num_rows);
+  for (int32_t i = first->end_span; i < last->end_span; i++)
+    pkv_merge_span(&job->call, first, start_of_span(spans, i), states, partial_states(job, first, i));
+  finish_rows(job, first, states);
+}
+
+/* Merge spans as they come; a piece that is not the item's first leaves the states of its spans. */
+static void attend_item(const pkv_job *job, const work_item *item, int32_t worker) {
+  scratch scratch = scratch_of(job, item->shape, worker);
+  span_list spans =
+      spans_of(job->call.batch, job->call.span_tokens, item->seq, item->first_row, item->num_rows);
+  if (job->slots && item->new_rows == WRITTEN_BY_ITSELF)
+    write_rows_of(job, item, item->first_head, item->shape->num_kv_heads);
+  prepare_rows(job, item, scratch.q);
+  for (int32_t row = 0; spans.count == 0 && row < item->num_rows; row++)
+    clear(item->shape, state_at(item->shape, scratch.states, row));
+  bool is_cut = item->num_pieces > 1, is_first = item->first_span == item->num_carried;
+  float *merged = is_cut ? partial_states(job, item, item->num_carried) : scratch.states;
+  if (is_first && item->num_carried) copy_carried(job, item, merged, false);
+  for (int32_t i = item->first_span; i < item->end_span; i++) {
+    int32_t start = start_of_span(spans, i);
+    float *states = i == 0 ? merged : is_first ? scratch.span : partial_states(job, item, i);
+    pkv_fold_span(&job->call, item, start, scratch.q, states);
+    if (i > 0 && is_first) pkv_merge_span(&job->call, item, start, merged, scratch.span);
+  }
+  if (!is_cut)
+    finish_rows(job, item, merged);
+  else if (atomic_fetch_add(&job->num_ended[item->first_piece], 1) == item->num_pieces - 1)
+    merge_pieces(job, &job->items[item->first_piece]);
+}
+
+/* ---- shared spans, before all items */
+
+static void fold_shared_item(const pkv_job *job, const work_item *item, int32_t worker) {
+  scratch scratch = scratch_of(job, item->shape, worker);
+  prepare_rows(job, item, scratch.q);
+  if (item->num_carried) copy_carried(job, item, scratch.states, false);
+  for (int32_t i = item->first_span; i < item->end_span; i++) {
+    int32_t start = i * job->call.span_tokens; /* without a window, spans are consecutive */
+    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span);
+    if (i > 0) pkv_merge_span(&job->call, item, start, scratch.states, scratch.span);
+  }
+  copy_carried(job, item, scratch.states, true);
+}
+
+static void fold_shared_items(void *context, int32_t worker) {
+  pkv_job *job = context;
+  long long i;
+  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_shared)
+    fold_shared_item(job, &job->shared[i], worker);
+}
+
+/* Level by level: each one carries on what the one above has left. */
+void pkv_fold_shared_spans(int32_t num_workers, pkv_job *job) {
+  for (int32_t level = 0; level < job->cascade.num_levels; level++) {
+    job->num_shared = pkv_cut_shared(&job->work, level, job->shapes, job->shared);
+    pkv_threads_run(num_workers, fold_shared_items, job);
+    atomic_store(&job->next_item, 0);
+  }
+}
+
+static void attend_items(void *context, int32_t worker) {
+  pkv_job *job = context;
+  long long i;
+  while ((i = atomic_fetch_add(&job->next_item, 1)) < job->num_items)
+    attend_item(job, &job->items[job->num_items - 1 - i], worker); /* the longest first */
+}
+
+void pkv_attend_items(int32_t num_workers, pkv_job *job) { pkv_threads_run(num_workers, attend_items, job); }
