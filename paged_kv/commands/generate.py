@@ -36,7 +36,7 @@ from .baselines import ConcatenatedCache, RecomputeStep
 from .bench_model import CEILING_BYTES, PAGE_SIZE, rounded
 from .info import read_gb_per_s
 from .live_line import LiveLine
-from .texts import open_tokenizer, require_text
+from .texts import begin_ids, open_tokenizer, require_text
 from .timing import Stopwatch, TimedCache, timed_matrices
 
 #: Steps that are measured without a cache, and with a concatenated one.
@@ -69,8 +69,7 @@ def run(options: argparse.Namespace) -> int:
     live = LiveLine(sys.stderr)
     texts = [require_text("--prompt", text) for text in options.prompt]
     integer("--seed", options.seed, 0, 2**64)
-    model, tokenizer = opened(options, live)
-    begin = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
+    model, tokenizer, begin = opened(options, live)
     prompts = [[*begin, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
     longest = max(map(len, prompts)) + options.max_tokens
     if options.max_tokens < 1 or longest > model.config.max_position_embeddings:
@@ -127,10 +126,12 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def opened(options: argparse.Namespace, live: LiveLine) -> tuple[DecoderModel, Any]:
-    """A model and its tokenizer from a folder; None: the small one that ships with the library."""
+def opened(options: argparse.Namespace, live: LiveLine) -> tuple[DecoderModel, Any, list[int]]:
+    """A model, its tokenizer and what begins each prompt; without a folder, of the small one."""
     if options.model is None:
-        return BitNetModel.tiny(), open_tokenizer(TINY_BITNET / "tokenizer.json")
+        tiny = BitNetModel.tiny()
+        begin = [] if tiny.config.bos_token_id is None else [tiny.config.bos_token_id]
+        return tiny, open_tokenizer(TINY_BITNET / "tokenizer.json"), begin
     tokenizer = open_tokenizer(Path(options.model) / "tokenizer.json")
     model = DecoderModel.from_pretrained(
         options.model,
@@ -139,7 +140,7 @@ def opened(options: argparse.Namespace, live: LiveLine) -> tuple[DecoderModel, A
         progress=partial(live.progress, "blocks"),
     )
     live.clear()
-    return model, tokenizer
+    return model, tokenizer, begin_ids(Path(options.model), tokenizer, model.config.bos_token_id)
 
 
 # ---- text as it comes

@@ -1,6 +1,6 @@
 """Texts on their way in and out of the command line: arguments, files, tokenizers, terminals.
 
-Imports errors and extras.
+Imports extras and models.json_file.
 """
 
 import os
@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from ..errors import ArgumentError
 from ..extras import require
+from ..models.json_file import Fields, read_json_object
 
 
 def require_text(option: str, text: str) -> str:
@@ -45,6 +46,24 @@ def open_tokenizer(path: Path) -> Any:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises no other type
         raise ArgumentError(f"{path} is no tokenizer: {error}") from None
+
+
+def begin_ids(folder: Path, tokenizer: Any, bos_token_id: int | None) -> list[int]:
+    """What stands before every prompt of a folder's model, as it was trained.
+
+    `add_bos_token` of tokenizer_config.json decides; where it is silent, the tokenizer's own post-processor
+    does, and a tokenizer that adds nothing means that nothing is added.
+    Raises: ArgumentError for a file that is not what it should be.
+    """
+    path = folder / "tokenizer_config.json"
+    fields = Fields(read_json_object(path) if path.is_file() else {}, str(path))
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    processed = tokenizer.encode("a").ids
+    length = next((i for i in range(len(processed)) if processed[i : i + len(plain)] == plain), 0)
+    added = list(processed[:length])
+    if not added and fields.flag("add_bos_token", False) and bos_token_id is not None:
+        return [bos_token_id]
+    return added if fields.flag("add_bos_token", True) else []
 
 
 def show_everything(stream: TextIO) -> None:
