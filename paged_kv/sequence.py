@@ -224,7 +224,7 @@ def new_sequences(
 
 
 def free_all(store: Store, seq_ids: list[int]) -> None:
-    """After an error between rows and their caller, who has no handle; the error may keep ours for long."""
+    """After an error between rows and their caller, which has no handle; the error may keep ours for long."""
     for seq_id in seq_ids:
         store.free(seq_id)
 

@@ -6,8 +6,8 @@ begin with their lengths:
     SHA-256("paged_kv page", page_size, fingerprint, "salt", salt, ids)                    of a first page
     SHA-256("paged_kv page", page_size, fingerprint, "page", hash of the page before, ids)       of others
 
-so the same tokens have the same hash in every process, and a salt cannot be learned from it by whoever does
-not guess it.  Within the cache no hash decides anything: look-ups compare tokens.
+so the same tokens have the same hash in every process, and a hash shows a salt only to those that guess it.
+Within the cache no hash decides anything: look-ups compare tokens.
 
 Ids are consecutive, from 1.  The last events are kept in a ring; when what a caller needs has left it, the
 answer begins with AllBlocksCleared and a BlockStored for each page that is there, so that replaying any

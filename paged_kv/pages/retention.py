@@ -8,7 +8,7 @@ go first.  The key of the default policy, LRU, is
 so a priority of 1 is worth one half-life of not being used, and 3 two.  Keys do not change between uses.
 Pages whose time to live is over go before all others.
 
-Whoever uses a page uses those before it, so keys do not grow along a chain: its end goes first.
+What uses a page uses those before it, so keys do not grow along a chain: its end goes first.
 
 Imports pool.  The caller holds the cache's lock.
 """
@@ -149,7 +149,7 @@ class Retention:
             deadline, page_id = self._by_deadline[0]
             if self.pool.is_kept(page_id):
                 return page_id, "time"
-            self._by_deadline.discard((deadline, page_id))  # it has an owner, who will set another one
+            self._by_deadline.discard((deadline, page_id))  # it has an owner, whose end will set another one
         return self.pool.first_kept, "pressure"
 
     def evict(self, page_id: int) -> None:
