@@ -271,10 +271,14 @@ class Store(Uncopyable):
 
     def commit(self, plan: Plan) -> None:
         index = self.index
-        if isinstance(index, WindowedIndex) and plan.is_complete:
-            index.publish_step(plan)
-        self.tables.commit(plan)
-        if index is not None and plan.handle.is_page_completed and self.tables.window is None:
+        if index is None or not plan.handle.completes_page:
+            self.tables.commit(plan)
+        elif isinstance(index, WindowedIndex):
+            if plan.is_complete:
+                index.publish_step(plan)
+            self.tables.commit(plan)
+        else:
+            self.tables.commit(plan)
             index.publish(plan.rows)
         self.open_plans.pop(id(plan), None)
 

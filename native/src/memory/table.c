@@ -318,6 +318,8 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
     place_tokens(tables, page_ids, skipped, old_len, new_len, own_ids, plan->slot_mapping + first,
                  plan->positions + first);
     plan->new_known[i] = own_ids ? (int32_t)counts[i] : 0;
+    bool is_known = own_ids && tables->rows->num_known[row] == old_len;
+    if (is_known && new_len / tables->page_size > old_len / tables->page_size) plan->completes_page = 1;
     batch.first_pages[i] = (int32_t)first_page;
     batch.qo_indptr[i + 1] = first + (int32_t)counts[i];
     batch.kv_indptr[i + 1] = batch.kv_indptr[i] + (int32_t)num_pages;
@@ -369,11 +371,7 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
       *cell = tables->tail_copies[row];
       tables->tail_copies[row] = -1;
     }
-    if (tables->rows->num_known[row] == old_len && plan->new_known[i]) {
-      tables->rows->num_known[row] += plan->new_known[i];
-      int64_t old_pages = old_len / tables->page_size;
-      if (tables->rows->num_known[row] / tables->page_size > old_pages) plan->is_page_completed = 1;
-    }
+    if (tables->rows->num_known[row] == old_len) tables->rows->num_known[row] += plan->new_known[i];
     tables->rows->seq_lens[row] = (int32_t)new_len;
     /* Pages that have left the window are released only now, so that the step could be rolled back. */
     pkv_status status =
