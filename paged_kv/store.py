@@ -176,9 +176,9 @@ class Store(Uncopyable):
 
     def salt_number(self, salt: bytes) -> int:
         """The number of a salt, for a new sequence."""
-        index, tables = self.index, self.tables
+        index = self.index
         self.salts.forget_unused(
-            lambda: tables.rows.salts[tables.rows.seq_ids > 0].tolist(),
+            self.rows.salts_in_use,
             index.has_entries if index is not None else lambda number: False,
         )
         return self.salts.number(salt)

@@ -111,7 +111,7 @@ class PrefixIndex(Uncopyable):
     ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
         """Page `depth` of rows whose path ends here: page ids, tokens that agree with `rest`, known ones."""
         tables = self.tables
-        rows = np.flatnonzero(self._ends == int.from_bytes(serial))
+        rows = np.flatnonzero(self._ends[: tables.rows.num_rows] == int.from_bytes(serial))
         num_known = tables.rows.num_known[rows] - depth * self.page_size
         rows, num_known = rows[num_known > 0], num_known[num_known > 0]
         if not rows.size:
@@ -351,7 +351,7 @@ class PrefixIndex(Uncopyable):
         Returns: how many kept pages are free now.
         """
         with self._change:
-            self.tables.rows.num_known[:] = 0
+            self.tables.rows.num_known[: self.tables.rows.num_rows] = 0
             for plan in plans:
                 if plan.is_open:
                     plan.forget_ids()

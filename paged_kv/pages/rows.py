@@ -63,6 +63,17 @@ class Rows(Uncopyable):
     def num_sequences(self) -> int:
         return int(self.handle.num_sequences)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that were used so far; those behind are untouched."""
+        return int(self.handle.num_rows)
+
+    def salts_in_use(self) -> list[int]:
+        """The salts of all sequences, with repetitions."""
+        num_rows = self.num_rows
+        salts: list[int] = self.salts[:num_rows][self.seq_ids[:num_rows] > 0].tolist()
+        return salts
+
     def next_seq_ids(self, count: int) -> list[int]:
         """Ids for `count` new sequences, for which `add` takes rows; OutOfSequences when too few are free."""
         num_free = self.max_sequences - self.num_sequences
