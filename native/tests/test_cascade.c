@@ -102,7 +102,73 @@ static void nodes_are_what_sequences_share(const pkv_batch *batch, const pkv_cas
   assert(num_rows == cascade->num_rows && cascade->first_rows[batch->num_seqs] == num_rows);
 }
 
+/* ---- attention over shared pages, by several threads: the same bits as without sharing */
+
+enum { HEADS = 4, GROUP = 2, DIM = 16, NUM_PAGES = 12, SEQS = 9, TOKENS = NUM_PAGES * PAGE_SIZE };
+
+static float keys[TOKENS * HEADS * DIM], values[TOKENS * HEADS * DIM], q[SEQS * HEADS * GROUP * DIM];
+static float shared_out[SEQS * HEADS * GROUP * DIM], plain_out[SEQS * HEADS * GROUP * DIM];
+
+static void fill(float *floats, int32_t count) {
+  for (int32_t i = 0; i < count; i++) floats[i] = (float)(below(2001) - 1000) / 500;
+}
+
+static pkv_tensor dense(float *floats) {
+  return (pkv_tensor){.data = (char *)floats,
+                      .token_stride = HEADS * GROUP * DIM * (int64_t)sizeof(float),
+                      .head_stride = DIM * (int64_t)sizeof(float),
+                      .dtype = PKV_FLOAT32};
+}
+
+static pkv_status attend(pkv_threads *threads, pkv_batch *batch, pkv_may_share may_share, float *out) {
+  const int64_t head_bytes = DIM * (int64_t)sizeof(float);
+  pkv_pages of_heads = {.k = (char *)keys,
+                        .v = (char *)values,
+                        .k_page_stride = PAGE_SIZE * HEADS * head_bytes,
+                        .k_head_stride = head_bytes,
+                        .k_token_stride = HEADS * head_bytes,
+                        .v_page_stride = PAGE_SIZE * HEADS * head_bytes,
+                        .v_head_stride = head_bytes,
+                        .v_token_stride = HEADS * head_bytes,
+                        .page_size = PAGE_SIZE,
+                        .num_kv_heads = HEADS,
+                        .head_dim = DIM,
+                        .head_dim_v = DIM};
+  pkv_attention attention = {
+      .num_q_heads = HEADS * GROUP, .sm_scale = 0.25f, .q = dense(q), .out = dense(out)};
+  batch->may_share = may_share;
+  return pkv_attend(threads, &of_heads, batch, &attention);
+}
+
+static void threads_give_the_same_bits(void) {
+  pkv_threads *threads = NULL;
+  assert(pkv_threads_create(4, &threads) == PKV_OK);
+  fill(keys, TOKENS * HEADS * DIM);
+  fill(values, TOKENS * HEADS * DIM);
+  for (int round = 0; round < 60; round++) {
+    fill(q, SEQS * HEADS * GROUP * DIM);
+    pkv_batch batch = {.num_seqs = SEQS,
+                       .qo_indptr = qo_indptr,
+                       .kv_indptr = kv_indptr,
+                       .kv_indices = pages,
+                       .seq_lens = seq_lens};
+    for (int32_t seq = 0; seq < SEQS; seq++) { /* one row each, and pages as others begin */
+      int32_t same = 4 + 4 * (seq % 3 > 0), *own = pages + seq * NUM_PAGES;
+      for (int32_t i = 0; i < NUM_PAGES; i++) own[i] = i < same ? i : below(NUM_PAGES);
+      qo_indptr[seq + 1] = seq + 1;
+      kv_indptr[seq + 1] = (seq + 1) * NUM_PAGES;
+      seq_lens[seq] = TOKENS - below(PAGE_SIZE);
+    }
+    memset(shared_out, 0x7f, sizeof shared_out);
+    assert(attend(NULL, &batch, PKV_SHARE_NONE, plain_out) == PKV_OK);
+    assert(attend(threads, &batch, PKV_SHARE_ALL, shared_out) == PKV_OK);
+    assert(!memcmp(shared_out, plain_out, sizeof plain_out));
+  }
+  pkv_threads_destroy(threads);
+}
+
 int main(void) {
+  threads_give_the_same_bits();
   int64_t num_nodes = 0;
   for (int round = 0; round < 20000; round++) {
     pkv_batch batch = draw();
