@@ -138,8 +138,8 @@ class PrefixIndex(Uncopyable):
             self._has_other_pages[row] = False
             self._set_path(row, [] if found is None else found.entries[: found.num_tokens // self.page_size])
             if found is not None and found.page_ids:
-                logical, pages = self.tables.held_pages(row)
-                self.retention.find(row, pages, (logical * self.page_size).tolist())
+                num_pages = -(-found.num_tokens // self.page_size)
+                self.retention.find(row, *self._held_pages(row, num_pages))
 
     def hold(self, row: int, entries: list[Entry]) -> None:
         """A new row has the pages of these entries, and is no use of them."""
@@ -220,10 +220,14 @@ class PrefixIndex(Uncopyable):
 
     def _left_pages(self, row: int, path: list[Entry]) -> tuple[NDArray[np.int32], Sequence[int]]:
         """The pages of a row's path, and the positions of their first tokens."""
-        positions = range(0, len(path) * self.page_size, self.page_size)
+        pages, positions = self._held_pages(row, len(path))
         if self._has_other_pages[row]:
-            return np.array([entry.page_id for entry in path], np.int32), positions
-        return self.tables.page_ids[row, : len(path)], positions
+            pages = np.array([entry.page_id for entry in path], np.int32)
+        return pages, positions
+
+    def _held_pages(self, row: int, num_pages: int) -> tuple[NDArray[np.int32], Sequence[int]]:
+        """A row's first num_pages pages, as far as it holds them, and the positions of their first tokens."""
+        return self.tables.page_ids[row, :num_pages], range(0, num_pages * self.page_size, self.page_size)
 
     def _end_of(self, row: int, path: list[Entry]) -> bytes:
         """What the page after a row's path follows: the last entry, or the salt."""

@@ -12,6 +12,7 @@ Imports prefix_index and token_keys.
 
 import itertools
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,7 +121,10 @@ class WindowedIndex(PrefixIndex):
             if oldest.page_id == HOLLOW and not oldest.is_dropped:
                 self.drop(oldest, None)
 
-    def _left_pages(self, row: int, path: list[Entry]) -> tuple[NDArray[np.int32], list[int]]:
+    def _left_pages(self, row: int, path: list[Entry]) -> tuple[NDArray[np.int32], Sequence[int]]:
+        return self._held_pages(row, len(path))
+
+    def _held_pages(self, row: int, num_pages: int) -> tuple[NDArray[np.int32], Sequence[int]]:
         logical, pages = self.tables.held_pages(row)
-        is_known = logical < len(path)
-        return pages[is_known], (logical[is_known] * self.page_size).tolist()
+        is_first = logical < num_pages
+        return pages[is_first], (logical[is_first] * self.page_size).tolist()

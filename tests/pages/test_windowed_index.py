@@ -45,6 +45,18 @@ def test_a_match_takes_the_pages_of_the_window_only():
             assert list(seq.held_positions) == list(range(160, 200))
 
 
+def test_all_pages_of_a_match_are_used_by_it():
+    now = [0.0]
+    with windowed(clock=lambda: now[0]) as cache:
+        start(cache, LONG)[0].free()
+        now[0] = 10.0
+        seq = cache.sequence([*LONG, 1])
+        pages = cache._store.tables.held_pages(cache._store.tables.rows.row(seq._seq_id))[1]
+        retention = cache._store.index.retention
+        assert len(pages) == 3 and (retention._last_used[pages] == 10.0).all()
+        assert (retention._num_hits[pages] == 1).all() and retention._num_hits.sum() == 3
+
+
 def test_early_pages_may_go_and_the_match_stays():
     with windowed(num_pages=13) as cache:
         seq = cache.sequence()
