@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
-from ._binding import integer, kernels
+from ._binding import integer, kernels, real
 from .errors import ArgumentError, InvariantViolation
 from .lifetime import Uncopyable
 from .pages.block_table import Window
@@ -403,10 +403,10 @@ def _multiple(name: str, value: object, of: int, high: int) -> int:
 
 
 def _share(name: str, value: object) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= float(value) <= 1:  # type: ignore[arg-type]
-        raise ArgumentError(f"{name} is {value!r:.60}; give a number from 0 to 1")
-    return float(value)  # type: ignore[arg-type]
+    share = real(name, value, 0.0)
+    if share > 1:
+        raise ArgumentError(f"{name} is {share}; give a number from 0 to 1")
+    return share
 
 
 def _num_pages(layout: PageLayout, num_pages: object, memory: object) -> int:

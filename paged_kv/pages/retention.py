@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedList
 
-from .._binding import integer
+from .._binding import integer, real
 from ..errors import ArgumentError
 from .pool import PagePool
 
@@ -223,7 +223,9 @@ def priority_of(priority: object) -> int:
 
 def seconds(name: str, value: object) -> float:
     """A number of seconds above 0, `inf` included.  Raises: ArgumentError."""
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not is_number or not float(value) > 0:  # type: ignore[arg-type]
-        raise ArgumentError(f"{name} is {value!r:.60}; give a number of seconds above 0")
-    return float(value)  # type: ignore[arg-type]
+    if isinstance(value, float) and value == FOREVER:
+        return FOREVER
+    number = real(name, value, 0.0)
+    if number == 0:
+        raise ArgumentError(f"{name} is 0; give a number of seconds above 0")
+    return number
