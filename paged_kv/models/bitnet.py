@@ -23,6 +23,7 @@ from .config import DecoderConfig
 from .decoder import DecoderModel, head_of
 from .layers import DecoderBlock, SelfAttention
 from .matrix import Matrix, random_matrix
+from .model_files import ModelFiles
 from .report import GenerationReport
 from .sampling import Sampler
 from .session import Session
@@ -108,7 +109,7 @@ class BitNetModel(DecoderModel):
     @classmethod
     def from_pretrained(
         cls,
-        folder: Path | str,
+        path: Path | str | ModelFiles,
         *,
         head: str = "int8",
         weights: str = "int8",
@@ -117,7 +118,7 @@ class BitNetModel(DecoderModel):
     ) -> Self:
         """As `DecoderModel.from_pretrained`, with `batch_size` sequences of its own."""
         batch_size = integer("batch_size", batch_size, 1)
-        model = super().from_pretrained(folder, head=head, weights=weights, progress=progress)
+        model = super().from_pretrained(path, head=head, weights=weights, progress=progress)
         model.batch_size = batch_size
         return model
 

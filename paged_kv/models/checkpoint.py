@@ -4,21 +4,19 @@ A BitNet projection is stored in 2 bits with its scale, or as float master weigh
 load; a llama's in floats, which are rounded to 8 bits a weight, or to bfloat16.  Projections that share their
 input become one matrix; gate and up alternate every eight outputs, so that gating is part of the product.
 
-Imports layers, json_file and tensor_file.
+Imports layers and tensor_file.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
-from .json_file import Fields, read_json_object
 from .layers import DecoderBlock, SelfAttention
 from .matrix import Matrix, bfloat16_matrix, codes_matrix, int8_matrix
-from .tensor_file import DTYPES, TensorFile
+from .tensor_file import DTYPES
 from .ternary import FloatArray, pack_ternary, ternarise, unpack_ternary
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -73,7 +71,15 @@ class Checkpoint:
 
     def floats(self, name: str, shape: tuple[int, ...]) -> FloatArray:
         """float32, all of them finite."""
+        return self._finite(name, self.raw(name, shape))
+
+    def rows(self, name: str, shape: tuple[int, int]) -> NDArray[Any]:
+        """An embedding or a head as it is stored, floats or bfloat16's bits: finite, and not all zeros."""
         array = self.raw(name, shape)
+        self._require_nonzero(name, self._finite(name, array))
+        return array
+
+    def _finite(self, name: str, array: NDArray[Any]) -> FloatArray:
         if array.dtype == np.uint16:
             values = float32_of_bits(array)
         elif array.dtype in (np.float32, np.float16):
@@ -109,9 +115,12 @@ class Checkpoint:
 
     def nonzero(self, name: str, shape: tuple[int, ...]) -> FloatArray:
         array = self.floats(name, shape)
+        self._require_nonzero(name, array)
+        return array
+
+    def _require_nonzero(self, name: str, array: FloatArray) -> None:
         if not array.any():
             raise ArgumentError(f"{self.where}: {name} is all zeros; take a whole revision of the checkpoint")
-        return array
 
     def ternary(self, name: str, num_out: int, num_in: int, inverse: bool) -> tuple[NDArray[np.uint8], float]:
         """Codes of a projection, uint8 [num_out, num_in] of 0, 1, 2, and its scale.
@@ -136,58 +145,6 @@ class Checkpoint:
         return (weight + np.int8(1)).view(np.uint8), float(1 / scale[0] if inverse else scale[0])
 
 
-class Shards(Mapping[str, NDArray[Any]]):
-    """Tensors of several files, each from the file that holds it.
-
-    files : by the tensor's name
-    """
-
-    def __init__(self, files: dict[str, TensorFile]) -> None:
-        self._files = files
-        self.dtypes = {name: file.dtypes[name] for name, file in files.items()}
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._files[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def open_folder(folder: Path) -> tuple[Fields, Checkpoint]:
-    """config.json and the tensors of a folder as transformers saves it, in one file or several.
-
-    Raises: ArgumentError that names the file; OSError.
-    """
-    path = folder / "config.json"
-    fields = Fields(read_json_object(path), str(path))
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return fields, Checkpoint(TensorFile(folder / "model.safetensors"), str(folder))
-    shard_of = Fields(read_json_object(index), str(index)).texts("weight_map")
-    for name in shard_of.values():
-        if name in ("", "..") or "\0" in name or Path(name).name != name:
-            raise ArgumentError(f"{index} names a file outside its folder: {name!r:.60}")
-    shards = {name: TensorFile(folder / name) for name in sorted(set(shard_of.values()))}
-    for name, shard in shard_of.items():
-        if name not in shards[shard]:
-            raise ArgumentError(f"{folder / shard} has no tensor {name}, which {index.name} says it has")
-    # Where two shards hold a tensor, the index decides; tensors that it does not list are found too.
-    files = {name: shard for shard in shards.values() for name in shard}
-    files |= {name: shards[shard] for name, shard in shard_of.items()}
-    return fields, Checkpoint(Shards(files), str(folder))
-
-
-def stop_ids_of(folder: Path) -> tuple[int, ...]:
-    """Tokens that end a text by generation_config.json; none without such a file."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return ()
-    return Fields(read_json_object(path), str(path)).ids("eos_token_id")
-
-
 # ---- blocks
 
 Progress = Callable[[int, int], object]
@@ -198,13 +155,13 @@ def blocks_of(
 ) -> list[DecoderBlock]:
     """Every block; progress is called with how many there are so far, and of how many.
 
-    weights : of a llama, "int8" or "bfloat16"
+    weights : of a model whose weights are not ternary, "int8" or "bfloat16"
     """
     if weights not in ("int8", "bfloat16"):
-        raise ArgumentError(f'weights is "{weights}"; a llama\'s may be int8 or bfloat16')
+        raise ArgumentError(f'weights is "{weights}"; it may be int8 or bfloat16')
     blocks = []
     for i in range(config.num_hidden_layers):
-        blocks.append(_block(config, checkpoint, f"model.layers.{i}.", weights))
+        blocks.append(_block(config, checkpoint, i, weights))
         if progress is not None:
             progress(i + 1, config.num_hidden_layers)
     return blocks
@@ -219,7 +176,8 @@ def interleaved(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def _block(config: Any, checkpoint: Checkpoint, prefix: str, weights: str) -> DecoderBlock:
+def _block(config: Any, checkpoint: Checkpoint, layer: int, weights: str) -> DecoderBlock:
+    prefix = f"model.layers.{layer}."
     hidden, inter = config.hidden_size, config.intermediate_size
     q_out, kv_out = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     is_bitnet = config.model_type == "bitnet"
@@ -239,14 +197,28 @@ def _block(config: Any, checkpoint: Checkpoint, prefix: str, weights: str) -> De
     def norm(name: str, width: int) -> FloatArray:
         return checkpoint.floats(f"{prefix}{name}.weight", (width,))
 
+    def biases(names: list[str], widths: list[int], has_biases: bool) -> FloatArray | None:
+        if not has_biases:
+            return None
+        pairs = zip(names, widths, strict=True)
+        return np.concatenate(
+            [checkpoint.floats(f"{prefix}{name}_proj.bias", (width,)) for name, width in pairs]
+        )
+
+    qkv, qkv_widths = [f"self_attn.{name}" for name in "qkv"], [q_out, kv_out, kv_out]
     attention = SelfAttention(
-        stacked([f"self_attn.{name}" for name in "qkv"], [q_out, kv_out, kv_out], hidden),
+        stacked(qkv, qkv_widths, hidden),
         stacked(["self_attn.o"], [hidden], q_out),
         input_norm=norm("input_layernorm", hidden),
         sub_norm=norm("self_attn.attn_sub_norm", q_out) if is_bitnet else None,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         eps=config.rms_norm_eps,
+        qkv_bias=biases(qkv, qkv_widths, config.qkv_bias),
+        o_bias=biases(["self_attn.o"], [hidden], config.o_bias),
+        q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norms else None,
+        k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norms else None,
+        is_rotated=layer not in config.unrotated_layers,
     )
     return DecoderBlock(
         attention,

@@ -5,7 +5,7 @@
 It keeps no keys and values: a step does (layers.KVStep), which gives positions and attention, and holds the
 tokens of many sequences at once.
 
-Imports checkpoint, config and layers.
+Imports checkpoint, config, layers and model_files.
 """
 
 from collections import deque
@@ -19,10 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..lifetime import Uncopyable
-from .checkpoint import bits_of_float32, blocks_of, float32_of_bits, open_folder, stop_ids_of
-from .config import DecoderConfig
+from .checkpoint import bits_of_float32, blocks_of, float32_of_bits
+from .config import FAMILIES, DecoderConfig
 from .layers import Buffers, DecoderBlock, KVStep, Rotation, rope_frequencies
 from .matrix import Matrix, bfloat16_matrix, int8_matrix
+from .model_files import ModelFiles
 from .ternary import FloatArray
 from .token_ids import indices, token_ids
 
@@ -65,15 +66,16 @@ class DecoderModel(Uncopyable):
     @classmethod
     def from_pretrained(
         cls,
-        folder: Path | str,
+        path: Path | str | ModelFiles,
         *,
         head: str = "int8",
         weights: str = "int8",
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
-        """A model from a folder as transformers saves it: config.json and safetensors, and
-        generation_config.json, whose end tokens end a text too.
+        """A model from a folder as transformers saves it, or from a GGUF file.
 
+        path : a folder with config.json, safetensors, and generation_config.json, whose end tokens end a text
+            too; a .gguf file, for which the extra `gguf` is needed; or "smollm2" (model_files.PACKAGED)
         head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact
         weights : of a llama's projections, "int8" or "bfloat16"; a BitNet's are ternary
         progress : called with the number of loaded blocks, and of all blocks
@@ -84,14 +86,12 @@ class DecoderModel(Uncopyable):
         Raises: ArgumentError, naming the tensor that is missing, of another shape, all zeros, not finite, or
         not used by any part of the model; or the invalid field of a config; OSError.
         """
-        fields, checkpoint = open_folder(Path(folder))
-        config = DecoderConfig.from_fields(fields).with_stop_ids(stop_ids_of(Path(folder)))
+        files = ModelFiles.open(path)
+        config, checkpoint = files.config, files.checkpoint
         shape = (config.vocab_size, config.hidden_size)
-        checkpoint.nonzero("model.embed_tokens.weight", shape)
-        embedding = rows = checkpoint.raw("model.embed_tokens.weight", shape)
-        if not fields.flag("tie_word_embeddings", False):
-            checkpoint.nonzero("lm_head.weight", shape)
-            rows = checkpoint.raw("lm_head.weight", shape)
+        embedding = rows = checkpoint.rows("model.embed_tokens.weight", shape)
+        if not files.fields.flag("tie_word_embeddings", FAMILIES[config.model_type].is_tied):
+            rows = checkpoint.rows("lm_head.weight", shape)
         norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
         blocks = blocks_of(config, checkpoint, progress, weights)
         checkpoint.require_all_taken()
@@ -153,9 +153,11 @@ class DecoderModel(Uncopyable):
         return logits
 
     def new_cache(self, **options: Any) -> PagedKVCache:
-        """A cache of this model's shape; options as PagedKVCache, float32 pages by default."""
+        """A cache of this model's shape and window; options as PagedKVCache, float32 pages by default."""
         config = self.config
         defaults: dict[str, Any] = {"dtype": "float32", "max_seq_len": config.max_position_embeddings}
+        if config.sliding_window is not None:
+            defaults["window"] = config.sliding_window
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         return PagedKVCache(*shape, **(defaults | options))
 

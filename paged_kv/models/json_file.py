@@ -125,6 +125,17 @@ class Fields:
             raise self._refuse(name, value, "a token id, or a list of them")
         return tuple(values)
 
+    def numbers(self, name: str, choices: tuple[int, ...]) -> list[int]:
+        """A list of these integers; an empty one when it is missing."""
+        value = self._value(name, [])
+        if not isinstance(value, list) or not all(type(n) is int and n in choices for n in value):
+            raise self._refuse(name, value, f"a list of {', '.join(map(str, choices))}")
+        return value
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is there, as null."""
+        return name in self._fields and self._fields[name] is None
+
     def plain(self) -> dict[str, Any]:
         """All fields of the file."""
         return {name: value for name, value in self._fields.items() if value is not None}

@@ -148,6 +148,17 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | No
     return scaled
 
 
+def norm_heads(heads: FloatArray, weight: FloatArray, eps: float) -> None:
+    """Root-mean-square norm of each head, float32 [num_tokens, num_heads, head_dim], in place.
+
+    A head's bits do not depend on the others: numpy adds each one's squares in one order.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+    """
+    squares = np.square(heads).mean(axis=-1, keepdims=True)
+    heads /= np.sqrt(squares + np.float32(eps))
+    heads *= weight
+
+
 class SelfAttention:
     """Self-attention: projections, rotary positions, and in BitNet a norm before the output.
 
@@ -159,6 +170,9 @@ class SelfAttention:
     sub_norm : float32 [num_q_heads * head_dim], the norm between attention and o; None: none
     num_kv_heads, head_dim : int; head_dim is even
     eps : float, of the norms
+    qkv_bias, o_bias : float32, as long as the outputs, which are added to them; None: none
+    q_norm, k_norm : float32 [head_dim], norms of each head of q and of k, before rotation; None: none
+    is_rotated : whether positions rotate q and k
 
     Raises: ArgumentError when the parts do not fit together.
     """
@@ -173,6 +187,11 @@ class SelfAttention:
         num_kv_heads: int,
         head_dim: int,
         eps: float,
+        qkv_bias: FloatArray | None = None,
+        o_bias: FloatArray | None = None,
+        q_norm: FloatArray | None = None,
+        k_norm: FloatArray | None = None,
+        is_rotated: bool = True,
     ) -> None:
         num_q_heads = qkv.num_out // head_dim - 2 * num_kv_heads
         if qkv.num_out % head_dim or head_dim % 2 or num_q_heads < 1 or num_q_heads % num_kv_heads:
@@ -188,6 +207,8 @@ class SelfAttention:
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.qkv, self.o, self.eps = qkv, o, eps
         self.input_norm, self.sub_norm = input_norm, sub_norm
+        self.qkv_bias, self.o_bias = qkv_bias, o_bias
+        self.q_norm, self.k_norm, self.is_rotated = q_norm, k_norm, is_rotated
 
     def __call__(
         self, x: FloatArray, rotation: Rotation, kv: KVStep, layer: int, buffers: Buffers
@@ -199,13 +220,23 @@ class SelfAttention:
         num_tokens, num_rotated = len(x), self.num_q_heads + self.num_kv_heads
         flat = buffers.rows("qkv", num_tokens, self.qkv.num_out)
         self.qkv(x, norm=self.input_norm, eps=self.eps, out=flat)
+        if self.qkv_bias is not None:
+            flat += self.qkv_bias
         heads = flat.reshape(num_tokens, -1, self.head_dim)
-        rotation(heads[:, :num_rotated], kv.positions)
         q, k = heads[:, : self.num_q_heads], heads[:, self.num_q_heads : num_rotated]
+        if self.q_norm is not None:
+            norm_heads(q, self.q_norm, self.eps)
+        if self.k_norm is not None:
+            norm_heads(k, self.k_norm, self.eps)
+        if self.is_rotated:
+            rotation(heads[:, :num_rotated], kv.positions)
         v = heads[:, num_rotated:]
         attended = buffers.rows("attended", num_tokens, self.o.num_in)
         kv.attend(layer, q, k, v, out=attended.reshape(num_tokens, self.num_q_heads, self.head_dim))
-        return self.o(attended, norm=self.sub_norm, eps=self.eps, out=x, epilogue=ADD)
+        self.o(attended, norm=self.sub_norm, eps=self.eps, out=x, epilogue=ADD)
+        if self.o_bias is not None:
+            x += self.o_bias
+        return x
 
 
 class DecoderBlock:

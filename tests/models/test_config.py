@@ -65,6 +65,40 @@ SERVED = {
     ),
     "empty parameters": ({"rope_parameters": {}}, {"rope_theta": 50000.0}),
     "a quantization of null": ({"quantization_config": None}, {"inverse_scales": False}),
+    "biases": ({"attention_bias": True}, {"qkv_bias": True, "o_bias": True}),
+    "a mistral": (
+        {"model_type": "mistral", "num_key_value_heads": ..., "num_attention_heads": 8},
+        {"num_key_value_heads": 8, "sliding_window": 4096, "qkv_bias": False},
+    ),
+    "a mistral without a window": (
+        {"model_type": "mistral", "sliding_window": None},
+        {"sliding_window": None},
+    ),
+    "a mistral's window": ({"model_type": "mistral", "sliding_window": 64}, {"sliding_window": 64}),
+    "key heads of null": (
+        {"model_type": "qwen3", "num_key_value_heads": None},
+        {"num_key_value_heads": 4, "head_dim": 128, "qk_norms": True, "qkv_bias": False},
+    ),
+    "a qwen2": (
+        {"model_type": "qwen2", "attention_bias": True, "sliding_window": 64, "max_window_layers": 1},
+        {"qkv_bias": True, "o_bias": False, "sliding_window": None, "head_dim": 16},
+    ),
+    "a qwen2 whose windows begin behind its layers": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
+        {"sliding_window": None},
+    ),
+    "a qwen2 with windows everywhere": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+        {"sliding_window": 64},
+    ),
+    "a smollm3": (
+        {"model_type": "smollm3", "num_hidden_layers": 9, "rope_theta": ...},
+        {"unrotated_layers": (3, 7), "rope_theta": 2000000.0},
+    ),
+    "a smollm3 that lists its layers": (
+        {"model_type": "smollm3", "no_rope_layers": [0, 1, 1]},
+        {"unrotated_layers": (0,)},
+    ),
     "a silent bitnet": (
         {"model_type": "bitnet", "hidden_act": ..., "rope_theta": ..., "rms_norm_eps": ...},
         {"hidden_act": "relu2", "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
@@ -146,8 +180,20 @@ WRONG = {
     "another family": ({"model_type": "gpt2"}, "model_type"),
     "no family": ({"model_type": 5}, "model_type"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
-    "biases": ({"attention_bias": True}, "biases"),
+    "biases of the feed-forward": ({"mlp_bias": True}, "biases"),
+    "a bitnet's biases": ({"model_type": "bitnet", "attention_bias": True}, "biases"),
     "biases of text": ({"mlp_bias": "true"}, "mlp_bias"),
+    "windows on some layers": (
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+        "sliding_window is 4096 on some layers",
+    ),
+    "windows by layer_types": (
+        {"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]},
+        "some layers",
+    ),
+    "a window of 0": ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
+    "too few rotated layers": ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers"),
+    "rotated layers of text": ({"model_type": "smollm3", "no_rope_layers": "1"}, "no_rope_layers"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "num_attention_heads"),
     "heads of 25": ({"hidden_size": 100}, "head_dim"),
     "heads of 512": ({"head_dim": 512}, "head_dim"),
