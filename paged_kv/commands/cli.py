@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import PagedKVError
 from ..models.bitnet import SHAPES
 from . import bench_model, demo, generate, info
+from .model_options import add_model_options, add_sampling_options
 from .texts import show_everything
 
 
@@ -79,24 +80,17 @@ def _add_bench_model(commands: Any) -> None:
 def _add_generate(commands: Any) -> None:
     command = commands.add_parser(
         "generate",
-        help="text from a BitNet or a llama in a folder, and what it took",
+        help="text from a model, and what it took",
         description="Go on with prompts, all at once; say where the time went, and what a cache is worth.",
     )
-    command.add_argument(
-        "--model", metavar="FOLDER", help="config.json, tokenizer.json, safetensors (default: a small one)"
-    )
+    add_model_options(command)
     command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated")
+    command.add_argument("--chat", action="store_true", help="prompts are questions, by the chat template")
+    command.add_argument(
+        "--special-tokens", action="store_true", help="special tokens in prompts are tokens, not text"
+    )
     command.add_argument("--max-tokens", type=int, default=64, help="new tokens of each (default 64)")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--seed", type=int, default=0)
+    add_sampling_options(command)
     command.add_argument("--stop-id", type=int, action="append", default=[], help="ends a text too")
-    command.add_argument("--kv-dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    command.add_argument(
-        "--head", default="int8", choices=("int8", "bfloat16", "float32"), help="of the output"
-    )
-    command.add_argument(
-        "--weights", default="int8", choices=("int8", "bfloat16"), help="of a llama's projections"
-    )
     command.add_argument("--no-compare", action="store_true", help="leave the other caches out")
     command.add_argument("--json", action="store_true", help="one line of JSON")

@@ -37,9 +37,10 @@ from ..pages.layout import num_pages
 from ..serving.admission import Admission
 from ..serving.batch import Batch, ServingCache
 from ..serving.generate import seed_of
+from ..text.tokenizer import open_tokenizer
 from .baselines import ConcatenatedCache, RecomputeStep
 from .live_line import LiveLine
-from .texts import open_tokenizer, read_text, require_text
+from .texts import read_text, require_text
 from .timing import Stopwatch, TimedCache, TimedStep
 
 STANDARD_LIBRARY = Path(os.__file__).parent

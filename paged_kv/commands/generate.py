@@ -6,17 +6,16 @@
                                     ceiling, memory; and the same without a cache, and with one that grows,
                                     measured on a few steps at the lengths that the texts have reached
 
-Imports model_bench and generate.
+Imports bench_model, model_options and generate.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +24,19 @@ from .._binding import integer, kernels
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..machine import num_cpus
-from ..models.bitnet import TINY_BITNET, BitNetModel
 from ..models.decoder import DecoderModel
 from ..models.report import GenerationReport
 from ..models.ternary import FloatArray
 from ..pages.layout import num_pages
 from ..pages.pool import mebibytes
 from ..serving.generate import Batch, generate_stream
+from ..text.tokenizer import ModelTokenizer
 from .baselines import ConcatenatedCache, RecomputeStep
 from .bench_model import CEILING_BYTES, PAGE_SIZE, rounded
 from .info import read_gb_per_s
 from .live_line import LiveLine
-from .texts import begin_ids, open_tokenizer, require_text
+from .model_options import opened, sampling_of
+from .texts import require_text
 from .timing import Stopwatch, TimedCache, timed_matrices
 
 #: Steps that are measured without a cache, and with a concatenated one.
@@ -69,8 +69,12 @@ def run(options: argparse.Namespace) -> int:
     live = LiveLine(sys.stderr)
     texts = [require_text("--prompt", text) for text in options.prompt]
     integer("--seed", options.seed, 0, 2**64)
-    model, tokenizer, begin = opened(options, live)
-    prompts = [[*begin, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
+    found = opened(options, live)
+    model, tokenizer = found.model, found.tokenizer
+    if options.chat:
+        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+    else:
+        prompts = [tokenizer.encode(text, special_tokens=options.special_tokens) for text in texts]
     longest = max(map(len, prompts)) + options.max_tokens
     if options.max_tokens < 1 or longest > model.config.max_position_embeddings:
         raise ArgumentError(
@@ -79,9 +83,9 @@ def run(options: argparse.Namespace) -> int:
         )
     pool_pages = sum(num_pages(len(ids) + options.max_tokens, PAGE_SIZE) for ids in prompts)
     with model.new_cache(
-        num_pages=pool_pages, page_size=PAGE_SIZE, max_sequences=len(prompts), dtype=options.kv_dtype
+        num_pages=pool_pages, page_size=PAGE_SIZE, max_sequences=len(prompts), **found.cache_options
     ) as cache:
-        show = None if options.json else StreamedText(tokenizer, len(prompts) == 1)
+        show = ShownTexts(tokenizer, len(prompts), options.stop, options.json)
         watch = Watch(model, cache)
         new_ids: list[list[int]] = [[] for _ in prompts]
         failed: dict[int, Exception] = {}
@@ -90,9 +94,9 @@ def run(options: argparse.Namespace) -> int:
                 model,
                 prompts,
                 max_new_tokens=options.max_tokens,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                seed=options.seed,
+                **sampling_of(options),
+                tokenizer=tokenizer,
+                stop=options.stop,
                 stop_ids=(*model.config.stop_ids, *options.stop_id),
                 cache=watch.cache,
                 progress=watch.count,
@@ -101,10 +105,10 @@ def run(options: argparse.Namespace) -> int:
                     failed[index] = id
                     continue
                 new_ids[index].append(id)
-                if show is not None:
-                    show.add(index, id)
+                show.add(index, id)
                 live.progress("tokens", sum(map(len, new_ids)), options.max_tokens * len(prompts))
         live.clear()
+        show.finish()
         for index, error in failed.items():
             print(f"paged-kv: prompt {index + 1} ended early: {error}", file=sys.stderr)
         report = watch.report(sum(map(len, prompts)), sum(map(len, new_ids)))
@@ -115,60 +119,47 @@ def run(options: argparse.Namespace) -> int:
         live.update("the same with a concatenated cache")
         report.concatenated_tokens_per_s = concatenated(model, lengths)
         live.clear()
-    new_texts = [tokenizer.decode(ids) for ids in new_ids]
     if options.json:
         fields = {name: rounded(value) for name, value in asdict(report).items()}
-        print(json.dumps({"kernel": kernels().active, "texts": new_texts, **fields}))
+        print(json.dumps({"kernel": kernels().active, "texts": show.texts, **fields}))
         return 1 if failed else 0
-    assert show is not None
-    show.finish(texts, new_texts)
+    show.show(texts)
     print("\n".join(lines_of(report, len(prompts))))
     return 1 if failed else 0
-
-
-def opened(options: argparse.Namespace, live: LiveLine) -> tuple[DecoderModel, Any, list[int]]:
-    """A model, its tokenizer and what begins each prompt; without a folder, of the small one."""
-    if options.model is None:
-        tiny = BitNetModel.tiny()
-        begin = [] if tiny.config.bos_token_id is None else [tiny.config.bos_token_id]
-        return tiny, open_tokenizer(TINY_BITNET / "tokenizer.json"), begin
-    tokenizer = open_tokenizer(Path(options.model) / "tokenizer.json")
-    model = DecoderModel.from_pretrained(
-        options.model,
-        head=options.head,
-        weights=options.weights,
-        progress=partial(live.progress, "blocks"),
-    )
-    live.clear()
-    return model, tokenizer, begin_ids(Path(options.model), tokenizer, model.config.bos_token_id)
 
 
 # ---- text as it comes
 
 
-class StreamedText:
+class ShownTexts:
     """Prints one text while it grows; several when they are whole."""
 
-    def __init__(self, tokenizer: Any, is_live: bool) -> None:
-        self._tokenizer, self._is_live = tokenizer, is_live
-        self._ids: list[int] = []
-        self._shown = ""
+    def __init__(
+        self, tokenizer: ModelTokenizer, num_texts: int, stop: Sequence[str], is_quiet: bool
+    ) -> None:
+        self._streams = [tokenizer.stream(stop) for _ in range(num_texts)]
+        self._is_live = num_texts == 1 and not is_quiet
+        self.texts = [""] * num_texts
 
     def add(self, index: int, id: int) -> None:
-        if not self._is_live:
-            return
-        self._ids.append(id)
-        text = self._tokenizer.decode(self._ids)
-        # A character of several tokens is a replacement until its last one comes.
-        if text.startswith(self._shown) and not text.endswith("\ufffd"):
-            print(text[len(self._shown) :], end="", flush=True)
-            self._shown = text
+        self._show(index, self._streams[index].add(id))
 
-    def finish(self, prompts: list[str], texts: list[str]) -> None:
+    def _show(self, index: int, text: str) -> None:
+        self.texts[index] += text
         if self._is_live:
-            print(texts[0][len(self._shown) :] if texts[0].startswith(self._shown) else "")
+            print(text, end="", flush=True)
+
+    def finish(self) -> None:
+        """All ids have come."""
+        for index, stream in enumerate(self._streams):
+            self._show(index, stream.finish())
+
+    def show(self, prompts: list[str]) -> None:
+        """What has not been printed yet."""
+        if self._is_live:
+            print()
             return
-        for prompt, text in zip(prompts, texts, strict=True):
+        for prompt, text in zip(prompts, self.texts, strict=True):
             print(f"--- {prompt}\n{text}")
 
 

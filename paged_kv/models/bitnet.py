@@ -111,7 +111,7 @@ class BitNetModel(DecoderModel):
         cls,
         path: Path | str | ModelFiles,
         *,
-        head: str = "int8",
+        head: str | None = None,
         weights: str = "int8",
         batch_size: int = 8,
         progress: Callable[[int, int], object] | None = None,
@@ -214,7 +214,7 @@ class BitNetModel(DecoderModel):
                 # A sampler that raises rolls the step back, with the prompt.
                 with session.step(unseen) as step:
                     logits = self.forward(unseen, step, [-1])[0]
-                    new_ids.append(drawn_id(sampler, logits))
+                    new_ids.append(drawn_id(sampler, logits, ids))
                     session.ids = [*ids, new_ids[-1]]
                 new = []
                 num_prompt_tokens = len(unseen) if len(new_ids) == 1 else 0

@@ -27,9 +27,11 @@ from .model_files import ModelFiles
 from .ternary import FloatArray
 from .token_ids import indices, token_ids
 
+HEADS = ("int8", "bfloat16", "float32")
+
 
 class DecoderModel(Uncopyable):
-    """A model's weights and its forward pass: a BitNet, or a llama with 8 or 16 bits a weight.
+    """A model's weights and its forward pass: a BitNet, or the llama family in 8 or 16 bits a weight.
 
     Parameters
     ----------
@@ -68,7 +70,7 @@ class DecoderModel(Uncopyable):
         cls,
         path: Path | str | ModelFiles,
         *,
-        head: str = "int8",
+        head: str | None = None,
         weights: str = "int8",
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
@@ -76,8 +78,9 @@ class DecoderModel(Uncopyable):
 
         path : a folder with config.json, safetensors, and generation_config.json, whose end tokens end a text
             too; a .gguf file, for which the extra `gguf` is needed; or "smollm2" (model_files.PACKAGED)
-        head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact
-        weights : of a llama's projections, "int8" or "bfloat16"; a BitNet's are ternary
+        head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact; None: int8 for
+            a BitNet, else bfloat16 (docs/real-model.md says what 8 bits cost)
+        weights : of projections, "int8" or "bfloat16"; a BitNet's are ternary
         progress : called with the number of loaded blocks, and of all blocks
 
         Files are memory-mapped; projections are packed into huge pages.  A BitNet's are stored packed in
@@ -92,6 +95,8 @@ class DecoderModel(Uncopyable):
         embedding = rows = checkpoint.rows("model.embed_tokens.weight", shape)
         if not files.fields.flag("tie_word_embeddings", FAMILIES[config.model_type].is_tied):
             rows = checkpoint.rows("lm_head.weight", shape)
+        if head is None:
+            head = "int8" if config.model_type == "bitnet" else "bfloat16"
         norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
         blocks = blocks_of(config, checkpoint, progress, weights)
         checkpoint.require_all_taken()
@@ -153,9 +158,13 @@ class DecoderModel(Uncopyable):
         return logits
 
     def new_cache(self, **options: Any) -> PagedKVCache:
-        """A cache of this model's shape and window; options as PagedKVCache, float32 pages by default."""
+        """A cache of this model's shape and window; options as PagedKVCache.
+
+        Pages are float32 for a BitNet, whose rounded activations turn on small differences, else bfloat16.
+        """
         config = self.config
-        defaults: dict[str, Any] = {"dtype": "float32", "max_seq_len": config.max_position_embeddings}
+        dtype = "float32" if config.model_type == "bitnet" else "bfloat16"
+        defaults: dict[str, Any] = {"dtype": dtype, "max_seq_len": config.max_position_embeddings}
         if config.sliding_window is not None:
             defaults["window"] = config.sliding_window
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
@@ -169,5 +178,5 @@ def head_of(rows: NDArray[Any], kind: str = "int8") -> Matrix | FloatArray:
     if kind == "bfloat16":
         return bfloat16_matrix(rows if rows.dtype == np.uint16 else bits_of_float32(rows))
     if kind != "float32":
-        raise ArgumentError(f'head is "{kind}"; it may be int8, bfloat16 or float32')
+        raise ArgumentError(f'head is "{kind}"; it may be {", ".join(HEADS)}')
     return float32_of_bits(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)

@@ -59,11 +59,16 @@ class ModelFiles:
         if isinstance(path, ModelFiles):
             return path
         found = found_path(path)
-        if found.is_file():
+        if found.is_file():  # whatever its name
             gguf = GGUFFile(found)
             fields = gguf.fields
             return cls(found, fields, DecoderConfig.from_fields(fields), Checkpoint(gguf, str(found)), gguf)
         config_path = found / "config.json"
+        if not str(path) or not config_path.exists():
+            raise ArgumentError(
+                f"there is no {config_path}; a model is a folder with config.json, tokenizer.json and "
+                f"safetensors, a .gguf file, or {' or '.join(PACKAGED)}"
+            )
         fields = Fields(read_json_object(config_path), str(config_path))
         config = DecoderConfig.from_fields(fields).with_stop_ids(_generation_stop_ids(found))
         return cls(found, fields, config, Checkpoint(_tensors_of(found), str(found)))

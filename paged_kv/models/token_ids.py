@@ -3,6 +3,7 @@
 Imports errors.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,12 @@ def prompt_ids(name: str, prompt: object, vocab_size: int) -> list[int]:
     return [int(id) for id in ids]
 
 
-def drawn_id(sampler: Any, logits: NDArray[np.float32]) -> int:
-    """What a sampler draws from logits [vocab_size]; ArgumentError when that is no id of the vocabulary."""
-    return integer("the id that the sampler drew", sampler.sample(logits), 0, len(logits) - 1)
+def drawn_id(sampler: Any, logits: NDArray[np.float32], ids: Iterable[int]) -> int:
+    """What a sampler draws from logits [vocab_size].
+
+    ids : of the text so far; read for samplers whose `reads_ids` is true
+    Raises: ArgumentError when that is no id of the vocabulary; what the sampler raises.
+    """
+    reads_ids = getattr(sampler, "reads_ids", False)
+    drawn = sampler.sample(logits, list(ids)) if reads_ids else sampler.sample(logits)
+    return integer("the id that the sampler drew", drawn, 0, len(logits) - 1)

@@ -19,7 +19,7 @@ Imports request, admission and models.bitnet.
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -102,18 +102,31 @@ class Batch(Uncopyable):
         self._step: Any = None
         self._is_stepping = False
 
-    def add(self, prompt: ArrayLike, max_new_tokens: int, sampler: Sampler | None = None) -> Request:
-        """Queue a request.
+    def add(
+        self, prompt: ArrayLike, max_new_tokens: int, sampler: Sampler | None = None, **options: Any
+    ) -> Request:
+        """Queue a request; options as `add_samples`.
 
         Raises: ArgumentError for an empty prompt and ids that the vocabulary does not hold; SequenceTooLong,
         OutOfSequences and OutOfPages when it would not fit an empty cache.  What is refused is not queued.
         """
-        return self.add_samples(prompt, max_new_tokens, [sampler or Sampler()])[0]
+        return self.add_samples(prompt, max_new_tokens, [sampler or Sampler()], **options)[0]
 
     def add_samples(
-        self, prompt: ArrayLike, max_new_tokens: int, samplers: Sequence[Sampler]
+        self,
+        prompt: ArrayLike,
+        max_new_tokens: int,
+        samplers: Sequence[Sampler],
+        *,
+        logprobs: int | None = None,
+        ends: Sequence[Callable[[list[int]], bool]] | None = None,
     ) -> list[Request]:
-        """Queue several samples of one prompt, which run together.  Raises: as `add`."""
+        """Queue several samples of one prompt, which run together.
+
+        logprobs : keep the log probability of each new id, and of so many of the likeliest; None: keep none
+        ends : for each sample, called with its new ids after each of them; True: its text is whole
+        Raises: as `add`.
+        """
         ids = prompt_ids("prompt", prompt, self.model.config.vocab_size)
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         limits = self.admission
@@ -134,7 +147,14 @@ class Batch(Uncopyable):
             )
         if limits.max_seq_len is not None:
             require_positions(len(ids), max_new_tokens, limits.max_seq_len, "the cache")
-        first, *siblings = (Request(ids, max_new_tokens, sampler, cost) for sampler in samplers)
+        if logprobs is not None:
+            integer("logprobs", logprobs, 0, self.model.config.vocab_size)
+        if ends is not None and (len(ends) != len(samplers) or not all(map(callable, ends))):
+            raise ArgumentError(f"ends is {ends!r:.60}; give a function for each of {len(samplers)} samples")
+        first, *siblings = (
+            Request(ids, max_new_tokens, sampler, cost, num_logprobs=logprobs, ends=ends[i] if ends else None)
+            for i, sampler in enumerate(samplers)
+        )
         first.siblings = siblings
         self.waiting.append(first)
         return [first, *siblings]
@@ -355,7 +375,11 @@ class Batch(Uncopyable):
     def _is_done(self, request: Request) -> bool:
         if not request.new_ids or request.error is not None:
             return request.error is not None
-        return len(request.new_ids) >= request.max_new_tokens or request.new_ids[-1] in self.stop_ids
+        is_whole = request.is_whole()
+        if request.error is not None:
+            return True
+        is_full = len(request.new_ids) >= request.max_new_tokens
+        return is_full or is_whole or request.new_ids[-1] in self.stop_ids
 
     def _retire(self, request: Request) -> None:
         if request.seq is not None:  # a sibling may still wait for its prompt

@@ -8,14 +8,16 @@ twice.
 Imports models.sampling and models.token_ids.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from .._binding import integer
 from ..errors import ArgumentError
-from ..models.sampling import Sampler
+from ..models.sampling import LogProbability, Sampler, log_probability
 from ..models.ternary import FloatArray
 from ..models.token_ids import drawn_id
 
@@ -25,6 +27,9 @@ class Request:
     """A prompt on its way through the batch.
 
     error : what ended it before it was done; None: nothing did
+    ends : is called with the new ids after each of them; True: the text is whole
+    num_logprobs : log probabilities are kept, with so many of the likeliest tokens; None: none are
+    logprobs : of each new id
     """
 
     prompt: list[int]
@@ -34,10 +39,17 @@ class Request:
     seq: Any = None
     new_ids: list[int] = field(default_factory=list)
     error: Exception | None = None
+    ends: Callable[[list[int]], bool] | None = None
+    num_logprobs: int | None = None
+    logprobs: list[LogProbability] = field(default_factory=list)
     #: Other samples of the same prompt, which begin as forks when it is computed.
     siblings: list["Request"] = field(default_factory=list)
     #: (n, id): the id that was drawn to follow the first n.
     drawn: tuple[int, int] | None = None
+    drawn_logprob: LogProbability | None = None
+    #: What `ends` said of so many new ids.
+    has_ended: bool = False
+    num_seen: int = 0
 
     def __post_init__(self) -> None:
         #: The prompt, int32.
@@ -66,7 +78,10 @@ class Request:
         """Choose what follows all ids that there are, once; what the sampler raises ends the request."""
         if self.error is None and (self.drawn is None or self.drawn[0] != self.num_ids):
             try:
-                self.drawn = self.num_ids, drawn_id(self.sampler, logits)
+                id = drawn_id(self.sampler, logits, chain(self.prompt, self.new_ids))
+                if self.num_logprobs is not None:
+                    self.drawn_logprob = log_probability(logits, id, self.num_logprobs)
+                self.drawn = self.num_ids, id
             except Exception as error:
                 self.error = error
 
@@ -76,7 +91,21 @@ class Request:
         """
         num_fed = self.num_fed
         if self.drawn is not None and self.drawn[0] == self.num_ids == num_fed:
-            self.new_ids.append(self.drawn[1])
+            logprob, id = self.drawn_logprob, self.drawn[1]
+            if logprob is not None and len(self.logprobs) == len(self.new_ids):
+                self.logprobs.append(logprob)
+            self.new_ids.append(id)
+
+    def is_whole(self) -> bool:
+        """Whether `ends` says so of the new ids; what it raises ends the request."""
+        if self.ends is None or self.num_seen == len(self.new_ids):
+            return self.has_ended
+        try:
+            self.has_ended = bool(self.ends(self.new_ids))
+        except Exception as error:
+            self.error = error
+        self.num_seen = len(self.new_ids)
+        return self.has_ended
 
 
 def stop_set(stop_ids: object) -> frozenset[int]:

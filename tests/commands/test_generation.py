@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from paged_kv import ArgumentError
-from paged_kv.commands import bench_model, cli, texts
+from paged_kv.commands import bench_model, cli
 from paged_kv.commands import generate as generation
 from paged_kv.models.bitnet import TINY_BITNET, BitNetModel, DecoderConfig
 from paged_kv.serving.generate import generate
@@ -83,18 +82,6 @@ def test_a_stop_id_ends_the_text(capsys):
     assert json.loads(shown.out)["new_tokens"] <= 3
 
 
-def test_a_character_of_several_tokens_is_shown_when_it_is_whole(capsys):
-    class Bytes:
-        def decode(self, ids):
-            return bytes(ids).decode(errors="replace")
-
-    text = generation.StreamedText(Bytes(), True)
-    for byte in "aé→b".encode():
-        text.add(0, byte)
-        assert "\ufffd" not in text._shown
-    assert capsys.readouterr().out == "aé→b"
-
-
 def test_what_makes_no_sense_is_refused(capsys, folder, tmp_path):
     for bad in (["--max-tokens", 0], ["--max-tokens", 5000], ["--model", tmp_path / "nowhere"]):
         code, shown = run(capsys, "--prompt", "x", *bad)
@@ -126,37 +113,3 @@ def test_a_prompt_that_fails_is_said_and_the_others_are_shown(capsys, monkeypatc
     assert code == 1 and "prompt 2 ended early: no pages" in shown.err
     first, second = json.loads(shown.out)["texts"]
     assert first and second == ""
-
-
-BEGIN, END = 0, 1
-
-#: What the tokenizer's post-processor adds, add_bos_token, and what begins a prompt then.
-BEGINNINGS = {
-    "nothing is said": ([], None, []),
-    "the config says so": ([], True, [BEGIN]),
-    "the tokenizer adds it": ([BEGIN], None, [BEGIN]),
-    "both": ([BEGIN], True, [BEGIN]),
-    "the config forbids it": ([BEGIN], False, []),
-    "two tokens": ([END, BEGIN], None, [END, BEGIN]),
-}
-
-
-@pytest.mark.parametrize(("added", "add_bos_token", "expected"), BEGINNINGS.values(), ids=BEGINNINGS)
-def test_a_prompt_begins_as_the_model_was_trained(tmp_path, added, add_bos_token, expected):
-    """A begin token that a model never saw gives wrong text, silently."""
-    processed = tokenizer()
-    if added:
-        processors = pytest.importorskip("tokenizers").processors
-        tokens = [(processed.id_to_token(id), id) for id in added]
-        template = " ".join(name for name, _ in tokens) + " $A"
-        processed.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
-    if add_bos_token is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos_token}))
-    assert texts.begin_ids(tmp_path, processed, BEGIN) == expected
-
-
-@pytest.mark.parametrize("content", ["[", "[1]", '{"add_bos_token": "yes"}'])
-def test_a_tokenizer_config_that_is_none_is_named(tmp_path, content):
-    (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(ArgumentError, match=r"tokenizer_config\.json"):
-        texts.begin_ids(tmp_path, tokenizer(), BEGIN)

@@ -16,7 +16,7 @@ def test_logits_are_those_of_the_equations(tmp_path, name, rng):
     expected = reference_logits(fields, tensors, ids)
     model = DecoderModel.from_pretrained(save(tmp_path, fields, tensors), weights="bfloat16", head="float32")
     assert model.config.sliding_window == fields.get("sliding_window")
-    with model.new_cache(num_pages=4, page_size=16, max_seq_len=64) as cache:
+    with model.new_cache(num_pages=4, page_size=16, max_seq_len=64, dtype="float32") as cache:
         seq, got, at = cache.sequence(), [], 0
         for count in (17, 1, 1, 20, 1):  # a prompt, tokens, another prompt, a token
             with cache.step([seq], [count]) as step:

@@ -42,5 +42,5 @@ def test_a_path_of_that_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
     assert str(found_path("smollm2")) == "smollm2"
-    with pytest.raises(OSError, match=r"smollm2/config\.json"):
+    with pytest.raises(ArgumentError, match=r"there is no smollm2/config\.json"):
         ModelFiles.open("smollm2")

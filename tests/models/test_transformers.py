@@ -68,7 +68,7 @@ def jitter_of(model, prompts, expected, window=None):
 
 def prefill(model, prompts, window=None):
     """All prompts in one step, ragged."""
-    with model.new_cache(num_pages=40, page_size=16, window=window) as cache:
+    with model.new_cache(num_pages=40, page_size=16, window=window, dtype="float32") as cache:
         seqs = [cache.sequence() for _ in prompts]
         with cache.step(seqs, prompts) as step:
             rows = model.forward(np.concatenate(prompts), step, np.arange(len(step.positions)))
@@ -78,7 +78,7 @@ def prefill(model, prompts, window=None):
 def decode(model, prompts, window=None):
     """Each prompt token by token, beside the others."""
     logits = [[] for _ in prompts]
-    with model.new_cache(num_pages=40, page_size=16, window=window) as cache:
+    with model.new_cache(num_pages=40, page_size=16, window=window, dtype="float32") as cache:
         seqs = [cache.sequence() for _ in prompts]
         for i in range(max(map(len, prompts))):
             going = [j for j, ids in enumerate(prompts) if i < len(ids)]

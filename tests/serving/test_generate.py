@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from paged_kv import ArgumentError, OutOfPages, Step
-from paged_kv.models.bitnet import BitNetModel
-from paged_kv.models.sampling import Sampler
+from paged_kv.models.bitnet import TINY_BITNET, BitNetModel
+from paged_kv.models.sampling import Sampler, log_probability
 from paged_kv.serving.generate import Admission, Batch, generate, generate_stream, seed_of
+from paged_kv.text.tokenizer import ModelTokenizer, open_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,71 @@ def test_any_of_several_stop_ids_ends_a_text(model):
     for got, ids in zip(generate(model, prompts, max_new_tokens=12, stop_ids=stops).ids, free, strict=True):
         ends = [i for i, id in enumerate(ids.tolist()) if id in stops]
         np.testing.assert_array_equal(got, ids[: ends[0] + 1] if ends else ids)
+
+
+# ---- texts, stop strings, log probabilities
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    pytest.importorskip("tokenizers")
+    return ModelTokenizer(open_tokenizer(TINY_BITNET / "tokenizer.json"), [0])
+
+
+def test_a_text_ends_before_its_stop_string(model, tokenizer):
+    prompts = [tokenizer.encode(text) for text in ("import os", "def f(x):", "class A")]
+    options = {"max_new_tokens": 24, "stop_ids": (), "tokenizer": tokenizer}
+    whole = generate(model, prompts, **options)
+    assert whole.texts == [tokenizer.decode(ids) for ids in whole.ids] and whole.logprobs is None
+    stop = whole.texts[0][5:8]
+    cut = generate(model, prompts, stop=["never there", stop], **options)
+    for text, shorter, ids in zip(whole.texts, cut.texts, cut.ids, strict=True):
+        assert shorter == text.split(stop)[0]
+        if stop in text:  # no token more than it takes
+            assert stop in tokenizer.decode(ids) and stop not in tokenizer.decode(ids[:-1])
+    assert len(cut.ids[0]) < 24
+
+
+def test_log_probabilities_are_those_of_each_step(model, tokenizer):
+    prompt = tokenizer.encode("import os")
+    options = {"max_new_tokens": 6, "stop_ids": (), "temperature": 0.9}
+    done = generate(model, [prompt, prompt], n=2, logprobs=3, **options)
+    for ids, logprobs in zip(done.ids, done.logprobs, strict=True):
+        text = [*prompt, *ids.tolist()]
+        with model.new_cache(num_pages=2) as cache, cache.step([cache.sequence()], [len(text)]) as step:
+            logits = model.forward(text, step, np.arange(len(prompt) - 1, len(text) - 1))
+        expected = [log_probability(row, id, 3) for row, id in zip(logits, ids.tolist(), strict=True)]
+        assert logprobs == expected
+
+
+def test_a_repetition_penalty_sees_prompt_and_new_tokens(model):
+    """Of every token once: with a penalty beyond all logits, no token comes twice."""
+    prompt = [0, *range(5, 60)]
+    new = generate(model, [prompt], max_new_tokens=20, repetition_penalty=1e6, stop_ids=()).ids[0].tolist()
+    assert len({*prompt, *new}) == len(prompt) + len(new)
+
+
+def test_what_ends_a_text_may_fail_alone(model):
+    def fails(new_ids):
+        raise ValueError("on purpose")
+
+    with model.new_cache(num_pages=4) as cache:
+        batch = Batch(model, cache, Admission.pages_of(cache))
+        failing, other = (
+            batch.add([0, 5], 4, ends=[fails]),
+            batch.add([0, 5], 4, ends=[lambda ids: len(ids) == 2]),
+        )
+        while batch.waiting or batch.running:
+            batch.step()
+        assert isinstance(failing.error, ValueError) and other.error is None and len(other.new_ids) == 2
+        with pytest.raises(ArgumentError, match="ends"):
+            batch.add([0, 5], 4, ends=[None])
+        with pytest.raises(ArgumentError, match="logprobs"):
+            batch.add([0, 5], 4, logprobs=-1)
+
+
+def test_stop_strings_need_a_tokenizer(model, tokenizer):
+    with pytest.raises(ArgumentError, match="tokenizer"):
+        generate(model, [[0]], stop=["x"])
+    with pytest.raises(ArgumentError, match="stop is"):
+        generate(model, [[0]], stop="x", tokenizer=tokenizer)

@@ -1,0 +1,83 @@
+"""A model on the command line: the options that name it and how it is kept, and what they open.
+
+Imports live_line, texts, text.tokenizer and models.
+"""
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..models.bitnet import TINY_BITNET, BitNetModel
+from ..models.decoder import HEADS, DecoderModel
+from ..models.model_files import PACKAGED, ModelFiles
+from ..text.tokenizer import ModelTokenizer, open_tokenizer
+from .live_line import LiveLine
+
+KV_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_model_options(command: Any, *, is_required: bool = False) -> None:
+    """--model, and how its weights and its cache are kept."""
+    usual = "" if is_required else " (default: a small BitNet)"
+    command.add_argument(
+        "--model",
+        required=is_required,
+        metavar="MODEL",
+        help=f"a folder of transformers, a .gguf file, or {' or '.join(PACKAGED)}{usual}",
+    )
+    command.add_argument(
+        "--weights", default="int8", choices=("int8", "bfloat16"), help="of projections that are not ternary"
+    )
+    command.add_argument("--head", choices=HEADS, help="of the output (default: bfloat16; a BitNet's: int8)")
+    command.add_argument("--kv-dtype", choices=KV_DTYPES, help="of pages (default: as the head)")
+
+
+def add_sampling_options(command: Any, *, temperature: float = 0.0) -> None:
+    """How tokens are chosen, under the names of transformers and llama.cpp."""
+    command.add_argument(
+        "--temperature", type=float, default=temperature, help=f"0 is greedy (default {temperature:g})"
+    )
+    command.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest of this share")
+    command.add_argument("--top-k", type=int, default=0, help="keep so many of the likeliest; 0: all")
+    command.add_argument("--min-p", type=float, default=0.0, help="drop what is less likely than this share")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: against loops")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a text; repeatable"
+    )
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_sampling_options` but for `stop`, as Sampler takes them."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+@dataclass
+class Opened:
+    """A model, its tokenizer, and the options of its cache."""
+
+    model: DecoderModel
+    tokenizer: ModelTokenizer
+    cache_options: dict[str, Any]
+
+
+def opened(options: argparse.Namespace, live: LiveLine) -> Opened:
+    """What --model names; without it, the small model.  Raises: ArgumentError, ImportError, OSError."""
+    cache_options = {} if options.kv_dtype is None else {"dtype": options.kv_dtype}
+    if options.model is None:
+        tiny = BitNetModel.tiny()
+        begin = [] if tiny.config.bos_token_id is None else [tiny.config.bos_token_id]
+        tokenizer = ModelTokenizer(open_tokenizer(TINY_BITNET / "tokenizer.json"), begin)
+        return Opened(tiny, tokenizer, cache_options)
+    files = ModelFiles.open(options.model)
+    tokenizer = ModelTokenizer.from_pretrained(files)
+    model = DecoderModel.from_pretrained(
+        files,
+        head=options.head,
+        weights=options.weights,
+        progress=partial(live.progress, "blocks"),
+    )
+    live.clear()
+    return Opened(model, tokenizer, cache_options)

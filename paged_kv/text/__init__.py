@@ -1,0 +1,1 @@
+"""Text of people and of models: tokens, chat templates, streams."""
