@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 
+from paged_kv.models.bitnet import TINY_BITNET
 from paged_kv.models.checkpoint import bits_of_float32, float32_of_bits
 from paged_kv.models.tensor_file import write_tensors
+from paged_kv.text.tokenizer import open_tokenizer
 
 #: Of every family; head_dim is 16 where nothing else is said.
 SIZES = {
@@ -63,6 +65,25 @@ def save(folder, fields, tensors):
     (folder / "config.json").write_text(json.dumps(fields))
     write_tensors(folder / "model.safetensors", tensors)
     return folder
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_folder(folder):
+    """A random llama with a tokenizer and a chat template, of 512 positions."""
+    made = open_tokenizer(TINY_BITNET / "tokenizer.json")
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    made.save(str(folder / "tokenizer.json"))
+    fields = fields_of("llama") | {
+        **{"vocab_size": made.get_vocab_size(), "eos_token_id": made.token_to_id("<|im_end|>")},
+        **{"bos_token_id": None, "max_position_embeddings": 512},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return save(folder, fields, tensors_of(fields))
 
 
 def reference_logits(fields, tensors, ids):

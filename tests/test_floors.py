@@ -52,9 +52,10 @@ FLOORS = [
     {"serving.request", "serving.admission", "commands.timing"},
     {"serving.batch"},
     {"serving.generate"},
+    {"commands.demo_prompts"},
     {"commands.demo", "commands.info"},
     {"commands.bench_model"},
-    {"commands.generate"},
+    {"commands.generate", "commands.chat", "commands.perplexity"},
     {"commands.cli"},
     {"__main__"},
 ]

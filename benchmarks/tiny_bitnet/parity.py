@@ -26,7 +26,7 @@ from evaluate import load_transformers
 from reference import MODEL
 from tokenizers import Tokenizer
 
-from paged_kv.commands.demo import held_out_texts
+from paged_kv.commands.demo_prompts import held_out_texts
 from paged_kv.models.bitnet import BitNetModel
 
 #: Prompts of the recorded logits; ours, so that they can be shipped.

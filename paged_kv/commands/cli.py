@@ -1,4 +1,4 @@
-"""The command line, paged-kv or python -m paged_kv: demo, info, bench-model, generate.
+"""The command line, paged-kv or python -m paged_kv: demo, info, bench-model, generate, chat, perplexity.
 
 Imports the commands.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import PagedKVError
 from ..models.bitnet import SHAPES
-from . import bench_model, demo, generate, info
+from . import bench_model, chat, demo, generate, info, perplexity
 from .model_options import add_model_options, add_sampling_options
 from .texts import show_everything
 
@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return bench_model.run(options)
             if options.command == "generate":
                 return generate.run(options)
+            if options.command == "chat":
+                return chat.run(options)
+            if options.command == "perplexity":
+                return perplexity.run(options)
             return demo.run(options)
     except BrokenPipeError:
         # The reader has closed the pipe (`| head`).  Python would flush again at exit, and report it.
@@ -46,18 +50,22 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "demo",
         help="serve many prompts at once, and compare with a concatenated cache and with none",
-        description="Serve prompts with a small BitNet, in three ways that must give the same tokens.",
+        description="Serve prompts in three ways that must give the same tokens: with a small BitNet, or "
+        "with a model that answers 16 questions at once (--model smollm2).",
     )
+    add_model_options(command, has_cache=False)
     command.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     command.add_argument("--file", action="append", metavar="PATH", help="the same, from a file")
     command.add_argument("--max-tokens", type=int, default=100, help="new tokens of each (default 100)")
     command.add_argument("--sequences", type=int, help="how many prompts (default 16, or those given)")
-    command.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    command.add_argument("--temperature", type=float, help="0 is greedy (default: 0.8; of questions 0)")
     command.add_argument("--seed", type=int, default=0, help="of the generators, one for each prompt")
     command.add_argument("--plot", metavar="FILE", help="draw pages and utilization over time")
     command.add_argument("--json", action="store_true", help="one line of JSON instead of texts and table")
     _add_bench_model(commands)
     _add_generate(commands)
+    _add_chat(commands)
+    _add_perplexity(commands)
     return parser
 
 
@@ -93,4 +101,32 @@ def _add_generate(commands: Any) -> None:
     add_sampling_options(command)
     command.add_argument("--stop-id", type=int, action="append", default=[], help="ends a text too")
     command.add_argument("--no-compare", action="store_true", help="leave the other caches out")
+    command.add_argument("--json", action="store_true", help="one line of JSON")
+
+
+def _add_chat(commands: Any) -> None:
+    command = commands.add_parser(
+        "chat",
+        help="a conversation with a model",
+        description="Answers as they come.  Earlier turns are remembered by the prefix cache.",
+    )
+    add_model_options(command, default="smollm2")
+    command.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a message, instead of the terminal's; repeatable"
+    )
+    command.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    command.add_argument("--max-tokens", type=int, default=512, help="of an answer (default 512)")
+    command.add_argument("--context", type=int, help="tokens of a conversation (default: at most 4096)")
+    add_sampling_options(command)
+    command.add_argument("--json", action="store_true", help="a line of JSON for each --prompt")
+
+
+def _add_perplexity(commands: Any) -> None:
+    command = commands.add_parser(
+        "perplexity",
+        help="how well a model predicts a text",
+        description="exp of the mean negative log-likelihood of a file's tokens, but for the first.",
+    )
+    add_model_options(command, default="smollm2")
+    command.add_argument("--file", required=True, metavar="TEXT", help="a text in UTF-8, as it is")
     command.add_argument("--json", action="store_true", help="one line of JSON")

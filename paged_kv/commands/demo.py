@@ -1,4 +1,4 @@
-"""The main job, to watch: many prompts served at once by a BitNet whose attention reads pages in place.
+"""The main job, to watch: many prompts served at once by a model whose attention reads pages in place.
 
 The same prompts are served three ways, with the same model, kernel and generators, so that they must give the
 same tokens:
@@ -14,7 +14,6 @@ Imports generate, baselines and timing.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,43 +29,25 @@ from ..errors import ArgumentError
 from ..extras import require
 from ..files import replace_files
 from ..machine import num_cpus
-from ..models.bitnet import TINY_BITNET, BitNetModel
 from ..models.decoder import DecoderModel
 from ..models.sampling import Sampler
 from ..pages.layout import num_pages
 from ..serving.admission import Admission
 from ..serving.batch import Batch, ServingCache
 from ..serving.generate import seed_of
-from ..text.tokenizer import open_tokenizer
 from .baselines import ConcatenatedCache, RecomputeStep
+from .demo_prompts import Prompt, choose_prompts
 from .live_line import LiveLine
-from .texts import read_text, require_text
+from .model_options import opened
 from .timing import Stopwatch, TimedCache, TimedStep
 
-STANDARD_LIBRARY = Path(os.__file__).parent
 PAGE_SIZE = 64
 TOP_P = 0.95
 #: The pool holds this share of what all prompts would take.
 POOL_SHARE = 10 / 16
 #: New tokens of each prompt that are measured without a cache: a few seconds' worth.
 TOKENS_WITHOUT_CACHE = 2
-#: What all prompts begin with, unless they are the caller's: 128 tokens.
-SYSTEM_PROMPT = '''"""A module of Python's standard library.
-
-It is written as all of them are: a docstring says what the module is for; imports, constants in capitals,
-then classes and functions with docstrings of their own.  Names are words, lines are short, errors are raised
-where they are found.  What is private begins with an underscore, and __all__ lists what is not.
-"""
-'''
-NUM_TEXTS_SHOWN = 3  # spread over the prompts
-
-
-@dataclass
-class Prompt:
-    """Where a text comes from, and its beginning as ids."""
-
-    source: str
-    ids: list[int]
+NUM_TEXTS_SHOWN, NUM_ANSWERS_SHOWN = 3, 6  # spread over the prompts
 
 
 @dataclass
@@ -102,9 +83,9 @@ def run(options: argparse.Namespace) -> int:
     integer("--seed", options.seed, 0, 2**64)
     if options.plot:
         require_plot(options.plot)
-    tokenizer = open_tokenizer(TINY_BITNET / "tokenizer.json")
-    model = BitNetModel.tiny()
-    prompts = choose_prompts(options, model, tokenizer)
+    found = opened(options, LiveLine(sys.stderr))
+    model, tokenizer = found.model, found.tokenizer
+    prompts = choose_prompts(options, found)
     live = LiveLine(sys.stderr if options.json else sys.stdout)
     say: Callable[..., None] = (lambda *_: None) if options.json else print
     need = [num_pages(len(prompt.ids) + options.max_tokens, PAGE_SIZE) for prompt in prompts]
@@ -118,7 +99,8 @@ def run(options: argparse.Namespace) -> int:
     )
     for note in sorted({prompt.source for prompt in prompts if " instead of " in prompt.source}):
         say(f"prompt from {note}")
-    serve = Serving(model, prompts, options, live)
+    is_chat = tokenizer.chat_template is not None
+    serve = Serving(model, prompts, options, live, stop_ids=model.config.stop_ids if is_chat else ())
     paged = serve.paged(pool_pages)
     show_texts(say, tokenizer, prompts, paged)
     ways = [serve.recomputed(), serve.concatenated(pool_pages), paged]
@@ -139,46 +121,6 @@ def run(options: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-# ---- prompts
-
-
-def choose_prompts(options: argparse.Namespace, model: DecoderModel, tokenizer: Any) -> list[Prompt]:
-    """The user's texts, or the beginnings of modules that training held out; of different lengths."""
-    room = model.config.max_position_embeddings - options.max_tokens
-    if not 1 <= options.max_tokens < model.config.max_position_embeddings - 1:
-        raise ArgumentError(
-            f"--max-tokens is {options.max_tokens}; "
-            f"the model has {model.config.max_position_embeddings} positions"
-        )
-    texts = [("--prompt", require_text("--prompt", text)) for text in options.prompt or []]
-    texts += [(path, read_text(Path(path))) for path in options.file or []]
-    count = options.sequences if options.sequences is not None else len(texts) or 16
-    integer("--sequences", count, 1, 2**16)
-    lengths, system = [room] * count, ""
-    if not texts:
-        system = SYSTEM_PROMPT
-        texts = list(held_out_texts())
-        # In an order that mixes short and long.
-        lengths = [max(1, round(room * (i * 7 % count + 1) / count)) for i in range(count)]
-    prompts = []
-    for i, length in enumerate(lengths):
-        source, text = texts[i % len(texts)]
-        ids = [model.config.bos_token_id, *tokenizer.encode(system + text).ids]
-        prompts.append(Prompt(source, ids[:length]))
-    return prompts
-
-
-def held_out_texts() -> Iterator[tuple[str, str]]:
-    """(source, text) of the modules that training held out, as the interpreter at hand has them."""
-    own = sorted(Path(__file__).parent.rglob("*.py"))
-    for i, name in enumerate((TINY_BITNET / "held_out.txt").read_text().split()):
-        path, source = STANDARD_LIBRARY / name, name
-        if not path.exists():
-            path = own[i % len(own)]
-            source = f"{path.name} of paged_kv instead of {name}, which this Python lacks"
-        yield source, f"# {name}\n{path.read_text(encoding='utf-8')}"
-
-
 # ---- serving
 
 
@@ -186,13 +128,24 @@ class Serving:
     """The same prompts, served in different ways."""
 
     def __init__(
-        self, model: DecoderModel, prompts: list[Prompt], options: argparse.Namespace, live: LiveLine
+        self,
+        model: DecoderModel,
+        prompts: list[Prompt],
+        options: argparse.Namespace,
+        live: LiveLine,
+        stop_ids: tuple[int, ...] = (),
     ) -> None:
         self.model, self.prompts, self.options, self.live = model, prompts, options, live
+        self.stop_ids = stop_ids
+        #: Text that people judge is the likeliest; the small model's is livelier when it is drawn.
+        usual = 0.0 if stop_ids else 0.8
+        self.temperature = usual if options.temperature is None else options.temperature
 
     def paged(self, pool_pages: int) -> Served:
         with self.model.new_cache(
-            num_pages=pool_pages, page_size=PAGE_SIZE, max_sequences=len(self.prompts)
+            # float32, as the arrays of the other ways: all draw the same tokens.
+            **{"num_pages": pool_pages, "page_size": PAGE_SIZE, "max_sequences": len(self.prompts)},
+            dtype="float32",
         ) as cache:
 
             def state() -> tuple[str, float, float]:
@@ -230,10 +183,12 @@ class Serving:
                 step = TimedStep(RecomputeStep([len(ids)], num_cpus()), clock)
                 num_computed += len(prompt.ids)
                 ids.append(sampler.sample(self.model.forward(ids, step, [-1])[0]))
+                if ids[-1] in self.stop_ids:
+                    break
             new_ids.append(ids[len(prompt.ids) :])
             self.live.update(f"no cache: {i + 1} of {len(self.prompts)} prompts, {num_tokens} tokens each")
         self.live.clear()
-        elapsed, count = time.perf_counter() - begin, num_tokens * len(self.prompts)
+        elapsed, count = time.perf_counter() - begin, sum(map(len, new_ids))
         return Served(
             way="no cache",
             prompt_tokens=sum(len(prompt.ids) for prompt in self.prompts),
@@ -249,7 +204,7 @@ class Serving:
         )
 
     def _sampler(self, index: int) -> Sampler:
-        return Sampler(self.options.temperature, TOP_P, seed_of(self.options.seed, index))
+        return Sampler(self.temperature, TOP_P, seed_of(self.options.seed, index))
 
     def _serve(
         self,
@@ -260,7 +215,7 @@ class Serving:
         bytes_held: Callable[[], int],
     ) -> Served:
         clock, at_once, moments = Stopwatch(), 0, list[Moment]()
-        batch = Batch(self.model, TimedCache(cache, clock), admission)
+        batch = Batch(self.model, TimedCache(cache, clock), admission, stop_ids=self.stop_ids)
         begin = time.perf_counter()
         try:
             requests = [
@@ -304,12 +259,12 @@ class Serving:
 
 
 def show_texts(say: Callable[..., None], tokenizer: Any, prompts: list[Prompt], served: Served) -> None:
-    """The end of a few prompts, and what the model wrote after it."""
-    for i in sorted({len(prompts) * i // (NUM_TEXTS_SHOWN + 1) for i in range(1, NUM_TEXTS_SHOWN + 1)}):
-        prompt, new_ids = prompts[i], served.new_ids[i]
-        last_lines = "\n".join(tokenizer.decode(prompt.ids).splitlines()[-3:])
-        say(f"\n--- {prompt.source}, after {len(prompt.ids)} tokens")
-        say(f"{last_lines}«{tokenizer.decode(new_ids).rstrip()}»")
+    """The end of a few prompts and what the model wrote after it, or questions and answers."""
+    parts = 1 + (NUM_TEXTS_SHOWN if prompts[0].shown else NUM_ANSWERS_SHOWN)
+    for i in sorted({len(prompts) * i // parts for i in range(1, parts)}):
+        prompt, text = prompts[i], tokenizer.decode(served.new_ids[i]).rstrip()
+        say(f"\n--- {prompt.source}")
+        say(f"{prompt.shown}«{text}»" if prompt.shown else text)
 
 
 def table(ways: list[Served]) -> str:

@@ -17,20 +17,23 @@ from .live_line import LiveLine
 KV_DTYPES = ("float32", "float16", "bfloat16")
 
 
-def add_model_options(command: Any, *, is_required: bool = False) -> None:
+def add_model_options(command: Any, *, default: str | None = None, has_cache: bool = True) -> None:
     """--model, and how its weights and its cache are kept."""
-    usual = "" if is_required else " (default: a small BitNet)"
     command.add_argument(
         "--model",
-        required=is_required,
-        metavar="MODEL",
-        help=f"a folder of transformers, a .gguf file, or {' or '.join(PACKAGED)}{usual}",
+        default=default,
+        help=f"a folder of transformers, a .gguf file, or {' or '.join(PACKAGED)} "
+        f"(default: {default or 'a small BitNet'})",
     )
     command.add_argument(
         "--weights", default="int8", choices=("int8", "bfloat16"), help="of projections that are not ternary"
     )
     command.add_argument("--head", choices=HEADS, help="of the output (default: bfloat16; a BitNet's: int8)")
-    command.add_argument("--kv-dtype", choices=KV_DTYPES, help="of pages (default: as the head)")
+    if has_cache:
+        usual = "default: bfloat16; a BitNet's: float32"
+        command.add_argument("--kv-dtype", choices=KV_DTYPES, help=f"of pages ({usual})")
+    else:
+        command.set_defaults(kv_dtype=None)
 
 
 def add_sampling_options(command: Any, *, temperature: float = 0.0) -> None:

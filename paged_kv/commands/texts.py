@@ -28,7 +28,7 @@ def require_text(option: str, text: str) -> str:
 def read_text(path: Path) -> str:
     """A file in UTF-8, with or without a mark.  Raises: ArgumentError that names it; OSError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # line ends stay what they are
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{path} is no text in UTF-8: {error}") from None
 

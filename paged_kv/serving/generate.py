@@ -3,7 +3,7 @@
 Imports batch and text.tokenizer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -145,7 +145,7 @@ def generate_stream(
     progress: Callable[[Batch], object] | None = None,
     report: GenerationReport | None = None,
     requests: list[Request] | None = None,
-) -> Iterator[tuple[int, int | Exception]]:
+) -> Generator[tuple[int, int | Exception], None, None]:
     """As `generate`, token by token.
 
     report : updated after each step

@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
+from family import chat_folder
 
 from paged_kv import extras
-from paged_kv.commands import cli, demo
+from paged_kv.commands import cli, demo, demo_prompts
 from paged_kv.commands.live_line import LiveLine
 
 SMALL = ["demo", "--max-tokens", "3", "--sequences", "3"]
@@ -61,6 +62,17 @@ def test_prompts_can_be_given(capsys, tmp_path):
     assert "2 prompts" in shown.out and f"--- {path}" in shown.out
 
 
+def test_a_model_with_a_chat_template_answers_questions(capsys, tmp_path):
+    folder = chat_folder(tmp_path)
+    code, shown = run(capsys, "demo", "--model", str(folder), "--max-tokens", "4", "--sequences", "9")
+    assert code == 0 and shown.out.endswith("same tokens: yes\n")
+    assert shown.out.count("\n--- ") == 6 and f"--- {demo_prompts.QUESTIONS[3]}\n" in shown.out
+    code, shown = run(capsys, "demo", "--model", str(folder), "--max-tokens", "4", "--prompt", "Hi", "--json")
+    assert code == 0 and json.loads(shown.out)["same_tokens"]
+    code, shown = run(capsys, "demo", "--model", str(folder), "--prompt", "Hi " * 600)
+    assert code == 2 and "a question has" in shown.err
+
+
 def test_what_cannot_be_served_is_an_error_in_one_line(capsys):
     for bad in (["--max-tokens", "1023"], ["--max-tokens", "0"], ["--sequences", "0"], ["--file", "/none"]):
         code, shown = run(capsys, "demo", *bad)
@@ -70,7 +82,7 @@ def test_what_cannot_be_served_is_an_error_in_one_line(capsys):
 
 
 def test_a_missing_module_is_replaced_and_the_output_says_so(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "STANDARD_LIBRARY", tmp_path)
+    monkeypatch.setattr(demo_prompts, "STANDARD_LIBRARY", tmp_path)
     code, shown = run(capsys, *SMALL)
     assert code == 0
     assert "of paged_kv instead of bisect.py, which this Python lacks" in shown.out
