@@ -114,7 +114,7 @@ def test_results_are_the_same_whatever_the_caller_wants_to_hear(work):
 def test_a_row_of_subnormal_weights_counts_as_zeros():
     weights = np.full((16, 16), TINY)
     matrix = int8_matrix(weights)
-    assert not matrix.scales.any() and not matrix(np.ones((1, 16), np.float32)).any()
+    assert not matrix.packed.any() and not matrix(np.ones((1, 16), np.float32)).any()
 
 
 def test_the_callers_rules_are_what_they_were():

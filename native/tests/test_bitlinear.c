@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/product.h"
 #include "linear.h"
 
 enum { MOST_OUT = 50, MOST_IN = 1100, MOST_ROWS = 19 };
@@ -61,27 +62,31 @@ static void ternary_sums_are_exact(pkv_threads *threads, int64_t num_rows, int64
   free(packed);
 }
 
-/* Weights of 8 bits as [out / 16][in / 2][16][2], activations of up to 15 bits: near, and the same alone. */
+/* Weights of 8 bits, integers whose largest is 127 in every group, so that scales are powers of two: near,
+ * and the same alone. */
 static void weights_of_8_bits(pkv_threads *threads, int64_t num_rows, int64_t num_in) {
-  enum { NUM_OUT = 16 };
-  int8_t *weights = malloc((size_t)(NUM_OUT * num_in));
-  for (int64_t i = 0; i < NUM_OUT * num_in; i++) weights[i] = (int8_t)(next_random() % 255 - 127);
+  enum { NUM_OUT = 21, NUM_BLOCKS = 2 };
+  float *weights = malloc((size_t)(NUM_OUT * num_in) * sizeof *weights);
+  uint8_t *packed_weights = malloc((size_t)(NUM_BLOCKS * ((num_in + 31) / 32) * PKV_INT8_GROUP_BYTES));
+  for (int64_t i = 0; i < NUM_OUT * num_in; i++) {
+    int64_t in = i % num_in;
+    float power = in / 32 % 2 ? 0.25f : 8;
+    weights[i] = power * (in % 32 == 0 ? 127 : (float)(next_random() % 255) - 127);
+  }
   for (int64_t i = 0; i < num_rows * num_in; i++) x[i] = (float)(next_random() % 2001) / 1000 - 1;
-  for (int i = 0; i < NUM_OUT; i++) scales[i] = 1;
-  pkv_matrix matrix = {.weights = weights,
-                       .scales = scales,
-                       .num_out = NUM_OUT,
-                       .num_in = num_in,
-                       .kind = PKV_INT8,
-                       .bits = 8};
+  pkv_pack_int8(weights, NUM_OUT, num_in, packed_weights);
+  pkv_matrix matrix = {
+      .weights = packed_weights, .num_out = NUM_OUT, .num_in = num_in, .kind = PKV_INT8, .bits = 8};
   pkv_linear call = {.x = x, .x_stride = num_in, .num_rows = num_rows, .out = out, .out_stride = NUM_OUT};
   assert(pkv_multiply(threads, &matrix, &call) == PKV_OK);
   for (int64_t row = 0; row < num_rows; row++)
     for (int o = 0; o < NUM_OUT; o++) {
-      double sum = 0;
-      for (int64_t i = 0; i < num_in; i++)
-        sum += (double)weights[i / 2 * 2 * NUM_OUT + 2 * o + i % 2] * (double)x[row * num_in + i];
-      assert(fabs(sum - (double)out[row * NUM_OUT + o]) < 0.005 * (double)num_in);
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < num_in; i++) {
+        sum += (double)weights[o * num_in + i] * (double)x[row * num_in + i];
+        size += fabs((double)weights[o * num_in + i]);
+      }
+      assert(fabs(sum - (double)out[row * NUM_OUT + o]) < 2e-5 * size);
     }
   memcpy(expected, out, (size_t)(num_rows * NUM_OUT) * sizeof *out);
   call.num_rows = 1;
@@ -90,6 +95,7 @@ static void weights_of_8_bits(pkv_threads *threads, int64_t num_rows, int64_t nu
     assert(pkv_multiply(NULL, &matrix, &call) == PKV_OK);
     assert(memcmp(out, expected + row * NUM_OUT, NUM_OUT * sizeof *out) == 0);
   }
+  free(packed_weights);
   free(weights);
 }
 
@@ -135,7 +141,7 @@ int main(void) {
       ternary_sums_are_exact(threads, num_rows, 1, 7);
       ternary_sums_are_exact(NULL, num_rows, 33, 256);
       weights_of_8_bits(threads, num_rows, 1024);
-      weights_of_8_bits(threads, num_rows, 16);
+      weights_of_8_bits(threads, num_rows, 45);
       weights_of_16_bits(threads, num_rows, 1024);
       weights_of_16_bits(NULL, num_rows, 16);
     }

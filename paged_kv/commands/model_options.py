@@ -28,7 +28,7 @@ def add_model_options(command: Any, *, default: str | None = None, has_cache: bo
     command.add_argument(
         "--weights", default="int8", choices=("int8", "bfloat16"), help="of projections that are not ternary"
     )
-    command.add_argument("--head", choices=HEADS, help="of the output (default: bfloat16; a BitNet's: int8)")
+    command.add_argument("--head", default="int8", choices=HEADS, help="of the output (default int8)")
     if has_cache:
         usual = "default: bfloat16; a BitNet's: float32"
         command.add_argument("--kv-dtype", choices=KV_DTYPES, help=f"of pages ({usual})")

@@ -111,7 +111,7 @@ class BitNetModel(DecoderModel):
         cls,
         path: Path | str | ModelFiles,
         *,
-        head: str | None = None,
+        head: str = "int8",
         weights: str = "int8",
         batch_size: int = 8,
         progress: Callable[[int, int], object] | None = None,

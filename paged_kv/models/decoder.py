@@ -70,7 +70,7 @@ class DecoderModel(Uncopyable):
         cls,
         path: Path | str | ModelFiles,
         *,
-        head: str | None = None,
+        head: str = "int8",
         weights: str = "int8",
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
@@ -78,8 +78,7 @@ class DecoderModel(Uncopyable):
 
         path : a folder with config.json, safetensors, and generation_config.json, whose end tokens end a text
             too; a .gguf file, for which the extra `gguf` is needed; or "smollm2" (model_files.PACKAGED)
-        head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact; None: int8 for
-            a BitNet, else bfloat16 (docs/real-model.md says what 8 bits cost)
+        head : "int8"; "bfloat16", twice as large; or "float32", four times as large and exact
         weights : of projections, "int8" or "bfloat16"; a BitNet's are ternary
         progress : called with the number of loaded blocks, and of all blocks
 
@@ -95,8 +94,6 @@ class DecoderModel(Uncopyable):
         embedding = rows = checkpoint.rows("model.embed_tokens.weight", shape)
         if not files.fields.flag("tie_word_embeddings", FAMILIES[config.model_type].is_tied):
             rows = checkpoint.rows("lm_head.weight", shape)
-        if head is None:
-            head = "int8" if config.model_type == "bitnet" else "bfloat16"
         norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
         blocks = blocks_of(config, checkpoint, progress, weights)
         checkpoint.require_all_taken()

@@ -20,6 +20,8 @@ from ..pages.pool import PagePool
 from .ternary import FloatArray, Int8Array
 
 OUT_BLOCK, IN_GROUP = 16, 16
+#: Inputs that share a scale, and the bytes of them and of the scale, for each output.
+INT8_GROUP, INT8_GROUP_BYTES = 32, 34
 #: From this size on, weights have a mapping of their own, in huge pages.
 HUGE_BYTES = 1 << 20
 
@@ -30,11 +32,11 @@ RELU2_GATE, SILU_GATE = lib.PKV_RELU2_GATE, lib.PKV_SILU_GATE
 
 
 class Matrix(Uncopyable):
-    """A packed matrix [num_out, num_in] and a scale for each output, as `pkv_multiply` takes them.
+    """A packed matrix [num_out, num_in] and its scales, as `pkv_multiply` takes them.
 
     kind : "ternary", "int8" or "bfloat16"
     packed : uint8, as `packed_bytes` says how many
-    scales : float32 [num_out]
+    scales : float32 [num_out], of ternary weights; the others have none beside them
 
     Rows of the result do not depend on each other, on threads or on the kernel, in a single bit, but for a
     gate's exponential.
@@ -115,8 +117,9 @@ def _up(count: int, to: int) -> int:
 
 def packed_bytes(kind: str, num_out: int, num_in: int) -> int:
     """Bytes of a packed matrix."""
-    weights = _up(num_out, OUT_BLOCK) * _up(num_in, IN_GROUP)
-    return weights * BITS[kind] // 8
+    if kind == "int8":
+        return _up(num_out, OUT_BLOCK) * _up(num_in, INT8_GROUP) // INT8_GROUP * INT8_GROUP_BYTES
+    return _up(num_out, OUT_BLOCK) * _up(num_in, IN_GROUP) * BITS[kind] // 8
 
 
 def new_bytes(count: int) -> NDArray[np.uint8]:
@@ -156,37 +159,28 @@ def random_matrix(num_out: int, num_in: int, rng: np.random.Generator) -> Matrix
     return Matrix("ternary", num_out, num_in, packed, np.broadcast_to(scale, num_out))
 
 
-#: A row whose largest weight is below this counts as zeros: its scale would be no normal float32.
-SMALLEST_ROW = 1e-36
-
-
-@np.errstate(all="ignore")
 def int8_matrix(
     weight: NDArray[Any],
     floats: Callable[[NDArray[Any]], FloatArray] | None = None,
     rows_at_a_time: int = 4096,
 ) -> Matrix:
-    """Round a float matrix [out, in] to 8 bits, each row by its own scale; a row of zeros stays one.
+    """Round a float matrix [out, in] to 8 bits, with a scale for each output and each 32 inputs.
 
     floats : makes some of its rows float32, where they are stored as something else
+
+    Weights so small that their scale would be no normal number become zeros.
     """
     num_out, num_in = weight.shape
-    padded_in = _up(num_in, IN_GROUP)
     packed = new_bytes(packed_bytes("int8", num_out, num_in))
-    blocks = packed.view(np.int8).reshape(-1, padded_in // 2, OUT_BLOCK, 2)
-    scales = np.zeros(num_out, np.float32)
+    block_bytes = len(packed) // max(1, _up(num_out, OUT_BLOCK) // OUT_BLOCK)
     for begin in range(0, num_out, rows_at_a_time):
         stored = weight[begin : begin + rows_at_a_time]
-        rows = np.asarray(stored if floats is None else floats(stored), np.float32)
-        largest = np.abs(rows).max(axis=1)
-        is_some = largest >= SMALLEST_ROW
-        scales[begin : begin + len(rows)] = np.where(is_some, largest / 127, 0)
-        factors = np.divide(127, largest, out=np.zeros_like(largest), where=is_some)
-        padded = np.zeros((_up(len(rows), OUT_BLOCK), padded_in), np.int8)
-        padded[: len(rows), :num_in] = np.rint(rows * factors[:, None])
-        parts = padded.reshape(-1, OUT_BLOCK, padded_in // 2, 2).transpose(0, 2, 1, 3)
-        blocks[begin // OUT_BLOCK : begin // OUT_BLOCK + len(parts)] = parts
-    return Matrix("int8", num_out, num_in, packed, scales)
+        rows = np.ascontiguousarray(stored if floats is None else floats(stored), np.float32)
+        at = packed[begin // OUT_BLOCK * block_bytes :]
+        lib.pkv_pack_int8(
+            ffi.from_buffer("float[]", rows), len(rows), num_in, ffi.from_buffer("uint8_t[]", at)
+        )
+    return Matrix("int8", num_out, num_in, packed, np.ones(num_out, np.float32))
 
 
 def bfloat16_matrix(bits: NDArray[np.uint16]) -> Matrix:

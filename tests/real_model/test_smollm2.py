@@ -40,8 +40,9 @@ def tokenizer():
 
 
 @cache
-def model(weights, head=None):
-    return DecoderModel.from_pretrained(files(), weights=weights, head=head)
+def model(weights):
+    """In bfloat16 throughout, or in 8 bits throughout."""
+    return DecoderModel.from_pretrained(files(), weights=weights, head=weights)
 
 
 def logits_of(of, ids, rows, **options):
@@ -57,20 +58,20 @@ def test_a_page_and_questions_have_the_ids_of_transformers():
         assert ids == REFERENCE[f"prompt_{i}"].tolist()
 
 
-@pytest.mark.parametrize(("weights", "most"), [("bfloat16", 0.001), ("int8", 0.01)])
+@pytest.mark.parametrize(("weights", "most"), [("bfloat16", 0.001), ("int8", 0.004)])
 def test_the_perplexity_of_a_page_is_that_of_transformers(weights, most):
     found = np.exp(-log_likelihoods(model(weights), REFERENCE["ids"].tolist()).mean())
     assert abs(found / REFERENCE["perplexity"] - 1) <= most
 
 
-@pytest.mark.parametrize(("weights", "rms", "most"), [("bfloat16", 0.04, 0.25), ("int8", 0.5, 3.0)])
+@pytest.mark.parametrize(("weights", "rms", "most"), [("bfloat16", 0.04, 0.25), ("int8", 0.2, 1.2)])
 def test_the_largest_logits_are_those_of_transformers(weights, rms, most):
     """Within what rounding the weights costs."""
     got = logits_of(model(weights), REFERENCE["ids"], REFERENCE["positions"])
     difference = np.take_along_axis(got, REFERENCE["largest_ids"], 1) - REFERENCE["largest_logits"]
     assert np.sqrt(np.square(difference).mean()) <= rms and np.abs(difference).max() <= most
     same = (got.argmax(1) == REFERENCE["largest_ids"][:, 0]).mean()
-    assert same >= (0.95 if weights == "bfloat16" else 0.85)
+    assert same >= (0.95 if weights == "bfloat16" else 0.9)
 
 
 def test_answers_are_those_of_transformers():

@@ -9,11 +9,15 @@
  * instruction, and no sum crosses lanes.  16 bits can sum 256 inputs: 64 pairs of products within [-512,
  * 508].
  *
- * Weights of 8 bits are [out / 16][in / 2][16 outputs][2 inputs], and activations then have 12 to 16
- * bits: as many as 32-bit sums allow.  Weights in bfloat16 are [out / 16][in][16 outputs], and
- * activations floats.
+ * Weights of 8 bits have a scale for each output and each group of 32 inputs, and activations 16 bits.  A
+ * group of a block is 16 scales in bfloat16, then [in / 2][16 outputs][2 inputs]:
  *
- * Integer sums are exact: the same bits in any order. */
+ *   [out / 16][in / 32 groups][32 bytes of scales | 512 bytes of weights]
+ *
+ * The integer sums of a group fit 32 bits; scaled, they are added one group after the other.  Weights in
+ * bfloat16 are [out / 16][in][16 outputs], and activations floats.
+ *
+ * Integer sums are exact, and scaled sums are added in one order: the same bits on every kernel. */
 #ifndef PKV_PRODUCT_H
 #define PKV_PRODUCT_H
 #include <stdbool.h>
@@ -30,6 +34,9 @@ enum {
   PKV_OUT_BLOCK = 16,
   PKV_IN_GROUP = 16,
   PKV_GROUP_BYTES = PKV_OUT_BLOCK * PKV_IN_GROUP / 4,
+  PKV_INT8_GROUP = 32,
+  PKV_SCALE_BYTES = 2 * PKV_OUT_BLOCK,
+  PKV_INT8_GROUP_BYTES = PKV_SCALE_BYTES + PKV_OUT_BLOCK * PKV_INT8_GROUP,
   PKV_GROUPS_ADDED = 16, /* summed in 16 bits, before they are added in 32 */
   PKV_MAX_ROWS = 8,      /* of a tile */
   PKV_PAIR_BYTES = 5376, /* bytes of scratch for two blocks of ternary_many */
@@ -42,14 +49,16 @@ typedef struct {
    * row_stride bytes apart. */
   void (*ternary)(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
                   int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
-  /* sums[row][16] of weights [num_in / 2][16 outputs][2 inputs] times activations of 16 bits. */
-  void (*int8)(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
-               int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]);
+  /* Scaled sums[row][16] of groups of 8-bit weights times activations of 16 bits. */
+  void (*int8)(const uint8_t *weights, int64_t num_groups, const int16_t *rows, int64_t row_stride,
+               int32_t num_rows, float sums[][PKV_OUT_BLOCK]);
   /* kernels/linear/activations.h */
   pkv_rounded (*round_row)(void *values, int64_t padded, const float *x, int64_t count, const float *norm,
                            float eps, int32_t max_int, bool is_ternary, float *buffer);
   void (*store_rows)(float *out, int64_t out_stride, int32_t (*sums)[PKV_OUT_BLOCK], const pkv_rounded *rows,
                      int32_t num_rows, const float *scales, int64_t count, int32_t epilogue);
+  void (*store_scaled)(float *out, int64_t out_stride, float (*sums)[PKV_OUT_BLOCK], const pkv_rounded *rows,
+                       int32_t num_rows, int64_t count, int32_t epilogue);
   /* The same for weights in bfloat16, [num_in][16 outputs], and rows of floats. */
   void (*norm_or_copy)(float *to, int64_t padded, const float *x, int64_t count, const float *norm,
                        float eps);

@@ -3,7 +3,8 @@
  *
  *   x ── norm ── q = round(x * s), s = max_int / max |x| ── sums = q W ── y = sums / s * scale ── out
  *
- * A row's bits depend on the row alone: its sums are exact integers, and its norm adds in one order.
+ * A row's bits depend on the row alone: integer sums are exact, and what is not an integer is added in one
+ * order.
  * Every thread rounds a few rows for itself, which costs less than waiting; many rows are split among
  * the threads first.
  *
@@ -58,6 +59,9 @@ typedef struct {
 static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 static int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
+/* Inputs are padded to a multiple of this. */
+static int64_t group_inputs(int32_t kind) { return kind == PKV_INT8 ? PKV_INT8_GROUP : PKV_IN_GROUP; }
+
 /* Of an activation, as the product reads it. */
 static int64_t value_bytes(const job *job) {
   return job->matrix->kind == PKV_TERNARY ? 1 : job->matrix->kind == PKV_INT8 ? 2 : 4;
@@ -87,22 +91,26 @@ static void multiply_block(const job *job, int64_t block, rounded from, int64_t 
     return;
   }
   int64_t row_stride = job->in_padded * value_bytes(job);
-  int64_t num_groups = job->in_padded / PKV_IN_GROUP, first = block * PKV_OUT_BLOCK;
+  int64_t num_groups = job->in_padded / group_inputs(matrix->kind), first = block * PKV_OUT_BLOCK;
   int64_t num_stored = matrix->num_out - first < PKV_OUT_BLOCK ? matrix->num_out - first : PKV_OUT_BLOCK;
   int32_t sums[PKV_MAX_ROWS][PKV_OUT_BLOCK], row_tile = job->product->row_tile;
+  float scaled[PKV_MAX_ROWS][PKV_OUT_BLOCK];
   for (; row < end; row += row_tile) {
     int32_t count = end - row < row_tile ? (int32_t)(end - row) : row_tile;
     const char *rows = from.values + row * row_stride;
     float *out = job->call->out + row * job->call->out_stride + first / job->gating;
     for (int32_t i = 0; i < count; i++) __builtin_prefetch(out + i * job->call->out_stride, 1);
-    if (matrix->kind == PKV_TERNARY)
+    if (matrix->kind == PKV_TERNARY) {
       job->product->ternary((const uint8_t *)matrix->weights + block * num_groups * PKV_GROUP_BYTES,
                             num_groups, (const int8_t *)rows, row_stride, count, sums);
-    else
-      job->product->int8((const int8_t *)matrix->weights + block * PKV_OUT_BLOCK * job->in_padded,
-                         job->in_padded, (const int16_t *)rows, row_stride, count, sums);
-    job->product->store_rows(out, job->call->out_stride, sums, from.rows + row, count, matrix->scales + first,
-                             num_stored, job->call->epilogue);
+      job->product->store_rows(out, job->call->out_stride, sums, from.rows + row, count,
+                               matrix->scales + first, num_stored, job->call->epilogue);
+    } else {
+      job->product->int8((const uint8_t *)matrix->weights + block * num_groups * PKV_INT8_GROUP_BYTES,
+                         num_groups, (const int16_t *)rows, row_stride, count, scaled);
+      job->product->store_scaled(out, job->call->out_stride, scaled, from.rows + row, count, num_stored,
+                                 job->call->epilogue);
+    }
   }
 }
 
@@ -248,48 +256,14 @@ pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pk
   job job = {.product = pkv_active_product(), .matrix = matrix, .call = call};
   if (!job.product) return PKV_BAD_ARGUMENT;
   job.gating = is_gated ? 2 : 1;
-  job.in_padded = round_up(matrix->num_in, PKV_IN_GROUP);
+  job.in_padded = round_up(matrix->num_in, group_inputs(matrix->kind));
   job.num_blocks = divide_up(matrix->num_out, PKV_OUT_BLOCK);
-  /* 127 * max_int * num_in must fit 32 bits; 127 is what ternary models are trained with. */
-  job.max_int = matrix->kind == PKV_TERNARY ? 127 : (int32_t)(INT32_MAX / 128 / matrix->num_in);
-  if (job.max_int > INT16_MAX) job.max_int = INT16_MAX;
-  bool has_sums = matrix->kind != PKV_BFLOAT16_WEIGHTS;
-  if (has_sums && (job.max_int < 127 || matrix->num_in > INT32_MAX / 512)) return PKV_BAD_ARGUMENT;
+  /* 127 is what ternary models are trained with, and their sums must fit 32 bits. */
+  job.max_int = matrix->kind == PKV_TERNARY ? 127 : INT16_MAX;
+  if (matrix->kind == PKV_TERNARY && matrix->num_in > INT32_MAX / 512) return PKV_BAD_ARGUMENT;
   int32_t num_workers = pkv_threads_claim(threads);
   if (num_workers == 0) return multiply_with(NULL, 1, &job);
   pkv_status status = multiply_with(threads, num_workers, &job);
   pkv_threads_release(threads);
   return status;
-}
-
-/* ---- packing */
-
-/* The byte of an output and input, and the shift of its two bits. */
-static int64_t place_of(int64_t num_groups, int64_t out, int64_t in, int *shift) {
-  *shift = 2 * (int)(in % PKV_IN_GROUP / 4);
-  int64_t group = out / PKV_OUT_BLOCK * num_groups + in / PKV_IN_GROUP;
-  return group * PKV_GROUP_BYTES + out % PKV_OUT_BLOCK * 4 + in % 4;
-}
-
-void pkv_pack_ternary(const uint8_t *codes, int64_t num_out, int64_t num_in, uint8_t *packed) {
-  int64_t num_groups = divide_up(num_in, PKV_IN_GROUP);
-  int64_t num_blocks = divide_up(num_out, PKV_OUT_BLOCK);
-  memset(packed, 0x55,
-         (size_t)(num_blocks * num_groups * PKV_GROUP_BYTES)); /* codes of 1, which is the value 0 */
-  for (int64_t out = 0; out < num_out; out++)
-    for (int64_t in = 0; in < num_in; in++) {
-      int shift;
-      uint8_t *byte = packed + place_of(num_groups, out, in, &shift);
-      *byte = (uint8_t)((*byte & ~(3 << shift)) | codes[out * num_in + in] << shift);
-    }
-}
-
-void pkv_unpack_ternary(const uint8_t *packed, int64_t num_out, int64_t num_in, uint8_t *codes) {
-  int64_t num_groups = divide_up(num_in, PKV_IN_GROUP);
-  for (int64_t out = 0; out < num_out; out++)
-    for (int64_t in = 0; in < num_in; in++) {
-      int shift;
-      uint8_t byte = packed[place_of(num_groups, out, in, &shift)];
-      codes[out * num_in + in] = byte >> shift & 3;
-    }
 }

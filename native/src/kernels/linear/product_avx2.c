@@ -72,34 +72,48 @@ static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *ro
   }
 }
 
-ALWAYS_INLINE void int8_rows(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
-                             int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
-  __m256i totals[ROWS][2];
-  EACH (r, num_rows) totals[r][0] = totals[r][1] = _mm256_setzero_si256();
-  for (int64_t i = 0; i < num_in; i += 2, weights += 32) {
-    if (i % 4 == 0) _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
-    __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)weights));
-    __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(weights + 16)));
-    EACH (r, num_rows) {
-      __m256i x = four_inputs((const int8_t *)rows + r * row_stride + 2 * i);
-      totals[r][0] = _mm256_add_epi32(totals[r][0], _mm256_madd_epi16(low, x));
-      totals[r][1] = _mm256_add_epi32(totals[r][1], _mm256_madd_epi16(high, x));
-      IN_THIS_ORDER(totals[r][0], totals[r][1]);
+/* Scaled sums stay in memory, where a group of inputs adds to them: sixteen registers hold no more. */
+ALWAYS_INLINE void int8_rows(const uint8_t *weights, int64_t num_groups, const int16_t *rows,
+                             int64_t row_stride, int num_rows, float sums[][PKV_OUT_BLOCK]) {
+  memset(sums, 0, (size_t)num_rows * sizeof *sums);
+  for (int64_t group = 0; group < num_groups; group++, weights += PKV_INT8_GROUP_BYTES) {
+    const uint8_t *two = weights + PKV_SCALE_BYTES;
+    const int8_t *x = (const int8_t *)(rows + PKV_INT8_GROUP * group);
+    __m256i added[ROWS][2];
+    EACH (r, num_rows) added[r][0] = added[r][1] = _mm256_setzero_si256();
+    for (int i = 0; i < PKV_INT8_GROUP; i += 2, two += 2 * PKV_OUT_BLOCK) {
+      if (i % 4 == 0) _mm_prefetch((const char *)two + PREFETCH_BYTES, _MM_HINT_T0);
+      __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)two));
+      __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(two + 16)));
+      EACH (r, num_rows) {
+        __m256i pair = four_inputs(x + r * row_stride + 2 * i);
+        added[r][0] = _mm256_add_epi32(added[r][0], _mm256_madd_epi16(low, pair));
+        added[r][1] = _mm256_add_epi32(added[r][1], _mm256_madd_epi16(high, pair));
+        IN_THIS_ORDER(added[r][0], added[r][1]);
+      }
+    }
+    EACH (half, 2) {
+      __m128i stored = _mm_loadu_si128((const __m128i *)weights + half);
+      __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(stored), 16));
+      EACH (r, num_rows) {
+        float *sum = sums[r] + 8 * half;
+        __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(added[r][half]), scales);
+        _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), scaled));
+      }
     }
   }
-  EACH (r, num_rows)
-    EACH (half, 2) _mm256_storeu_si256((__m256i *)(sums[r] + 8 * half), totals[r][half]);
 }
 
-static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
-                 int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+static void int8(const uint8_t *weights, int64_t num_groups, const int16_t *rows, int64_t row_stride,
+                 int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
   switch (num_rows) {
-    case 1: int8_rows(weights, num_in, rows, row_stride, 1, sums); break;
-    case 2: int8_rows(weights, num_in, rows, row_stride, 2, sums); break;
-    case 3: int8_rows(weights, num_in, rows, row_stride, 3, sums); break;
-    default: int8_rows(weights, num_in, rows, row_stride, ROWS, sums); break;
+    case 1: int8_rows(weights, num_groups, rows, row_stride, 1, sums); break;
+    case 2: int8_rows(weights, num_groups, rows, row_stride, 2, sums); break;
+    case 3: int8_rows(weights, num_groups, rows, row_stride, 3, sums); break;
+    default: int8_rows(weights, num_groups, rows, row_stride, ROWS, sums); break;
   }
 }
 
-const pkv_product pkv_product_avx2 = {"avx2",     ROWS,         ternary,  int8,         round_row,
-                                      store_rows, norm_or_copy, bfloat16, store_values, NULL};
+const pkv_product pkv_product_avx2 = {"avx2",    ROWS,         ternary,      int8,
+                                      round_row, store_rows,   store_scaled, norm_or_copy,
+                                      bfloat16,  store_values, NULL};

@@ -49,23 +49,33 @@ static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *ro
   }
 }
 
-static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
-                 int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
+static void int8(const uint8_t *weights, int64_t num_groups, const int16_t *rows, int64_t row_stride,
+                 int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
   for (int32_t row = 0; row < num_rows; row++) {
     const char *x = (const char *)rows + row * row_stride;
-    const int8_t *from = weights;
-    int32x4_t totals[4] = {};
-    for (int64_t i = 0; i < num_in; i += 2, from += 2 * PKV_OUT_BLOCK) {
-      int16x8_t two = vreinterpretq_s16_s32(repeated(x + 2 * i));
+    const uint8_t *from = weights;
+    float32x4_t totals[4] = {};
+    for (int64_t group = 0; group < num_groups; group++, from += PKV_INT8_GROUP_BYTES) {
+      const int8_t *weight = (const int8_t *)from + PKV_SCALE_BYTES;
+      int32x4_t added[4] = {};
+      for (int i = 0; i < PKV_INT8_GROUP; i += 2, weight += 2 * PKV_OUT_BLOCK, x += 4) {
+        int16x8_t two = vreinterpretq_s16_s32(repeated(x));
+        for (int j = 0; j < 4; j++) {
+          int16x8_t widened = vmovl_s8(vld1_s8(weight + 8 * j));
+          int32x4_t low = vmull_s16(vget_low_s16(widened), vget_low_s16(two));
+          added[j] = vaddq_s32(added[j], vpaddq_s32(low, vmull_high_s16(widened, two)));
+        }
+      }
       for (int j = 0; j < 4; j++) {
-        int16x8_t widened = vmovl_s8(vld1_s8(from + 8 * j));
-        int32x4_t low = vmull_s16(vget_low_s16(widened), vget_low_s16(two));
-        totals[j] = vaddq_s32(totals[j], vpaddq_s32(low, vmull_high_s16(widened, two)));
+        uint32x4_t bits = vshll_n_u16(vld1_u16((const uint16_t *)from + 4 * j), 16);
+        float32x4_t scaled = vmulq_f32(vcvtq_f32_s32(added[j]), vreinterpretq_f32_u32(bits));
+        totals[j] = vaddq_f32(totals[j], scaled);
       }
     }
-    for (int j = 0; j < 4; j++) vst1q_s32(sums[row] + 4 * j, totals[j]);
+    for (int j = 0; j < 4; j++) vst1q_f32(sums[row] + 4 * j, totals[j]);
   }
 }
 
-const pkv_product pkv_product_neon = {"neon",     ROWS,         ternary,  int8,         round_row,
-                                      store_rows, norm_or_copy, bfloat16, store_values, NULL};
+const pkv_product pkv_product_neon = {"neon",    ROWS,         ternary,      int8,
+                                      round_row, store_rows,   store_scaled, norm_or_copy,
+                                      bfloat16,  store_values, NULL};

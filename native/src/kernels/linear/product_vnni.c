@@ -54,22 +54,28 @@ ALWAYS_INLINE void ternary_rows(const uint8_t *weights, int64_t num_groups, cons
   add_chains(totals, num_rows, sums);
 }
 
-ALWAYS_INLINE void int8_rows(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
-                             int num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
-  const int chains = CHAINS(num_rows);
-  __m512i totals[ROWS];
-  EACH (r, num_rows * chains) totals[r] = _mm512_setzero_si512();
-  for (int64_t first = 0; first < num_in; first += 2 * CHAINS(1))
-    EACH (c, CHAINS(1)) {
-      if (c % 2 == 0) _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
-      __m512i widened = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)weights));
+/* Sums of a group start from zero: the chains of several groups run at once. */
+ALWAYS_INLINE void int8_rows(const uint8_t *weights, int64_t num_groups, const int16_t *rows,
+                             int64_t row_stride, int num_rows, float sums[][PKV_OUT_BLOCK]) {
+  __m512 totals[ROWS];
+  EACH (r, num_rows) totals[r] = _mm512_setzero_ps();
+  for (int64_t group = 0; group < num_groups; group++, weights += PKV_INT8_GROUP_BYTES) {
+    const char *x = (const char *)(rows + PKV_INT8_GROUP * group);
+    __m512i added[ROWS];
+    EACH (r, num_rows) added[r] = _mm512_setzero_si512();
+    EACH (i, PKV_INT8_GROUP / 2) {
+      const uint8_t *two = weights + PKV_SCALE_BYTES + 2 * PKV_OUT_BLOCK * i;
+      if (i % 2 == 0) _mm_prefetch((const char *)two + PREFETCH_BYTES, _MM_HINT_T0);
+      __m512i widened = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)two));
       EACH (r, num_rows)
-        totals[r * chains + c % chains] =
-            _mm512_dpwssd_epi32(totals[r * chains + c % chains], widened,
-                                repeated((const char *)rows + r * row_stride + 2 * (first + 2 * c)));
-      weights += 2 * PKV_OUT_BLOCK;
+        added[r] = _mm512_dpwssd_epi32(added[r], widened, repeated(x + r * row_stride + 4 * i));
     }
-  add_chains(totals, num_rows, sums);
+    __m256i stored = _mm256_loadu_si256((const __m256i *)weights);
+    __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
+    EACH (r, num_rows)
+      totals[r] = _mm512_add_ps(totals[r], _mm512_mul_ps(_mm512_cvtepi32_ps(added[r]), scales));
+  }
+  EACH (r, num_rows) _mm512_storeu_ps(sums[r], totals[r]);
 }
 
 #include "lookups.h"
@@ -94,14 +100,14 @@ static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *ro
 #undef CALL
 }
 
-static void int8(const int8_t *weights, int64_t num_in, const int16_t *rows, int64_t row_stride,
-                 int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]){
-#define CALL(count) int8_rows(weights, num_in, rows, row_stride, count, sums)
+static void int8(const uint8_t *weights, int64_t num_groups, const int16_t *rows, int64_t row_stride,
+                 int32_t num_rows, float sums[][PKV_OUT_BLOCK]){
+#define CALL(count) int8_rows(weights, num_groups, rows, row_stride, count, sums)
     OF_ROWS(CALL)
 #undef CALL
 }
 
 #define PRODUCT(name, many) \
-  {name, ROWS, ternary, int8, round_row, store_rows, norm_or_copy, bfloat16, store_values, many}
+  {name, ROWS, ternary, int8, round_row, store_rows, store_scaled, norm_or_copy, bfloat16, store_values, many}
 const pkv_product pkv_product_vnni = PRODUCT("vnni", NULL);
 const pkv_product pkv_product_vnni_lookups = PRODUCT("vnni with lookups", ternary_many);
