@@ -16,7 +16,7 @@ typedef enum { PKV_TERNARY = 0, PKV_INT8, PKV_BFLOAT16_WEIGHTS } pkv_matrix_kind
  * [16 pairs of inputs][16][2]], num_in rounded up to multiples of 32; bfloat16 as [out / 16][in][16]. */
 typedef struct {
   const void *weights;
-  const float *scales; /* of ternary weights, of each output, rounded up */
+  const float *scales; /* of each output, rounded up; of ternary and int8 weights */
   int64_t num_out;
   int64_t num_in;
   int32_t kind; /* pkv_matrix_kind */
@@ -44,17 +44,18 @@ typedef struct {
 } pkv_linear;
 
 /* y = round(x * s) W / s * scale, s = max_int / max |x| for each row; max_int is 127 for ternary weights, and
- * 32767 for int8, whose scale is that of each 32 inputs.  Sums are exact, and scaled ones are added in one
- * order, so a row's bits are the same on every kernel, for any threads and beside any rows.  A row with a NaN
- * or an infinity becomes NaN. With bfloat16 weights nothing is rounded, and each sum is one chain over the
- * inputs: the same bits too. */
+ * 32767 for int8, whose scales are those of each 32 inputs and of the output.  Sums are exact, and scaled
+ * ones are added in one order, so a row's bits are the same on every kernel, for any threads and beside any
+ * rows.  A row with a NaN or an infinity becomes NaN. With bfloat16 weights nothing is rounded, and each sum
+ * is one chain over the inputs: the same bits too. */
 pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pkv_linear *call);
 /* Pack ternary codes, [num_out, num_in] bytes of 0, 1, 2, into the blocks of pkv_matrix; and back. */
 void pkv_pack_ternary(const uint8_t *codes, int64_t num_out, int64_t num_in, uint8_t *packed);
 void pkv_unpack_ternary(const uint8_t *packed, int64_t num_out, int64_t num_in, uint8_t *codes);
 /* Round weights, [num_out, num_in] floats, to 8 bits, and pack them into the blocks of pkv_matrix.  A scale
- * is the largest magnitude of 32 inputs, divided by 127 and rounded to bfloat16. */
-void pkv_pack_int8(const float *weights, int64_t num_out, int64_t num_in, uint8_t *packed);
+ * is the largest magnitude of 32 inputs, divided by 127 and rounded to bfloat16; or, above 0, the one that is
+ * given, of which every weight is at most 127. */
+void pkv_pack_int8(const float *weights, int64_t num_out, int64_t num_in, float scale, uint8_t *packed);
 /* Rotate heads of float32, [num_tokens, num_heads, head_dim], in place by their tokens' positions: element i
  * pairs with i + head_dim / 2; cosines and sines are [num_positions, head_dim / 2].  PKV_BAD_ARGUMENT, and
  * nothing has changed, when a position is not below num_positions. */

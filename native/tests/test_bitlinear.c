@@ -74,9 +74,14 @@ static void weights_of_8_bits(pkv_threads *threads, int64_t num_rows, int64_t nu
     weights[i] = power * (in % 32 == 0 ? 127 : (float)(next_random() % 255) - 127);
   }
   for (int64_t i = 0; i < num_rows * num_in; i++) x[i] = (float)(next_random() % 2001) / 1000 - 1;
-  pkv_pack_int8(weights, NUM_OUT, num_in, packed_weights);
-  pkv_matrix matrix = {
-      .weights = packed_weights, .num_out = NUM_OUT, .num_in = num_in, .kind = PKV_INT8, .bits = 8};
+  pkv_pack_int8(weights, NUM_OUT, num_in, 0, packed_weights);
+  for (int i = 0; i < NUM_OUT; i++) scales[i] = 1;
+  pkv_matrix matrix = {.weights = packed_weights,
+                       .scales = scales,
+                       .num_out = NUM_OUT,
+                       .num_in = num_in,
+                       .kind = PKV_INT8,
+                       .bits = 8};
   pkv_linear call = {.x = x, .x_stride = num_in, .num_rows = num_rows, .out = out, .out_stride = NUM_OUT};
   assert(pkv_multiply(threads, &matrix, &call) == PKV_OK);
   for (int64_t row = 0; row < num_rows; row++)

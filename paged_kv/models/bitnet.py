@@ -22,7 +22,7 @@ from .checkpoint import Checkpoint, bits_of_float32, blocks_of, tensors_of
 from .config import DecoderConfig
 from .decoder import DecoderModel, head_of
 from .layers import DecoderBlock, SelfAttention
-from .matrix import Matrix, random_matrix
+from .matrix import Matrix, int8_codes_matrix, random_matrix
 from .model_files import ModelFiles
 from .report import GenerationReport
 from .sampling import Sampler
@@ -93,13 +93,12 @@ class BitNetModel(DecoderModel):
         config = DecoderConfig.from_json(arrays.pop("config").tobytes(), str(path))
         checkpoint = Checkpoint(arrays, str(path))
         codes = checkpoint.raw("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        embedding = (
-            codes * checkpoint.floats("model.embed_tokens.weight_scale", (config.vocab_size,))[:, None]
-        )
+        scales = checkpoint.floats("model.embed_tokens.weight_scale", (config.vocab_size,))
         norm = checkpoint.floats("model.norm.weight", (config.hidden_size,))
         blocks = blocks_of(config, checkpoint, None)
         checkpoint.require_all_taken()
-        return cls(config, blocks, embedding, norm, batch_size=batch_size)
+        head = int8_codes_matrix(codes, scales)
+        return cls(config, blocks, codes * scales[:, None], norm, head=head, batch_size=batch_size)
 
     @classmethod
     def tiny(cls) -> Self:

@@ -36,7 +36,7 @@ class Matrix(Uncopyable):
 
     kind : "ternary", "int8" or "bfloat16"
     packed : uint8, as `packed_bytes` says how many
-    scales : float32 [num_out], of ternary weights; the others have none beside them
+    scales : float32 [num_out], of ternary and 8-bit weights
 
     Rows of the result do not depend on each other, on threads or on the kernel, in a single bit, but for a
     gate's exponential.
@@ -178,9 +178,18 @@ def int8_matrix(
         rows = np.ascontiguousarray(stored if floats is None else floats(stored), np.float32)
         at = packed[begin // OUT_BLOCK * block_bytes :]
         lib.pkv_pack_int8(
-            ffi.from_buffer("float[]", rows), len(rows), num_in, ffi.from_buffer("uint8_t[]", at)
+            ffi.from_buffer("float[]", rows), len(rows), num_in, 0, ffi.from_buffer("uint8_t[]", at)
         )
     return Matrix("int8", num_out, num_in, packed, np.ones(num_out, np.float32))
+
+
+def int8_codes_matrix(codes: NDArray[np.int8], scales: FloatArray) -> Matrix:
+    """From int8 [out, in] of -127 to 127, and a scale for each output: exactly their products."""
+    num_out, num_in = codes.shape
+    packed = new_bytes(packed_bytes("int8", num_out, num_in))
+    rows = ffi.from_buffer("float[]", codes.astype(np.float32))
+    lib.pkv_pack_int8(rows, num_out, num_in, 1, ffi.from_buffer("uint8_t[]", packed))
+    return Matrix("int8", num_out, num_in, packed, scales)
 
 
 def bfloat16_matrix(bits: NDArray[np.uint16]) -> Matrix:

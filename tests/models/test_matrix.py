@@ -17,6 +17,7 @@ from paged_kv.models.matrix import (
     RELU2_GATE,
     SILU_GATE,
     bfloat16_matrix,
+    int8_codes_matrix,
     int8_matrix,
     ternary_matrix,
 )
@@ -125,6 +126,15 @@ def test_weights_that_are_multiples_of_their_scale_are_exact(kernel, rng):
     x = rng.integers(-32767, 32768, (6, 128)).astype(np.float32)
     x[:, 5] = 32767
     np.testing.assert_allclose(int8_matrix(weight)(x), x.astype(np.float64) @ weight.T, rtol=1e-6, atol=1)
+
+
+def test_codes_of_8_bits_are_multiplied_as_they_are(kernel, rng):
+    codes, scales = rng.integers(-127, 128, (40, 100)).astype(np.int8), rows(rng, 40)
+    x = rng.integers(-32767, 32768, (6, 100)).astype(np.float32)
+    x[:, 5] = 32767
+    exact = x.astype(np.float64) @ codes.T * scales
+    atol = 2**-20 * np.abs(x).astype(np.float64) @ np.abs(codes.astype(np.float64)).T * np.abs(scales)
+    assert (np.abs(int8_codes_matrix(codes, scales)(x) - exact) <= atol).all()
 
 
 def test_weights_that_are_no_numbers_give_none(kernel, rng):

@@ -58,7 +58,7 @@ typedef struct {
   void (*store_rows)(float *out, int64_t out_stride, int32_t (*sums)[PKV_OUT_BLOCK], const pkv_rounded *rows,
                      int32_t num_rows, const float *scales, int64_t count, int32_t epilogue);
   void (*store_scaled)(float *out, int64_t out_stride, float (*sums)[PKV_OUT_BLOCK], const pkv_rounded *rows,
-                       int32_t num_rows, int64_t count, int32_t epilogue);
+                       int32_t num_rows, const float *scales, int64_t count, int32_t epilogue);
   /* The same for weights in bfloat16, [num_in][16 outputs], and rows of floats. */
   void (*norm_or_copy)(float *to, int64_t padded, const float *x, int64_t count, const float *norm,
                        float eps);

@@ -108,8 +108,8 @@ static void multiply_block(const job *job, int64_t block, rounded from, int64_t 
     } else {
       job->product->int8((const uint8_t *)matrix->weights + block * num_groups * PKV_INT8_GROUP_BYTES,
                          num_groups, (const int16_t *)rows, row_stride, count, scaled);
-      job->product->store_scaled(out, job->call->out_stride, scaled, from.rows + row, count, num_stored,
-                                 job->call->epilogue);
+      job->product->store_scaled(out, job->call->out_stride, scaled, from.rows + row, count,
+                                 matrix->scales + first, num_stored, job->call->epilogue);
     }
   }
 }

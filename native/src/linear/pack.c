@@ -66,8 +66,7 @@ static uint16_t scale_of(const float *weights, int64_t count) {
 }
 
 /* Weights of one output and one group, a pair of them for each 16 outputs. */
-static void pack_group(const float *weights, int64_t count, uint8_t *group, int64_t out) {
-  uint16_t stored = scale_of(weights, count);
+static void pack_group(const float *weights, int64_t count, uint16_t stored, uint8_t *group, int64_t out) {
   memcpy(group + 2 * out, &stored, sizeof stored);
   uint32_t bits = (uint32_t)stored << 16;
   float scale, integers[PKV_INT8_GROUP] = {0};
@@ -82,13 +81,15 @@ static void pack_group(const float *weights, int64_t count, uint8_t *group, int6
   for (int i = 0; i < PKV_INT8_GROUP; i++) two[i / 2 * 2 * PKV_OUT_BLOCK + i % 2] = (int8_t)integers[i];
 }
 
-void pkv_pack_int8(const float *weights, int64_t num_out, int64_t num_in, uint8_t *packed) {
+void pkv_pack_int8(const float *weights, int64_t num_out, int64_t num_in, float scale, uint8_t *packed) {
   int64_t num_groups = divide_up(num_in, PKV_INT8_GROUP);
   for (int64_t out = 0; out < divide_up(num_out, PKV_OUT_BLOCK) * PKV_OUT_BLOCK; out++)
     for (int64_t group = 0; group < num_groups; group++) {
       int64_t first = group * PKV_INT8_GROUP, count = num_in - first;
       if (count > PKV_INT8_GROUP) count = PKV_INT8_GROUP;
-      pack_group(weights + out * num_in + first, out < num_out ? count : 0,
+      if (out >= num_out) count = 0;
+      const float *from = weights + out * num_in + first;
+      pack_group(from, count, scale > 0 ? bfloat16_of(scale) : scale_of(from, count),
                  packed + (out / PKV_OUT_BLOCK * num_groups + group) * PKV_INT8_GROUP_BYTES,
                  out % PKV_OUT_BLOCK);
     }

@@ -136,11 +136,11 @@ static void store_rows(float *restrict out, int64_t out_stride, int32_t (*restri
 
 /* The same for sums that are scaled already. */
 static void store_scaled(float *restrict out, int64_t out_stride, float (*restrict sums)[PKV_OUT_BLOCK],
-                         const pkv_rounded *restrict rows, int32_t num_rows, int64_t count,
-                         int32_t epilogue) {
+                         const pkv_rounded *restrict rows, int32_t num_rows, const float *restrict scales,
+                         int64_t count, int32_t epilogue) {
   for (int32_t row = 0; row < num_rows; row++, out += out_stride) {
     float values[PKV_OUT_BLOCK];
-    for (int i = 0; i < PKV_OUT_BLOCK; i++) values[i] = sums[row][i] / rows[row].factor;
+    for (int i = 0; i < PKV_OUT_BLOCK; i++) values[i] = sums[row][i] / rows[row].factor * scales[i];
     store_values(out, values, count, epilogue);
   }
 }
