@@ -13,7 +13,8 @@ typedef enum { PKV_TERNARY = 0, PKV_INT8, PKV_BFLOAT16_WEIGHTS } pkv_matrix_kind
 /* Weights in blocks of 16 outputs, num_out and num_in rounded up to multiples of 16 with zeros: ternary as
  * [out / 16][in / 16][64 bytes], where byte b of group g holds the codes (value + 1) of output b / 4 for the
  * inputs 16 g + 4 i + b % 4 in the bits 2i, 2i + 1; int8 as [out / 16][in / 32][16 scales in bfloat16, then
- * [16 pairs of inputs][16][2]], num_in rounded up to multiples of 32; bfloat16 as [out / 16][in][16]. */
+ * [16 pairs of inputs][16][2]], num_in rounded up to multiples of 32; bfloat16 as [out / 16][in / 2][16][2].
+ */
 typedef struct {
   const void *weights;
   const float *scales; /* of each output, rounded up; of ternary and int8 weights */
@@ -46,8 +47,9 @@ typedef struct {
 /* y = round(x * s) W / s * scale, s = max_int / max |x| for each row; max_int is 127 for ternary weights, and
  * 32767 for int8, whose scales are those of each 32 inputs and of the output.  Sums are exact, and scaled
  * ones are added in one order, so a row's bits are the same on every kernel, for any threads and beside any
- * rows.  A row with a NaN or an infinity becomes NaN. With bfloat16 weights nothing is rounded, and each sum
- * is one chain over the inputs: the same bits too. */
+ * rows. A row with a NaN or an infinity becomes NaN.  With bfloat16 weights nothing is rounded, and each sum
+ * is one chain over the inputs: the same bits for any threads and beside any rows, but not on every kernel.
+ */
 pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pkv_linear *call);
 /* Pack ternary codes, [num_out, num_in] bytes of 0, 1, 2, into the blocks of pkv_matrix; and back. */
 void pkv_pack_ternary(const uint8_t *codes, int64_t num_out, int64_t num_in, uint8_t *packed);

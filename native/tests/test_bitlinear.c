@@ -104,7 +104,7 @@ static void weights_of_8_bits(pkv_threads *threads, int64_t num_rows, int64_t nu
   free(weights);
 }
 
-/* Weights of bfloat16 as [out / 16][in][16]: small integers, so that sums are exact. */
+/* Weights of bfloat16 as [out / 16][in / 2][16][2]: small integers, so that sums are exact. */
 static void weights_of_16_bits(pkv_threads *threads, int64_t num_rows, int64_t num_in) {
   enum { NUM_OUT = 32 };
   uint16_t *weights = malloc((size_t)(NUM_OUT * num_in) * sizeof *weights);
@@ -115,7 +115,7 @@ static void weights_of_16_bits(pkv_threads *threads, int64_t num_rows, int64_t n
       float weight = (float)(next_random() % 9) - 4;
       uint32_t bits;
       memcpy(&bits, &weight, sizeof bits);
-      weights[(o / 16 * num_in + i) * 16 + o % 16] = (uint16_t)(bits >> 16);
+      weights[(o / 16 * num_in + i / 2 * 2) * 16 + o % 16 * 2 + i % 2] = (uint16_t)(bits >> 16);
       for (int64_t row = 0; row < num_rows; row++)
         expected[row * NUM_OUT + o] += weight * x[row * num_in + i];
     }

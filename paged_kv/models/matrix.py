@@ -38,8 +38,8 @@ class Matrix(Uncopyable):
     packed : uint8, as `packed_bytes` says how many
     scales : float32 [num_out], of ternary and 8-bit weights
 
-    Rows of the result do not depend on each other, on threads or on the kernel, in a single bit, but for a
-    gate's exponential.
+    Rows of the result do not depend on each other or on threads in a single bit; nor on the kernel, but for a
+    gate's exponential and weights in bfloat16.
     """
 
     def __init__(
@@ -192,17 +192,18 @@ def int8_codes_matrix(codes: NDArray[np.int8], scales: FloatArray) -> Matrix:
     return Matrix("int8", num_out, num_in, packed, scales)
 
 
-def bfloat16_matrix(bits: NDArray[np.uint16]) -> Matrix:
+def bfloat16_matrix(bits: NDArray[np.uint16], rows_at_a_time: int = 4096) -> Matrix:
     """From the bits of bfloat16, uint16 [out, in], which stay what they are."""
     num_out, num_in = bits.shape
     padded_in = _up(num_in, IN_GROUP)
     packed = new_bytes(packed_bytes("bfloat16", num_out, num_in))
-    blocks = packed.view(np.uint16).reshape(-1, padded_in, OUT_BLOCK)
-    for begin in range(0, num_out, OUT_BLOCK):
-        rows = bits[begin : begin + OUT_BLOCK]
-        block = blocks[begin // OUT_BLOCK]
-        block[:] = 0
-        block[:num_in, : len(rows)] = rows.T
+    blocks = packed.view(np.uint16).reshape(-1, padded_in // 2, OUT_BLOCK, 2)
+    for begin in range(0, num_out, rows_at_a_time):
+        rows = bits[begin : begin + rows_at_a_time]
+        padded = np.zeros((_up(len(rows), OUT_BLOCK), padded_in), np.uint16)
+        padded[: len(rows), :num_in] = rows
+        parts = padded.reshape(-1, OUT_BLOCK, padded_in // 2, 2).transpose(0, 2, 1, 3)
+        blocks[begin // OUT_BLOCK : begin // OUT_BLOCK + len(parts)] = parts
     return Matrix("bfloat16", num_out, num_in, packed, np.ones(num_out, np.float32))
 
 

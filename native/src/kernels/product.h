@@ -14,10 +14,12 @@
  *
  *   [out / 16][in / 32 groups][32 bytes of scales | 512 bytes of weights]
  *
- * The integer sums of a group fit 32 bits; scaled, they are added one group after the other.  Weights in
- * bfloat16 are [out / 16][in][16 outputs], and activations floats.
+ * The integer sums of a group fit 32 bits; scaled, they are added one group after the other.  Integer sums
+ * are exact, and scaled sums are added in one order: the same bits on every kernel.
  *
- * Integer sums are exact, and scaled sums are added in one order: the same bits on every kernel. */
+ * Weights in bfloat16 are [out / 16][in / 2][16 outputs][2 inputs], so that a 32-bit lane becomes one float
+ * by a shift and the other by a mask; activations are floats.  Each sum is one chain over the inputs, of
+ * fused multiply-adds where the instruction set has them: the same bits for any number of rows. */
 #ifndef PKV_PRODUCT_H
 #define PKV_PRODUCT_H
 #include <stdbool.h>
@@ -39,6 +41,7 @@ enum {
   PKV_INT8_GROUP_BYTES = PKV_SCALE_BYTES + PKV_OUT_BLOCK * PKV_INT8_GROUP,
   PKV_GROUPS_ADDED = 16, /* summed in 16 bits, before they are added in 32 */
   PKV_MAX_ROWS = 8,      /* of a tile */
+  PKV_MAX_FLOAT_ROWS = 12,
   PKV_PAIR_BYTES = 5376, /* bytes of scratch for two blocks of ternary_many */
 };
 
@@ -62,8 +65,10 @@ typedef struct {
   /* The same for weights in bfloat16, [num_in][16 outputs], and rows of floats. */
   void (*norm_or_copy)(float *to, int64_t padded, const float *x, int64_t count, const float *norm,
                        float eps);
-  void (*bfloat16)(const uint16_t *weights, int64_t num_in, const float *rows, int64_t row_stride,
-                   int32_t num_rows, float sums[][PKV_OUT_BLOCK]);
+  int32_t float_tile; /* rows at a time of bfloat16; at most PKV_MAX_FLOAT_ROWS */
+  /* sums[block * num_rows + row][16], of one or two consecutive blocks. */
+  void (*bfloat16)(const uint16_t *weights, int64_t num_in, int32_t num_blocks, const float *rows,
+                   int64_t row_stride, int32_t num_rows, float sums[][PKV_OUT_BLOCK]);
   void (*store_values)(float *out, const float *values, int64_t count, int32_t epilogue);
   /* NULL, or ternary weights of an even number of consecutive blocks, with a multiple of 8 rows:
    * sums[block][row][16].  scratch: PKV_PAIR_BYTES for each two blocks, aligned to a cache line. */

@@ -67,30 +67,39 @@ static int64_t value_bytes(const job *job) {
   return job->matrix->kind == PKV_TERNARY ? 1 : job->matrix->kind == PKV_INT8 ? 2 : 4;
 }
 
-static void multiply_block_of_floats(const job *job, int64_t block, const char *values, int64_t row,
-                                     int64_t end) {
-  int64_t row_stride = job->in_padded * value_bytes(job), first = block * PKV_OUT_BLOCK;
-  int64_t num_stored = job->matrix->num_out - first;
-  float sums[PKV_MAX_ROWS][PKV_OUT_BLOCK];
-  for (; row < end; row += PKV_MAX_ROWS) {
-    int32_t count = end - row < PKV_MAX_ROWS ? (int32_t)(end - row) : PKV_MAX_ROWS;
-    job->product->bfloat16((const uint16_t *)job->matrix->weights + first * job->in_padded, job->in_padded,
-                           (const float *)(values + row * row_stride), row_stride, count, sums);
-    for (int32_t i = 0; i < count; i++)
-      job->product->store_values(job->call->out + (row + i) * job->call->out_stride + first / job->gating,
-                                 sums[i], num_stored < PKV_OUT_BLOCK ? num_stored : PKV_OUT_BLOCK,
-                                 job->call->epilogue);
+/* Bytes from a row of activations to the next.  Rows that are a multiple of 2 KiB apart would share the sets
+ * of an L1 cache. */
+static int64_t row_bytes(const job *job) {
+  int64_t num_bytes = job->in_padded * value_bytes(job);
+  bool is_float = job->matrix->kind == PKV_BFLOAT16_WEIGHTS;
+  return is_float && num_bytes % 2048 == 0 ? num_bytes + 64 : num_bytes;
+}
+
+/* Rows `row` to `end` - 1 with one or two blocks, in tiles of about the same number of rows. */
+static void multiply_floats(const job *job, int64_t block, int32_t num_blocks, const char *values,
+                            int64_t row, int64_t end) {
+  const pkv_matrix *matrix = job->matrix;
+  const uint16_t *weights = (const uint16_t *)matrix->weights + block * PKV_OUT_BLOCK * job->in_padded;
+  float sums[2 * PKV_MAX_FLOAT_ROWS][PKV_OUT_BLOCK];
+  int64_t num_tiles = divide_up(end - row, job->product->float_tile);
+  int64_t tile = num_tiles ? divide_up(end - row, num_tiles) : 0;
+  for (; row < end; row += tile) {
+    int32_t count = (int32_t)(end - row < tile ? end - row : tile);
+    job->product->bfloat16(weights, job->in_padded, num_blocks,
+                           (const float *)(values + row * row_bytes(job)), row_bytes(job), count, sums);
+    for (int32_t i = 0; i < num_blocks * count; i++) {
+      int64_t first = (block + i / count) * PKV_OUT_BLOCK, num_stored = matrix->num_out - first;
+      job->product->store_values(
+          job->call->out + (row + i % count) * job->call->out_stride + first / job->gating, sums[i],
+          num_stored < PKV_OUT_BLOCK ? num_stored : PKV_OUT_BLOCK, job->call->epilogue);
+    }
   }
 }
 
 /* Rows `row` to `end` - 1 with 16 outputs. */
 static void multiply_block(const job *job, int64_t block, rounded from, int64_t row, int64_t end) {
   const pkv_matrix *matrix = job->matrix;
-  if (matrix->kind == PKV_BFLOAT16_WEIGHTS) {
-    multiply_block_of_floats(job, block, from.values, row, end);
-    return;
-  }
-  int64_t row_stride = job->in_padded * value_bytes(job);
+  int64_t row_stride = row_bytes(job);
   int64_t num_groups = job->in_padded / group_inputs(matrix->kind), first = block * PKV_OUT_BLOCK;
   int64_t num_stored = matrix->num_out - first < PKV_OUT_BLOCK ? matrix->num_out - first : PKV_OUT_BLOCK;
   int32_t sums[PKV_MAX_ROWS][PKV_OUT_BLOCK], row_tile = job->product->row_tile;
@@ -123,18 +132,18 @@ static rounded rounded_in(const job *job, char *memory) {
 
 static int64_t rounded_bytes(const job *job) {
   int64_t num_rows = job->call->num_rows;
-  return round_up(num_rows, 8) * (int64_t)sizeof(pkv_rounded) + num_rows * job->in_padded * value_bytes(job);
+  return round_up(num_rows, 8) * (int64_t)sizeof(pkv_rounded) + num_rows * row_bytes(job);
 }
 
 static void prepare_row(const job *job, rounded to, int64_t row, float *buffer) {
   const pkv_linear *call = job->call;
   bool is_ternary = job->matrix->kind == PKV_TERNARY;
   if (job->matrix->kind == PKV_BFLOAT16_WEIGHTS) {
-    job->product->norm_or_copy((float *)(to.values + row * job->in_padded * value_bytes(job)), job->in_padded,
+    job->product->norm_or_copy((float *)(to.values + row * row_bytes(job)), job->in_padded,
                                call->x + row * call->x_stride, job->matrix->num_in, call->norm, call->eps);
     return;
   }
-  to.rows[row] = job->product->round_row(to.values + row * job->in_padded * value_bytes(job), job->in_padded,
+  to.rows[row] = job->product->round_row(to.values + row * row_bytes(job), job->in_padded,
                                          call->x + row * call->x_stride, job->matrix->num_in, call->norm,
                                          call->eps, job->max_int, is_ternary, buffer);
 }
@@ -153,13 +162,19 @@ static void round_shared(void *context, int32_t worker) {
 /* The blocks of a chunk, with as many rows as stay in the L2 cache, then with the next rows. */
 static void multiply_chunk(const job *job, int64_t chunk, rounded rows) {
   const int64_t bytes_at_once = 256 << 10;
-  int64_t num_rows = job->call->num_rows, row_bytes = job->in_padded * value_bytes(job);
-  int64_t rows_at_once = round_up(bytes_at_once / row_bytes + 1, PKV_MAX_ROWS);
+  int64_t num_rows = job->call->num_rows;
+  bool is_float = job->matrix->kind == PKV_BFLOAT16_WEIGHTS;
+  int64_t rows_at_once =
+      round_up(bytes_at_once / row_bytes(job) + 1, is_float ? job->product->float_tile : PKV_MAX_ROWS);
   int64_t first = chunk * job->chunk, past = first + job->chunk;
   if (past > job->num_blocks) past = job->num_blocks;
   for (int64_t row = 0; row < num_rows; row += rows_at_once) {
     int64_t end = num_rows - row < rows_at_once ? num_rows : row + rows_at_once;
-    for (int64_t block = first; block < past; block++) multiply_block(job, block, rows, row, end);
+    for (int64_t block = first; block < past; block += 1 + is_float)
+      if (is_float)
+        multiply_floats(job, block, past - block < 2 ? 1 : 2, rows.values, row, end);
+      else
+        multiply_block(job, block, rows, row, end);
   }
 }
 

@@ -1,5 +1,5 @@
-/* Rows before and after a product: norm and rounding, scaling and gating; and the product with weights
- * in bfloat16, which needs no rounding.  Written once, compiled for each instruction set.
+/* Rows before and after a product: norm and rounding, scaling and gating.  Written once, compiled for each
+ * instruction set.
  *
  * All of it is elementwise or adds in one order, without fused multiply-add: the same bits everywhere,
  * except for SiLU's exponential, which is the C library's. */
@@ -145,7 +145,7 @@ static void store_scaled(float *restrict out, int64_t out_stride, float (*restri
   }
 }
 
-/* ---- weights in bfloat16 */
+/* ---- rows for weights in bfloat16 */
 
 static void norm_or_copy(float *restrict to, int64_t padded, const float *restrict x, int64_t count,
                          const float *restrict norm, float eps) {
@@ -156,40 +156,7 @@ static void norm_or_copy(float *restrict to, int64_t padded, const float *restri
   memset(to + count, 0, (size_t)(padded - count) * sizeof *to);
 }
 
-/* A loop, because gcc converts vectors through memory. */
-static inline void widen_lanes(lanes *to, const uint16_t *stored) {
-  int32_t bits[LANES];
-  for (int i = 0; i < LANES; i++) bits[i] = (int32_t)((uint32_t)stored[i] << 16);
-  memcpy(to, bits, sizeof bits);
-}
-
-ALWAYS_INLINE void bfloat16_rows(const uint16_t *weights, int64_t num_in, const float *rows,
-                                 int64_t row_stride, int num_rows, float sums[][PKV_OUT_BLOCK]) {
-  lanes totals[4][2];
-  EACH (r, num_rows) totals[r][0] = totals[r][1] = (lanes){};
-  for (int64_t i = 0; i < num_in; i++, weights += PKV_OUT_BLOCK) {
-    __builtin_prefetch((const char *)weights + 2048);
-    lanes low, high;
-    widen_lanes(&low, weights);
-    widen_lanes(&high, weights + LANES);
-    EACH (r, num_rows) {
-      float x = ((const float *)((const char *)rows + r * row_stride))[i];
-      lanes repeated = {x, x, x, x, x, x, x, x};
-      totals[r][0] += low * repeated;
-      totals[r][1] += high * repeated;
-    }
-  }
-  EACH (r, num_rows) memcpy(sums[r], totals[r], sizeof totals[r]);
-}
-
-/* Each sum is one chain over the inputs, without fused multiply-add: the same bits everywhere. */
-static void bfloat16(const uint16_t *weights, int64_t num_in, const float *rows, int64_t row_stride,
-                     int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
-  for (; num_rows > 0; num_rows -= 4, sums += 4, rows = (const float *)((const char *)rows + 4 * row_stride))
-    switch (num_rows) {
-      case 1: bfloat16_rows(weights, num_in, rows, row_stride, 1, sums); break;
-      case 2: bfloat16_rows(weights, num_in, rows, row_stride, 2, sums); break;
-      case 3: bfloat16_rows(weights, num_in, rows, row_stride, 3, sums); break;
-      default: bfloat16_rows(weights, num_in, rows, row_stride, 4, sums); break;
-    }
-}
+/* What an instruction set's pkv_product takes from here. */
+#define ACTIVATIONS                                                               \
+  .round_row = round_row, .store_rows = store_rows, .store_scaled = store_scaled, \
+  .norm_or_copy = norm_or_copy, .store_values = store_values

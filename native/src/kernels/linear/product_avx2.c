@@ -1,5 +1,4 @@
-/* Products with ternary weights in AVX2: bytes times bytes, summed in 16 bits for 256 inputs, then in
- * 32. */
+/* Products in AVX2: of ternary weights bytes times bytes, summed in 16 bits for 256 inputs, then in 32. */
 #include <immintrin.h>
 #include <string.h>
 
@@ -114,6 +113,51 @@ static void int8(const uint8_t *weights, int64_t num_groups, const int16_t *rows
   }
 }
 
-const pkv_product pkv_product_avx2 = {"avx2",    ROWS,         ternary,      int8,
-                                      round_row, store_rows,   store_scaled, norm_or_copy,
-                                      bfloat16,  store_values, NULL};
+/* ---- weights in bfloat16: six rows with a block keep their sums in twelve registers */
+
+enum { FLOAT_ROWS = 6 };
+
+ALWAYS_INLINE void bfloat16_rows(const uint16_t *weights, int64_t num_in, const float *rows,
+                                 int64_t row_stride, const int num_rows, float sums[][PKV_OUT_BLOCK]) {
+  const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+  __m256 totals[FLOAT_ROWS][2];
+  EACH (r, num_rows) totals[r][0] = totals[r][1] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < num_in; i += 2, weights += 2 * PKV_OUT_BLOCK) {
+    _mm_prefetch((const char *)weights + PREFETCH_BYTES, _MM_HINT_T0);
+    EACH (half, 2) {
+      __m256 widened[2];
+      EACH (b, 2) {
+        __m256i pairs = load((const uint8_t *)weights + 32 * b);
+        widened[b] =
+            _mm256_castsi256_ps(half ? _mm256_and_si256(pairs, upper) : _mm256_slli_epi32(pairs, 16));
+      }
+      EACH (r, num_rows) {
+        __m256 x = _mm256_broadcast_ss((const float *)((const char *)rows + r * row_stride) + i + half);
+        EACH (b, 2) totals[r][b] = _mm256_fmadd_ps(widened[b], x, totals[r][b]);
+      }
+    }
+  }
+  EACH (r, num_rows)
+    EACH (b, 2) _mm256_storeu_ps(sums[r] + 8 * b, totals[r][b]);
+}
+
+static void bfloat16(const uint16_t *weights, int64_t num_in, int32_t num_blocks, const float *rows,
+                     int64_t row_stride, int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
+  for (; num_blocks > 0; num_blocks--, weights += num_in * PKV_OUT_BLOCK, sums += num_rows)
+    switch (num_rows) {
+      case 1: bfloat16_rows(weights, num_in, rows, row_stride, 1, sums); break;
+      case 2: bfloat16_rows(weights, num_in, rows, row_stride, 2, sums); break;
+      case 3: bfloat16_rows(weights, num_in, rows, row_stride, 3, sums); break;
+      case 4: bfloat16_rows(weights, num_in, rows, row_stride, 4, sums); break;
+      case 5: bfloat16_rows(weights, num_in, rows, row_stride, 5, sums); break;
+      default: bfloat16_rows(weights, num_in, rows, row_stride, FLOAT_ROWS, sums); break;
+    }
+}
+
+const pkv_product pkv_product_avx2 = {.name = "avx2",
+                                      .row_tile = ROWS,
+                                      .ternary = ternary,
+                                      .int8 = int8,
+                                      .float_tile = FLOAT_ROWS,
+                                      .bfloat16 = bfloat16,
+                                      ACTIVATIONS};

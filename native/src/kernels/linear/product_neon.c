@@ -76,6 +76,43 @@ static void int8(const uint8_t *weights, int64_t num_groups, const int16_t *rows
   }
 }
 
-const pkv_product pkv_product_neon = {"neon",    ROWS,         ternary,      int8,
-                                      round_row, store_rows,   store_scaled, norm_or_copy,
-                                      bfloat16,  store_values, NULL};
+/* ---- weights in bfloat16: four rows with a block keep their sums in sixteen registers */
+
+enum { FLOAT_ROWS = 4 };
+
+ALWAYS_INLINE void bfloat16_rows(const uint16_t *weights, int64_t num_in, const float *rows,
+                                 int64_t row_stride, const int num_rows, float sums[][PKV_OUT_BLOCK]) {
+  const uint32x4_t upper = vdupq_n_u32(0xffff0000);
+  float32x4_t totals[FLOAT_ROWS][4] = {};
+  for (int64_t i = 0; i < num_in; i += 2, weights += 2 * PKV_OUT_BLOCK)
+    EACH (half, 2)
+      EACH (j, 4) {
+        uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(weights + 8 * j));
+        float32x4_t widened = vreinterpretq_f32_u32(half ? vandq_u32(pairs, upper) : vshlq_n_u32(pairs, 16));
+        EACH (r, num_rows) {
+          float x = ((const float *)((const char *)rows + r * row_stride))[i + half];
+          totals[r][j] = vfmaq_n_f32(totals[r][j], widened, x);
+        }
+      }
+  EACH (r, num_rows)
+    EACH (j, 4) vst1q_f32(sums[r] + 4 * j, totals[r][j]);
+}
+
+static void bfloat16(const uint16_t *weights, int64_t num_in, int32_t num_blocks, const float *rows,
+                     int64_t row_stride, int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
+  for (; num_blocks > 0; num_blocks--, weights += num_in * PKV_OUT_BLOCK, sums += num_rows)
+    switch (num_rows) {
+      case 1: bfloat16_rows(weights, num_in, rows, row_stride, 1, sums); break;
+      case 2: bfloat16_rows(weights, num_in, rows, row_stride, 2, sums); break;
+      case 3: bfloat16_rows(weights, num_in, rows, row_stride, 3, sums); break;
+      default: bfloat16_rows(weights, num_in, rows, row_stride, FLOAT_ROWS, sums); break;
+    }
+}
+
+const pkv_product pkv_product_neon = {.name = "neon",
+                                      .row_tile = ROWS,
+                                      .ternary = ternary,
+                                      .int8 = int8,
+                                      .float_tile = FLOAT_ROWS,
+                                      .bfloat16 = bfloat16,
+                                      ACTIVATIONS};

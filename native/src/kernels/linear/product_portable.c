@@ -1,4 +1,4 @@
-/* Products with ternary weights in plain C: the ones to read first, which run anywhere. */
+/* Products in plain C: the ones to read first, which run anywhere. */
 #include <string.h>
 
 #include "activations.h"
@@ -39,6 +39,34 @@ static void int8(const uint8_t *weights, int64_t num_groups, const int16_t *rows
     }
 }
 
-const pkv_product pkv_product_portable = {"portable", PKV_MAX_ROWS, ternary,      int8,
-                                          round_row,  store_rows,   store_scaled, norm_or_copy,
-                                          bfloat16,   store_values, NULL};
+/* Without fused multiply-add. */
+static void bfloat16(const uint16_t *weights, int64_t num_in, int32_t num_blocks, const float *rows,
+                     int64_t row_stride, int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
+  memset(sums, 0, (size_t)(num_blocks * num_rows) * sizeof *sums);
+  for (int32_t block = 0; block < num_blocks; block++, sums += num_rows)
+    for (int64_t i = 0; i < num_in; i += 2, weights += 2 * PKV_OUT_BLOCK) {
+      float first[PKV_OUT_BLOCK], second[PKV_OUT_BLOCK];
+      uint32_t bits[PKV_OUT_BLOCK];
+      memcpy(bits, weights, sizeof bits);
+      for (int out = 0; out < PKV_OUT_BLOCK; out++) {
+        uint32_t halves[2] = {bits[out] << 16, bits[out] & 0xffff0000};
+        memcpy(first + out, halves, sizeof *first);
+        memcpy(second + out, halves + 1, sizeof *second);
+      }
+      for (int32_t row = 0; row < num_rows; row++) {
+        const float *x = (const float *)((const char *)rows + row * row_stride) + i;
+        for (int out = 0; out < PKV_OUT_BLOCK; out++) {
+          sums[row][out] += first[out] * x[0];
+          sums[row][out] += second[out] * x[1];
+        }
+      }
+    }
+}
+
+const pkv_product pkv_product_portable = {.name = "portable",
+                                          .row_tile = PKV_MAX_ROWS,
+                                          .ternary = ternary,
+                                          .int8 = int8,
+                                          .float_tile = PKV_MAX_ROWS,
+                                          .bfloat16 = bfloat16,
+                                          ACTIVATIONS};

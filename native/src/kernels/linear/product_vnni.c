@@ -101,13 +101,76 @@ static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *ro
 }
 
 static void int8(const uint8_t *weights, int64_t num_groups, const int16_t *rows, int64_t row_stride,
-                 int32_t num_rows, float sums[][PKV_OUT_BLOCK]){
+                 int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
 #define CALL(count) int8_rows(weights, num_groups, rows, row_stride, count, sums)
-    OF_ROWS(CALL)
+  OF_ROWS(CALL)
 #undef CALL
 }
 
-#define PRODUCT(name, many) \
-  {name, ROWS, ternary, int8, round_row, store_rows, store_scaled, norm_or_copy, bfloat16, store_values, many}
+/* ---- weights in bfloat16: twelve rows with two blocks keep their sums in 24 registers */
+
+enum { FLOAT_ROWS = 12 };
+
+ALWAYS_INLINE void bfloat16_rows(const uint16_t *weights, int64_t num_in, const int num_blocks,
+                                 const float *rows, int64_t row_stride, const int num_rows,
+                                 float sums[][PKV_OUT_BLOCK]) {
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+  const int64_t block_stride = num_in * PKV_OUT_BLOCK;
+  __m512 totals[FLOAT_ROWS][2];
+  EACH (r, num_rows) totals[r][0] = totals[r][1] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < num_in; i += 2, weights += 2 * PKV_OUT_BLOCK) {
+    __m512i pairs[2];
+    EACH (b, num_blocks) {
+      _mm_prefetch((const char *)(weights + b * block_stride) + PREFETCH_BYTES, _MM_HINT_T0);
+      pairs[b] = _mm512_loadu_si512(weights + b * block_stride);
+    }
+    EACH (half, 2) {
+      __m512 widened[2];
+      EACH (b, num_blocks)
+        widened[b] =
+            _mm512_castsi512_ps(half ? _mm512_and_si512(pairs[b], upper) : _mm512_slli_epi32(pairs[b], 16));
+      EACH (r, num_rows) {
+        __m512 x = _mm512_set1_ps(((const float *)((const char *)rows + r * row_stride))[i + half]);
+        EACH (b, num_blocks) totals[r][b] = _mm512_fmadd_ps(widened[b], x, totals[r][b]);
+      }
+    }
+  }
+  EACH (r, num_rows)
+    EACH (b, num_blocks) _mm512_storeu_ps(sums[b * num_rows + r], totals[r][b]);
+}
+
+#define CALL(count)                                                   \
+  if (num_blocks == 2)                                                \
+    bfloat16_rows(weights, num_in, 2, rows, row_stride, count, sums); \
+  else                                                                \
+    bfloat16_rows(weights, num_in, 1, rows, row_stride, count, sums)
+static void bfloat16(const uint16_t *weights, int64_t num_in, int32_t num_blocks, const float *rows,
+                     int64_t row_stride, int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
+  switch (num_rows) {
+    case 1: CALL(1); break;
+    case 2: CALL(2); break;
+    case 3: CALL(3); break;
+    case 4: CALL(4); break;
+    case 5: CALL(5); break;
+    case 6: CALL(6); break;
+    case 7: CALL(7); break;
+    case 8: CALL(8); break;
+    case 9: CALL(9); break;
+    case 10: CALL(10); break;
+    case 11: CALL(11); break;
+    default: CALL(FLOAT_ROWS); break;
+  }
+}
+#undef CALL
+
+#define PRODUCT(its_name, many) \
+  {.name = its_name,            \
+   .row_tile = ROWS,            \
+   .ternary = ternary,          \
+   .int8 = int8,                \
+   .float_tile = FLOAT_ROWS,    \
+   .bfloat16 = bfloat16,        \
+   .ternary_many = many,        \
+   ACTIVATIONS}
 const pkv_product pkv_product_vnni = PRODUCT("vnni", NULL);
 const pkv_product pkv_product_vnni_lookups = PRODUCT("vnni with lookups", ternary_many);
