@@ -4,6 +4,9 @@ Skipped where it is not installed; `make smollm2` installs it.
 """
 
 import json
+import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -96,7 +99,25 @@ def test_sixteen_questions_at_once_have_the_answers_of_each_alone():
         np.testing.assert_array_equal(generate(of, [prompt], max_new_tokens=24).ids[0], ids)
 
 
-def test_the_commands_of_the_readme_answer(capsys):
+README = (HERE.parents[1] / "README.md").read_text()
+
+
+def test_the_readme_starts_a_chat():
+    (words,) = re.findall(r"make smollm2 && \.venv/bin/paged-kv (.*?) *#", README)
+    command = [sys.executable, "-m", "paged_kv", *words.split()]
+    question = "What is the capital of France?\n"
+    done = subprocess.run(command, input=question, capture_output=True, text=True, check=True, timeout=120)
+    assert "Paris" in done.stdout and "a second; prompt of" in done.stdout
+
+
+def test_the_example_of_the_readme_answers():
+    example = next(part for part in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "answer" in part)
+    names = {"__name__": "readme"}
+    exec(compile(example, "README.md", "exec"), names)
+    assert "Paris" in names["answer"]("smollm2", "What is the capital of France?")
+
+
+def test_the_commands_answer(capsys):
     question = "What is the capital of France?"
     assert cli.main(["chat", "--model", "smollm2", "--prompt", question, "--json"]) == 0
     assert "Paris" in json.loads(capsys.readouterr().out)["text"]

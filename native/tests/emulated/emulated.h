@@ -1,4 +1,4 @@
-/* AVX-512 on a machine that has AVX2 only: SIMDe's emulation, and what its release 0.7.4 lacks: three
+/* AVX-512 on a machine that has AVX2 only: SIMDe's emulation, and what its release 0.7.4 lacks: four
  * conversions and a shift, each as two halves, two masked loads and a shuffle of quarters.  For tests: it is
  * slow. */
 #ifndef PKV_EMULATED_H
@@ -26,6 +26,13 @@ static inline simde__m512i _mm512_cvtepu16_epi32(__m256i x) {
   pkv_512 to;
   for (int i = 0; i < 2; i++) to.int_halves[i] = _mm256_cvtepu16_epi32(from.halves[i]);
   return to.ints;
+}
+
+#undef _mm512_cvtepi32_ps
+static inline simde__m512 _mm512_cvtepi32_ps(simde__m512i x) {
+  pkv_512 from = {.ints = x}, to;
+  for (int i = 0; i < 2; i++) to.float_halves[i] = _mm256_cvtepi32_ps(from.int_halves[i]);
+  return to.floats;
 }
 
 #undef _mm512_cvtph_ps
