@@ -38,8 +38,8 @@ class Matrix(Uncopyable):
     packed : uint8, as `packed_bytes` says how many
     scales : float32 [num_out], of ternary and 8-bit weights
 
-    Rows of the result do not depend on each other or on threads in a single bit; nor on the kernel, but for a
-    gate's exponential and weights in bfloat16.
+    Rows of the result do not depend on each other or on threads in a single bit; nor on the kernel, but for
+    weights in bfloat16.
     """
 
     def __init__(

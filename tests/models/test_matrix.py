@@ -88,7 +88,9 @@ def test_every_kernel_gives_the_same_bits(num_rows, rng):
     try:
         for kernel in paged_kv.kernels().available:
             _binding.select_kernel(kernel)
-            results.append([m(x, norm=norm, epilogue=epilogue) for m in maps for epilogue in (0, RELU2_GATE)])
+            results.append(
+                [m(x, norm=norm, epilogue=epilogue) for m in maps for epilogue in (0, RELU2_GATE, SILU_GATE)]
+            )
     finally:
         _binding.select_kernel(before)
     for result in results[1:]:
@@ -187,6 +189,20 @@ def test_what_comes_out_is_added_or_gated(kernel, rng):
     np.testing.assert_array_equal(matrix(x, epilogue=RELU2_GATE), np.square(np.maximum(gate, 0)) * up)
     silu = gate / (1 + np.exp(-gate.astype(np.float64))) * up
     np.testing.assert_allclose(matrix(x, epilogue=SILU_GATE), silu, rtol=1e-5, atol=1e-6)
+
+
+def test_silu_is_exact_to_the_last_bits_over_its_whole_range(kernel):
+    """The gate's value, and beside it values of 1, through a matrix that repeats its input."""
+    x = np.concatenate([np.linspace(-100, 100, 20011), [0, -0.0, 1e-30, 88, -87.3, 3e4, -3e4]])
+    rows_of = np.stack([x, np.ones_like(x)], 1).astype(np.float32)
+    weight = np.repeat(np.eye(2, dtype=np.float32), 8, axis=0)
+    got = bfloat16_matrix(bits_of_float32(weight))(rows_of, epilogue=SILU_GATE)[:, 0]
+    gate = rows_of[:, 0].astype(np.float64)
+    expected = gate / (1 + np.exp(np.minimum(-gate, 700)))
+    # Below -87, e^-x stays what it is there.
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-33)
+    near = np.abs(gate) < 20
+    np.testing.assert_allclose(got[near], expected[near], rtol=2e-6)
 
 
 def test_norms_are_root_mean_squares(kernel, rng):
