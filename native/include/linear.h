@@ -65,4 +65,40 @@ pkv_status pkv_rotate(pkv_threads *threads, const pkv_tensor *rows, int64_t num_
                       int32_t head_dim, const int32_t *positions, int64_t num_positions, const float *cosines,
                       const float *sines);
 
+/* Rows of a projection, [q heads | k heads | v heads], on their way to attention: the bias is added, heads of
+ * q and of k are normed and rotated. */
+typedef struct {
+  float *rows;
+  int64_t stride; /* floats from a row to the next */
+  int32_t num_q_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  const float *bias;   /* of a row; NULL: none */
+  const float *q_norm; /* [head_dim]; NULL: none */
+  const float *k_norm;
+  float eps;
+  int32_t is_rotated;
+} pkv_heads;
+
+/* The tokens of a forward pass, and the tables of the positions below num_positions. */
+typedef struct {
+  int64_t num_rows;
+  const int32_t *positions;
+  int64_t num_positions;
+  const float *cosines;
+  const float *sines;
+} pkv_tokens;
+
+/* A product and the bias that is added to what it stored, NULL for none; or, without a matrix, heads. */
+typedef struct {
+  const pkv_matrix *matrix;
+  pkv_linear product; /* with as many rows as there are tokens */
+  const float *bias;
+  pkv_heads heads;
+} pkv_op;
+
+/* Do operations one after the other.  PKV_BAD_ARGUMENT, and nothing has changed, when a position is not below
+ * num_positions. */
+pkv_status pkv_run_ops(pkv_threads *threads, const pkv_op *ops, int64_t num_ops, const pkv_tokens *tokens);
+
 #endif

@@ -30,6 +30,7 @@ from ..extras import require
 from ..files import replace_files
 from ..machine import num_cpus
 from ..models.decoder import DecoderModel
+from ..models.report import Stopwatch
 from ..models.sampling import Sampler
 from ..pages.layout import num_pages
 from ..serving.admission import Admission
@@ -39,7 +40,7 @@ from .baselines import ConcatenatedCache, RecomputeStep
 from .demo_prompts import Prompt, choose_prompts
 from .live_line import LiveLine
 from .model_options import opened
-from .timing import Stopwatch, TimedCache, TimedStep
+from .timing import TimedCache, TimedStep
 
 PAGE_SIZE = 64
 TOP_P = 0.95

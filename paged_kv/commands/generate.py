@@ -25,7 +25,7 @@ from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..machine import num_cpus
 from ..models.decoder import DecoderModel
-from ..models.report import GenerationReport
+from ..models.report import GenerationReport, Stopwatch
 from ..models.ternary import FloatArray
 from ..pages.layout import num_pages
 from ..pages.pool import mebibytes
@@ -37,7 +37,7 @@ from .info import read_gb_per_s
 from .live_line import LiveLine
 from .model_options import opened, sampling_of
 from .texts import require_text
-from .timing import Stopwatch, TimedCache, timed_matrices
+from .timing import TimedCache, timed_matrices
 
 #: Steps that are measured without a cache, and with a concatenated one.
 STEPS_WITHOUT_CACHE, STEPS_CONCATENATED = 1, 8

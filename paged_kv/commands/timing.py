@@ -15,14 +15,8 @@ from numpy.typing import NDArray
 from ..models.decoder import DecoderModel
 from ..models.layers import KVStep
 from ..models.matrix import Matrix
+from ..models.report import Stopwatch
 from ..models.ternary import FloatArray
-
-
-@dataclass
-class Stopwatch:
-    """Seconds that were spent, as far as a timed thing counted them."""
-
-    seconds: float = 0.0
 
 
 class TimedStep:
@@ -86,20 +80,14 @@ class TimedMatrix(Matrix):
 
 @contextmanager
 def timed_matrices(model: DecoderModel, clock: Stopwatch) -> Iterator[None]:
-    """Within the block, the clock counts what the model's matrices take."""
-    places: list[tuple[Any, str]] = [
-        (block.attention, name) for block in model.blocks for name in ("qkv", "o")
-    ]
-    places += [(block, name) for block in model.blocks for name in ("gate_up", "down")]
-    places += [(model, "head")] if isinstance(model.head, Matrix) else []
-    matrices = [getattr(owner, name) for owner, name in places]
+    """Within the block, the clock counts what the model's products take, with what is between them."""
+    head, model.clock = model.head, clock
     try:
-        for (owner, name), matrix in zip(places, matrices, strict=True):
-            setattr(owner, name, TimedMatrix(matrix, clock))
+        if isinstance(head, Matrix):
+            model.head = TimedMatrix(head, clock)
         yield
     finally:
-        for (owner, name), matrix in zip(places, matrices, strict=True):
-            setattr(owner, name, matrix)
+        model.head, model.clock = head, None
 
 
 @dataclass(frozen=True)

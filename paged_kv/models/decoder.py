@@ -5,7 +5,7 @@
 It keeps no keys and values: a step does (layers.KVStep), which gives positions and attention, and holds the
 tokens of many sequences at once.
 
-Imports checkpoint, config, layers and model_files.
+Imports checkpoint, config, layers, model_files and program.
 """
 
 from collections import deque
@@ -21,9 +21,11 @@ from ..errors import ArgumentError
 from ..lifetime import Uncopyable
 from .checkpoint import bits_of_float32, blocks_of, float32_of_bits
 from .config import FAMILIES, DecoderConfig
-from .layers import Buffers, DecoderBlock, KVStep, Rotation, rope_frequencies
+from .layers import DecoderBlock, KVStep, Rotation, rope_frequencies
 from .matrix import Matrix, bfloat16_matrix, int8_matrix
 from .model_files import ModelFiles
+from .program import Program
+from .report import Stopwatch
 from .ternary import FloatArray
 from .token_ids import indices, token_ids
 
@@ -62,8 +64,10 @@ class DecoderModel(Uncopyable):
         self.head = head_of(embedding) if head is None else head
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self._rotation = Rotation(frequencies, config.max_position_embeddings)
-        #: Scratch of forward passes.  A pass owns one while it runs, so that several threads can run passes.
-        self._buffers: deque[Buffers] = deque(maxlen=4)
+        #: Counts the time of products, while something measures it.
+        self.clock: Stopwatch | None = None
+        #: A pass owns one while it runs, so that several threads can run passes.
+        self._programs: deque[Program] = deque(maxlen=4)
 
     @classmethod
     def from_pretrained(
@@ -134,17 +138,14 @@ class DecoderModel(Uncopyable):
         rows = indices("rows", rows, len(ids))
         self._rotation.require(positions)
         eps = self.config.rms_norm_eps
-        try:
-            buffers = self._buffers.pop()  # its own until the end: calls of other threads take others
-        except IndexError:
-            buffers = Buffers()
-        x = buffers.rows("x", len(ids), self.config.hidden_size)
+        program = self._taken_program(len(ids))
+        x = program.x[: len(ids)]
         chosen = self.embedding[ids]
         x[:] = float32_of_bits(chosen) if chosen.dtype == np.uint16 else chosen
-        for layer, block in enumerate(self.blocks):
-            block(x, self._rotation, step, layer, buffers)
+        program.clock = self.clock
+        program.run(step, self._rotation)
         x = x[rows]
-        self._buffers.append(buffers)
+        self._programs.append(program)
         if isinstance(self.head, Matrix):
             return self.head(x, norm=self.final_norm, eps=eps)
         x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(eps)) * self.final_norm
@@ -153,6 +154,16 @@ class DecoderModel(Uncopyable):
         for i, row in enumerate(x):
             np.dot(self.head, row, out=logits[i])
         return logits
+
+    def _taken_program(self, num_tokens: int) -> Program:
+        """A program of enough tokens that no other pass has."""
+        try:
+            program = self._programs.pop()
+        except IndexError:
+            program = Program(self.blocks, _power_of_two(num_tokens))
+        if program.capacity < num_tokens:
+            program = Program(self.blocks, _power_of_two(num_tokens))
+        return program
 
     def new_cache(self, **options: Any) -> PagedKVCache:
         """A cache of this model's shape and window; options as PagedKVCache.
@@ -166,6 +177,10 @@ class DecoderModel(Uncopyable):
             defaults["window"] = config.sliding_window
         shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         return PagedKVCache(*shape, **(defaults | options))
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count else 1
 
 
 def head_of(rows: NDArray[Any], kind: str = "int8") -> Matrix | FloatArray:

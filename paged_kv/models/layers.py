@@ -10,8 +10,7 @@ other (ragged rows; nothing is padded).  One token's way through a block::
     └──────────────────────────────────────────────────────────────────────────────────────┘
 
 act is relu squared in BitNet, which has attn_sub_norm and ffn_sub_norm, and SiLU in llama, which has neither.
-Norms and activations are fused into the products (matrix.py), so a block is six C calls: q k v, rope, attend,
-o, gate and up, down.
+Norms and activations are fused into the products (matrix.py); program.py runs blocks.
 
 A `KVStep` stores keys and values and computes attention.  A row's bits never depend on the other rows of the
 call.
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from .._binding import DTYPE_CODES, check, ffi, int32_pointer, lib, shared_threads
 from ..attention.arrays import array_of, fill_tensor
 from ..errors import ArgumentError
-from .matrix import ADD, RELU2_GATE, SILU_GATE, Matrix
+from .matrix import RELU2_GATE, SILU_GATE, Matrix
 from .ternary import FloatArray
 
 #: Positions that a model's tables begin with.
@@ -53,20 +52,6 @@ class KVStep(Protocol):
         q's shape."""
 
 
-class Buffers:
-    """Arrays that a forward pass uses again for every token; they grow, and stay.  One pass at a time."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, FloatArray] = {}
-
-    def rows(self, name: str, num_rows: int, width: int) -> FloatArray:
-        """float32 [num_rows, width], with whatever was there."""
-        array = self._arrays.get(name)
-        if array is None or len(array) < num_rows or array.shape[1] != width:
-            array = self._arrays[name] = np.empty((num_rows, width), np.float32)
-        return array[:num_rows]
-
-
 class Rotation:
     """Turns pairs of a head's elements by angles in proportion to a token's position.
 
@@ -81,7 +66,7 @@ class Rotation:
         self._frequencies = frequencies
         #: (cosines, sines), each float32 [positions, head_dim / 2].  Replaced as one, so that threads may
         #: grow it.
-        self._tables = self._tables_of(min(max_positions, FIRST_POSITIONS))
+        self.tables = self._tables_of(min(max_positions, FIRST_POSITIONS))
 
     @np.errstate(all="ignore")
     def _tables_of(self, num_positions: int) -> tuple[FloatArray, FloatArray]:
@@ -95,9 +80,9 @@ class Rotation:
         if low < 0 or high >= self.max_positions:
             outside = low if low < 0 else high
             raise ArgumentError(f"position {outside} is beyond the model's {self.max_positions}")
-        num_known = len(self._tables[0])
+        num_known = len(self.tables[0])
         if high >= num_known:
-            self._tables = self._tables_of(min(max(high + 1, 2 * num_known), self.max_positions))
+            self.tables = self._tables_of(min(max(high + 1, 2 * num_known), self.max_positions))
 
     def __call__(self, heads: FloatArray, positions: NDArray[np.int32]) -> None:
         """Rotate float32 [num_tokens, num_heads, head_dim] in place; i pairs with i + head_dim / 2.
@@ -119,7 +104,7 @@ class Rotation:
         rows = ffi.new("pkv_tensor *")
         fill_tensor(rows, described)
         for _ in range(2):
-            tables = self._tables
+            tables = self.tables
             pointers = [ffi.from_buffer("float[]", table) for table in tables]
             status = lib.pkv_rotate(shared_threads(), rows, *heads.shape, at, len(tables[0]), *pointers)
             if status == lib.PKV_OK:
@@ -146,17 +131,6 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict[str, float] | No
     kept = np.clip((turns - low) / (high - low), 0, 1)
     scaled: FloatArray = ((1 - kept) / scaling["factor"] + kept).astype(np.float32) * frequencies
     return scaled
-
-
-def norm_heads(heads: FloatArray, weight: FloatArray, eps: float) -> None:
-    """Root-mean-square norm of each head, float32 [num_tokens, num_heads, head_dim], in place.
-
-    A head's bits do not depend on the others: numpy adds each one's squares in one order.
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
-    """
-    squares = np.square(heads).mean(axis=-1, keepdims=True)
-    heads /= np.sqrt(squares + np.float32(eps))
-    heads *= weight
 
 
 class SelfAttention:
@@ -194,6 +168,14 @@ class SelfAttention:
         is_rotated: bool = True,
     ) -> None:
         num_q_heads = qkv.num_out // head_dim - 2 * num_kv_heads
+        for name, array, count in (
+            *(("qkv_bias", qkv_bias, qkv.num_out), ("o_bias", o_bias, o.num_out)),
+            *(("q_norm", q_norm, head_dim), ("k_norm", k_norm, head_dim)),
+        ):
+            if array is not None and (array.shape != (count,) or (count == head_dim and head_dim % 8)):
+                raise ArgumentError(
+                    f"{name} is {list(array.shape)}; it must be [{count}], norms a multiple of 8"
+                )
         if qkv.num_out % head_dim or head_dim % 2 or num_q_heads < 1 or num_q_heads % num_kv_heads:
             raise ArgumentError(
                 f"qkv has {qkv.num_out} outputs; they must be heads of {head_dim}, an even number: "
@@ -209,34 +191,6 @@ class SelfAttention:
         self.input_norm, self.sub_norm = input_norm, sub_norm
         self.qkv_bias, self.o_bias = qkv_bias, o_bias
         self.q_norm, self.k_norm, self.is_rotated = q_norm, k_norm, is_rotated
-
-    def __call__(
-        self, x: FloatArray, rotation: Rotation, kv: KVStep, layer: int, buffers: Buffers
-    ) -> FloatArray:
-        """Attend, and add the result to x: float32 [num_tokens, hidden], which is returned.
-
-        layer : the number under which kv keeps this layer's keys and values
-        """
-        num_tokens, num_rotated = len(x), self.num_q_heads + self.num_kv_heads
-        flat = buffers.rows("qkv", num_tokens, self.qkv.num_out)
-        self.qkv(x, norm=self.input_norm, eps=self.eps, out=flat)
-        if self.qkv_bias is not None:
-            flat += self.qkv_bias
-        heads = flat.reshape(num_tokens, -1, self.head_dim)
-        q, k = heads[:, : self.num_q_heads], heads[:, self.num_q_heads : num_rotated]
-        if self.q_norm is not None:
-            norm_heads(q, self.q_norm, self.eps)
-        if self.k_norm is not None:
-            norm_heads(k, self.k_norm, self.eps)
-        if self.is_rotated:
-            rotation(heads[:, :num_rotated], kv.positions)
-        v = heads[:, num_rotated:]
-        attended = buffers.rows("attended", num_tokens, self.o.num_in)
-        kv.attend(layer, q, k, v, out=attended.reshape(num_tokens, self.num_q_heads, self.head_dim))
-        self.o(attended, norm=self.sub_norm, eps=self.eps, out=x, epilogue=ADD)
-        if self.o_bias is not None:
-            x += self.o_bias
-        return x
 
 
 class DecoderBlock:
@@ -273,16 +227,6 @@ class DecoderBlock:
         self.attention, self.gate_up, self.down = attention, gate_up, down
         self.post_attention_norm, self.ffn_sub_norm = post_attention_norm, ffn_sub_norm
         self.epilogue = ACTIVATIONS[activation]
-
-    def __call__(
-        self, x: FloatArray, rotation: Rotation, kv: KVStep, layer: int, buffers: Buffers
-    ) -> FloatArray:
-        """float32 [num_tokens, hidden], changed in place and returned; arguments as SelfAttention."""
-        eps = self.attention.eps
-        self.attention(x, rotation, kv, layer, buffers)
-        gated = buffers.rows("gated", len(x), self.down.num_in)
-        self.gate_up(x, norm=self.post_attention_norm, eps=eps, out=gated, epilogue=self.epilogue)
-        return self.down(gated, norm=self.ffn_sub_norm, eps=eps, out=x, epilogue=ADD)
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:

@@ -53,7 +53,8 @@ class Matrix(Uncopyable):
         self.packed = packed
         self.scales = np.zeros(_up(num_out, OUT_BLOCK), np.float32)
         self.scales[:num_out] = scales
-        self._matrix = ffi.new(
+        #: As C has it.
+        self.described = ffi.new(
             "pkv_matrix *",
             {
                 "weights": ffi.from_buffer(packed),
@@ -107,7 +108,7 @@ class Matrix(Uncopyable):
         call.norm = _address(norm) if norm is not None else ffi.NULL
         call.eps = eps
         call.out, call.out_stride, call.epilogue = _address(out), out.strides[0] // 4, epilogue
-        check(lib.pkv_multiply(self._threads, self._matrix, call), "multiply")
+        check(lib.pkv_multiply(self._threads, self.described, call), "multiply")
         return out
 
 

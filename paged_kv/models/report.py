@@ -4,6 +4,13 @@ from dataclasses import dataclass
 
 
 @dataclass
+class Stopwatch:
+    """Seconds that were spent, as far as a timed thing counted them."""
+
+    seconds: float = 0.0
+
+
+@dataclass
 class GenerationReport:
     """What a generation took.  Times are of steps that held prompt tokens, and of those that held none.
 

@@ -10,9 +10,10 @@ import pytest
 from paged_kv import ArgumentError
 from paged_kv.commands import bench_model, cli
 from paged_kv.commands.live_line import LiveLine
-from paged_kv.commands.timing import Stopwatch, timed_matrices
+from paged_kv.commands.timing import timed_matrices
 from paged_kv.models import bitnet
 from paged_kv.models.bitnet import BitNetModel, DecoderConfig
+from paged_kv.models.report import Stopwatch
 
 SMALL = DecoderConfig(64, 64, 96, 2, 4, 2, 16, 512, 10000.0, 1e-5, 1, 2)
 FIELDS = (

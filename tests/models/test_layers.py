@@ -90,9 +90,9 @@ def test_tables_are_as_long_as_what_came_up():
     rotation = Rotation(rope_frequencies(8, 10000.0), 2**31 - 1)
     heads = np.ones((1, 1, 8), np.float32)
     rotated(rotation, heads, [3])
-    assert rotation._tables[0].nbytes < 2**20
+    assert rotation.tables[0].nbytes < 2**20
     rotated(rotation, heads, [100000])
-    assert 100001 <= len(rotation._tables[0]) <= 200002
+    assert 100001 <= len(rotation.tables[0]) <= 200002
 
 
 @pytest.mark.parametrize(

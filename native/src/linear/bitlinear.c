@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include "linear.h"
+#include "linear/ops.h"
 #include "runtime/threads.h"
 
 enum {
@@ -264,7 +265,8 @@ static pkv_status multiply_with(pkv_threads *threads, int32_t num_workers, job *
   return PKV_OK;
 }
 
-pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pkv_linear *call) {
+pkv_status pkv_multiply_claimed(pkv_threads *threads, int32_t num_workers, const pkv_matrix *matrix,
+                                const pkv_linear *call) {
   bool is_gated = call->epilogue == PKV_RELU2_GATE || call->epilogue == PKV_SILU_GATE;
   if (matrix->num_in < 1 || matrix->num_out < 1 || (is_gated && matrix->num_out % PKV_OUT_BLOCK))
     return PKV_BAD_ARGUMENT;
@@ -276,9 +278,12 @@ pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pk
   /* 127 is what ternary models are trained with, and their sums must fit 32 bits. */
   job.max_int = matrix->kind == PKV_TERNARY ? 127 : INT16_MAX;
   if (matrix->kind == PKV_TERNARY && matrix->num_in > INT32_MAX / 512) return PKV_BAD_ARGUMENT;
+  return num_workers ? multiply_with(threads, num_workers, &job) : multiply_with(NULL, 1, &job);
+}
+
+pkv_status pkv_multiply(pkv_threads *threads, const pkv_matrix *matrix, const pkv_linear *call) {
   int32_t num_workers = pkv_threads_claim(threads);
-  if (num_workers == 0) return multiply_with(NULL, 1, &job);
-  pkv_status status = multiply_with(threads, num_workers, &job);
-  pkv_threads_release(threads);
+  pkv_status status = pkv_multiply_claimed(threads, num_workers, matrix, call);
+  if (num_workers) pkv_threads_release(threads);
   return status;
 }

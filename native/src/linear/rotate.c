@@ -6,6 +6,7 @@
 #include <stdbool.h>
 
 #include "linear.h"
+#include "linear/ops.h"
 #include "runtime/threads.h"
 
 enum {
@@ -26,18 +27,11 @@ typedef struct {
 
 static void rotate_token(const job *job, int64_t token) {
   int32_t half = job->head_dim / 2;
-  const float *restrict cosine = job->cosines + (int64_t)job->positions[token] * half;
-  const float *restrict sine = job->sines + (int64_t)job->positions[token] * half;
+  const float *cosine = job->cosines + (int64_t)job->positions[token] * half;
+  const float *sine = job->sines + (int64_t)job->positions[token] * half;
   char *row = job->rows->data + token * job->rows->token_stride;
-  for (int32_t head = 0; head < job->num_heads; head++) {
-    float *restrict first = (float *)(row + head * job->rows->head_stride);
-    float *restrict second = first + half;
-    for (int32_t i = 0; i < half; i++) {
-      float a = first[i], b = second[i];
-      first[i] = a * cosine[i] - b * sine[i];
-      second[i] = b * cosine[i] + a * sine[i];
-    }
-  }
+  for (int32_t head = 0; head < job->num_heads; head++)
+    pkv_rotate_head((float *)(row + head * job->rows->head_stride), half, cosine, sine);
 }
 
 static void rotate_chunks(void *context, int32_t worker) {

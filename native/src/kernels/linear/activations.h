@@ -97,9 +97,10 @@ static pkv_rounded round_row(void *to, int64_t padded, const float *x, int64_t c
   return rounded;
 }
 
-/* 2^x, within 2^-126 and 2^126.  The polynomial is 2^f on [-1/2, 1/2], least squares at Chebyshev points,
- * relative error 9e-8. */
-static inline lanes exp2_lanes(lanes x) {
+/* 2^x in place, within 2^-126 and 2^126 (gcc would pass vectors in memory).  The polynomial is 2^f on [-1/2,
+ * 1/2], least squares at Chebyshev points, relative error 9e-8. */
+static inline void exp2_lanes(lanes *in_place) {
+  lanes x = *in_place;
   const float to_integer = 0x1.8p23f; /* adding it leaves the nearest integer in the low bits */
   x = (lanes)(((int_lanes)x & ~(x > 126.0f)) | ((int_lanes)((lanes){} + 126.0f) & (x > 126.0f)));
   x = (lanes)(((int_lanes)x & ~(x < -126.0f)) | ((int_lanes)((lanes){} - 126.0f) & (x < -126.0f)));
@@ -110,7 +111,7 @@ static inline lanes exp2_lanes(lanes x) {
   p = p * f + 0x1.ebfbe0p-3f;
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
-  return p * (lanes)(((int_lanes)shifted << 23) + (127 << 23));
+  *in_place = p * (lanes)(((int_lanes)shifted << 23) + (127 << 23));
 }
 
 /* Store 16 values of a row, of which `count` are outputs. */
@@ -135,7 +136,9 @@ static inline void store_values(float *restrict out, const float *restrict value
       lanes gates, gated;
       memcpy(&gates, values, sizeof gates);
       memcpy(&gated, values + LANES, sizeof gated);
-      gated *= gates / (1.0f + exp2_lanes(gates * -0x1.715476p+0f));
+      lanes power = gates * -0x1.715476p+0f;
+      exp2_lanes(&power);
+      gated *= gates / (1.0f + power);
       memcpy(out, &gated, sizeof gated);
       break;
     }
