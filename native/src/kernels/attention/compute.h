@@ -163,6 +163,11 @@ ALWAYS_INLINE void accumulate_values(const head_rows *values, int32_t dtype, con
   int64_t d = 0, dim = values->dim;
   for (; d + step * WIDTH <= dim; d += step * WIDTH)
     value_tile(values, dtype, ahead, weights, rescale, num_queries, d, step, WIDTH, accumulated);
+  /* Heads of 64 and 96 are no multiple of eight vectors. */
+  if (step > 4 && d + 4 * WIDTH <= dim) {
+    value_tile(values, dtype, ahead, weights, rescale, num_queries, d, 4, WIDTH, accumulated);
+    d += 4 * WIDTH;
+  }
   for (; d + WIDTH <= dim; d += WIDTH)
     value_tile(values, dtype, ahead, weights, rescale, num_queries, d, 1, WIDTH, accumulated);
   if (HAS_PART && d < dim)

@@ -54,7 +54,9 @@ static void softmax_of_queries(const pkv_layer *layer, const pkv_run *run, const
 }
 
 static void fold_queries(const pkv_layer *layer, const pkv_run *run, const head_rows *keys,
-                         const head_rows *values, const head_rows *next_keys, const queries *queries) {
+                         const head_rows *values, const head_rows *next_keys, queries *queries) {
+  spare_state spare;
+  if (queries->count % 4 == 3) add_spare(queries, &spare, values->dim);
   float scores[MAX_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   float rescale[MAX_QUERIES]; /* factors of what was accumulated before */
   score_queries(keys, run->is_resident ? NULL : values, queries, scores);
@@ -91,20 +93,24 @@ static void fold_head(const pkv_layer *layer, const pkv_run *run, int32_t kv_hea
 
 /* ---- one row that sees all tokens of the run: decode */
 
-/* Some heads of a group, from `head` of the run on.  Prefetches `now`, the values, and `next`, keys. */
+/* num_own heads of a group, from `head` of the run on, as a tile of num_heads.  Prefetches `now`, the values,
+ * and `next`, keys. */
 ALWAYS_INLINE void fold_heads(const pkv_layer *layer, const pkv_run *run, int32_t head, int num_heads,
-                              const head_rows *keys, const head_rows *values, const head_rows *now,
-                              const head_rows *next, const float *q, pkv_state state) {
+                              int32_t num_own, const head_rows *keys, const head_rows *values,
+                              const head_rows *now, const head_rows *next, const float *q, pkv_state state) {
   float scores[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   const float *queries[4];
   float *maximum[4], *sum[4], *accumulated[4], rescale[4];
   int32_t heads[4], rows[4], num_seen[4];
+  spare_state spare;
+  if (num_own < num_heads) spare_begin(&spare, values->dim);
   EACH (i, num_heads) {
-    queries[i] = q + i * pkv_padded(keys->dim);
-    maximum[i] = state.maximum + i;
-    sum[i] = state.sum + i;
-    accumulated[i] = state.accumulated + i * pkv_padded(values->dim);
-    heads[i] = head + i;
+    bool is_own = i < num_own;
+    queries[i] = q + (is_own ? i : i - 1) * pkv_padded(keys->dim);
+    maximum[i] = is_own ? state.maximum + i : &spare.maximum;
+    sum[i] = is_own ? state.sum + i : &spare.sum;
+    accumulated[i] = is_own ? state.accumulated + i * pkv_padded(values->dim) : spare.accumulated;
+    heads[i] = head + (is_own ? i : i - 1);
     rows[i] = 0;
     num_seen[i] = keys->count;
   }
@@ -124,9 +130,11 @@ static void fold_row(const pkv_layer *layer, const pkv_run *run, int32_t kv_head
     const head_rows *now = is_resident ? NULL : values, *next = is_resident ? NULL : next_keys;
     tile = tile_size(layer->group - i);
     switch (tile) {
-      case 4: fold_heads(layer, run, head, 4, keys, values, now, next, own_q, own); break;
-      case 2: fold_heads(layer, run, head, 2, keys, values, now, next, own_q, own); break;
-      case 1: fold_heads(layer, run, head, 1, keys, values, now, next, own_q, own); break;
+      case 4:
+        fold_heads(layer, run, head, 4, layer->group - i < 4 ? 3 : 4, keys, values, now, next, own_q, own);
+        break;
+      case 2: fold_heads(layer, run, head, 2, 2, keys, values, now, next, own_q, own); break;
+      case 1: fold_heads(layer, run, head, 1, 1, keys, values, now, next, own_q, own); break;
     }
   }
 }

@@ -84,5 +84,32 @@ typedef struct {
   int32_t num_seen[MAX_QUERIES];
 } queries;
 
-/* How many of `left` queries the next tile takes. */
-ALWAYS_INLINE int tile_size(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+/* A state that nobody reads.  Three queries take less time as a tile of four, one of them twice, than as
+ * tiles of two and of one. */
+typedef struct {
+  float maximum;
+  float sum;
+  float accumulated[PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+} spare_state;
+
+static void spare_begin(spare_state *spare, int32_t dim) {
+  spare->maximum = -__builtin_inff();
+  spare->sum = 0;
+  memset(spare->accumulated, 0, (size_t)pkv_padded(dim) * sizeof *spare->accumulated);
+}
+
+/* A fourth query beside the last three. */
+static void add_spare(queries *queries, spare_state *spare, int32_t dim) {
+  int last = queries->count - 1, i = queries->count++;
+  spare_begin(spare, dim);
+  queries->q[i] = queries->q[last];
+  queries->maximum[i] = &spare->maximum;
+  queries->sum[i] = &spare->sum;
+  queries->accumulated[i] = spare->accumulated;
+  queries->head[i] = queries->head[last];
+  queries->row[i] = queries->row[last];
+  queries->num_seen[i] = queries->num_seen[last];
+}
+
+/* How many of `left` queries the next tile takes, the spare one included. */
+ALWAYS_INLINE int tile_size(int left) { return left >= 3 ? 4 : left; }

@@ -200,11 +200,18 @@ ALWAYS_INLINE void accumulate_values(const head_rows *values, int32_t dtype, con
   bool is_bound = is_bound_by_memory(dtype, num_queries);
   bool is_touched = ahead && !(is_bound && values->stride && values->dim <= step * WIDTH);
   int32_t touched_bytes = is_touched ? stored_bytes(values->dim, dtype) : 0; /* in the first tile */
-  cursor at = cursor_over(is_bound ? NULL : ahead, 1, values->dim / (step * WIDTH));
+  int32_t num_sweeps = values->dim / (step * WIDTH);
+  cursor at = cursor_over(is_bound ? NULL : ahead, 1, num_sweeps ? num_sweeps : 1);
   for (; d + step * WIDTH <= values->dim; d += step * WIDTH, touched_bytes = 0)
     value_tile(values, dtype, touched_bytes, &at, weights, rescale, num_queries, d, step, WIDTH, accumulated);
-  for (; d + WIDTH <= values->dim; d += WIDTH)
-    value_tile(values, dtype, 0, &at, weights, rescale, num_queries, d, 1, WIDTH, accumulated);
+  /* Heads of 64 and 96 are no multiple of eight vectors. */
+  if (step > 4 && d + 4 * WIDTH <= values->dim) {
+    value_tile(values, dtype, touched_bytes, &at, weights, rescale, num_queries, d, 4, WIDTH, accumulated);
+    d += 4 * WIDTH;
+    touched_bytes = 0;
+  }
+  for (; d + WIDTH <= values->dim; d += WIDTH, touched_bytes = 0)
+    value_tile(values, dtype, touched_bytes, &at, weights, rescale, num_queries, d, 1, WIDTH, accumulated);
   if (HAS_PART && d < values->dim)
     value_tile(values, dtype, 0, &at, weights, rescale, num_queries, d, 1, PART, accumulated);
 }
