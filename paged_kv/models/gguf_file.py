@@ -63,7 +63,7 @@ class GGUFFile(Mapping[str, NDArray[Any]]):
         if magic != b"GGUF":
             raise ArgumentError(f"{path} is no GGUF file: it begins with {magic!r}")
         try:
-            self._reader = self._gguf.GGUFReader(path)
+            self._reader = _reader_of(self._gguf)(path)
             #: Every field of the file by its name: numbers, texts and lists.
             self.metadata: dict[str, Any] = {
                 name: field.contents() for name, field in self._reader.fields.items()
@@ -197,6 +197,21 @@ class GGUFFile(Mapping[str, NDArray[Any]]):
             if np.allclose(plain / factors, rope_frequencies(head_dim, theta, scaling), rtol=1e-3):
                 return scaling
         raise ArgumentError(f"{self.path}: {ROPE_FACTORS} is not llama 3's scaling, which alone is supported")
+
+
+def _reader_of(gguf: Any) -> Any:
+    """The package's reader over a plain array: slices of a memory map are objects that take 10 us to make."""
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> NDArray[Any]:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: NDArray[Any]) -> None:
+            self._data = mapped.view(np.ndarray)
+
+    return Reader
 
 
 def _name_of(name: str) -> str:
