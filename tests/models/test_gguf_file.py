@@ -10,6 +10,7 @@ import pytest
 from family import FAMILIES, fields_of, save, tensors_of
 
 from paged_kv import ArgumentError
+from paged_kv.models.checkpoint import float32_of_bits
 from paged_kv.models.config import DecoderConfig
 from paged_kv.models.decoder import DecoderModel
 from paged_kv.models.gguf_file import ARCHITECTURES, LAYER_NAMES, OUTER_NAMES, GGUFFile
@@ -40,7 +41,7 @@ def write(path, fields, tensors, kind=TYPES.F32, *, architecture=None, more=(), 
     """A GGUF file; matrices are quantised as `kind`.
 
     more : (name, value) of more fields, integers, floats or texts
-    extra : (name, array) of more tensors
+    extra : (name, array) of more tensors; (name, bytes, type) of quantised ones
     """
     arch = architecture or fields["model_type"]
     writer = gguf.GGUFWriter(path, arch)
@@ -67,8 +68,8 @@ def write(path, fields, tensors, kind=TYPES.F32, *, architecture=None, more=(), 
             writer.add_tensor(name_there(name), array)
         else:
             writer.add_tensor(name_there(name), gguf.quantize(array, kind), raw_dtype=kind)
-    for name, array in extra:
-        writer.add_tensor(name, array)
+    for name, array, *raw in extra:
+        writer.add_tensor(name, array, raw_dtype=raw[0] if raw else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -113,6 +114,35 @@ def test_quantised_tensors_are_dequantised(tmp_path, kind):
     rounded = {name: file[name] for name in tensors}
     expected = logits_of(save(tmp_path, fields, rounded), head="float32")
     np.testing.assert_array_equal(logits_of(path, head="float32"), expected)
+
+
+def dequantised_types():
+    """Every type that the package reads, as random bytes of 256 weights show."""
+    for kind, (block, size) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.dequantize(np.zeros((1, 256 // block * size), np.uint8), kind)
+        except (NotImplementedError, ValueError):
+            continue
+        if kind not in (TYPES.F32, TYPES.F16):  # numpy's own
+            yield kind
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", list(dequantised_types()), ids=lambda kind: kind.name)
+def test_every_type_that_the_package_reads_is_read(tmp_path, kind, rng):
+    """Weights of a model are 256 wide here, as K-quants need it."""
+    fields = fields_of("llama") | {"hidden_size": 256, "num_hidden_layers": 1, "head_dim": 64}
+    tensors = tensors_of(fields)
+    name = "model.layers.0.mlp.up_proj.weight"
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    stored = rng.integers(0, 256, (fields["intermediate_size"], 256 // block * size), np.uint8)
+    del tensors[name]
+    path = write(tmp_path / "model.gguf", fields, tensors, extra=[(name_there(name), stored, kind)])
+    found = GGUFFile(path)[name]
+    expected = gguf.dequantize(stored, kind)
+    if found.dtype == np.uint16:
+        found = float32_of_bits(found)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_the_config_is_found(tmp_path):
