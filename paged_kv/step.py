@@ -135,6 +135,8 @@ class Step(Uncopyable):
         logits_soft_cap: float = 0.0,
         sinks: Any = None,
         alibi_slopes: Any = None,
+        window: int | None = None,
+        num_sink_tokens: int = 0,
         out: Any = None,
         return_lse: bool = False,
     ) -> Any:
@@ -150,6 +152,8 @@ class Step(Uncopyable):
         logits_soft_cap : above 0, a score s becomes ``cap * tanh(s / cap)``
         sinks : [num_q_heads], logits that join the sum of the softmax and have no value
         alibi_slopes : [num_q_heads]; ``slope * (j - i)`` is added to the score of query i and key j
+        window, num_sink_tokens : of this call, as those of a cache, in a cache without a window: the row at
+            position p sees ``p - window + 1`` to p, and the first sinks; None: all up to p
         out : where the result goes, of its shape and q's dtype; q itself will do
         return_lse : also the natural logarithm of the softmax's sum
 
@@ -163,7 +167,9 @@ class Step(Uncopyable):
         if (k is None) is not (v is None):
             raise ArgumentError("give k and v, or neither, to attend to what was written")
         pages, calls, threads = self._store.pages(layer), self._calls, self._store.threads
-        options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse)
+        if window is not None or num_sink_tokens:
+            self._require_no_window(window)
+        options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens)
         verb = "attend" if k is None else "write and attend"
         call, result = calls.pop(verb, None), None
         if call is not None:
@@ -174,6 +180,15 @@ class Step(Uncopyable):
             call = new if new.can_repeat else call
         calls[verb] = call
         return result
+
+    def _require_no_window(self, window: object) -> None:
+        if window is None:
+            raise ArgumentError("num_sink_tokens goes with a window; give both")
+        if self._store.tables.window is not None:
+            raise ArgumentError(
+                f"window is {window!r:.40}, and the cache has a window of {self._store.tables.window.size}, "
+                "which holds for all calls; build it without one"
+            )
 
     # ---- the end
 

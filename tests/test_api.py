@@ -8,7 +8,8 @@ from conftest import make_cache, rows
 
 import paged_kv
 
-ATTEND = ["sm_scale", "logits_soft_cap", "sinks", "alibi_slopes", "out", "return_lse"]
+SCORES = ["sm_scale", "logits_soft_cap", "sinks", "alibi_slopes"]
+ATTEND = [*SCORES, "out", "return_lse"]
 
 #: Positional parameters, then those that are named.
 SIGNATURES = {
@@ -36,7 +37,10 @@ SIGNATURES = {
     paged_kv.Sequence.reset: ([], []),
     paged_kv.Sequence.free: ([], []),
     paged_kv.Sequence.gather: (["layer"], []),
-    paged_kv.Step.attend: (["layer", "q", "k", "v"], ATTEND),
+    paged_kv.Step.attend: (
+        ["layer", "q", "k", "v"],
+        [*SCORES, "window", "num_sink_tokens", "out", "return_lse"],
+    ),
     paged_kv.Step.write: (["layer", "k", "v"], []),
     paged_kv.Step.commit: ([], []),
     paged_kv.Step.rollback: ([], []),
@@ -56,6 +60,8 @@ SIGNATURES = {
         ],
     ),
     paged_kv.kernels: ([], []),
+    paged_kv.use_threads: (["which"], []),
+    paged_kv.threads_in_use: ([], []),
     paged_kv.KVCacheManager.allocate: (["max_seq_len", "batch_size", "hidden_dim", "num_heads"], []),
     paged_kv.KVCacheManager.append: (["K", "V", "seq_pos", "batch_idx"], []),
     paged_kv.KVCacheManager.get_cache: (["batch_idx"], []),

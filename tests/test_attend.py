@@ -229,7 +229,7 @@ def test_arguments_that_do_not_fit_are_refused_and_nothing_is_written(rng):
         reason = next(iter(options), "") or f"^{wrong[0]} |give k and v"
         with pytest.raises(ArgumentError, match=reason):
             step.attend(*arguments, **options)
-    for name in ("window", "causal", "num_sink_tokens", "softcap"):
+    for name in ("windows", "causal", "num_sinks", "softcap"):
         with pytest.raises(TypeError):
             step.attend(0, q, k, k, **{name: 1})
     with pytest.raises(LayerNotWritten):

@@ -1,5 +1,6 @@
 """One team of threads, of which a call uses its num_threads; the same bits with any number of them."""
 
+import ctypes.util
 import gc
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from conftest import make_cache, rows
 
 import paged_kv
-from paged_kv import _binding
+from paged_kv import ArgumentError, _binding
 
 SWEEP = """
 import os, numpy as np, paged_kv
@@ -100,3 +101,62 @@ def test_a_system_without_more_threads_is_no_error(rng):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 600 * 8 * 64
+
+
+# ---- the threads of an OpenMP runtime
+
+OPENMP = """
+import ctypes, hashlib, os, sys, threading
+import numpy as np, paged_kv
+
+rng = np.random.default_rng(0)
+q, k = rng.standard_normal((700, 8, 64), np.float32), rng.standard_normal((700, 2, 64), np.float32)
+
+def attended():
+    with paged_kv.PagedKVCache(1, 2, 64, num_pages=50, num_threads=3) as cache:
+        with cache.step([cache.sequence()], [700]) as step:
+            return hashlib.sha256(step.attend(0, q, k, k).tobytes()).hexdigest()
+
+def num_tasks():
+    return len(os.listdir("/proc/self/task"))
+
+assert paged_kv.threads_in_use() == "own"
+paged_kv.use_threads("own")
+expected = attended()
+ctypes.CDLL("libgomp.so.1")
+assert paged_kv.threads_in_use() == "own"
+own = num_tasks()
+paged_kv.use_threads("auto")
+assert paged_kv.threads_in_use() == "openmp"
+assert all(attended() == expected for _ in range(40))
+assert num_tasks() == own + 3, (num_tasks(), own)  # the runtime's four, the caller among them
+same = []
+threads = [threading.Thread(target=lambda: same.append(attended() == expected)) for _ in range(8)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+assert same == [True] * 8
+child = os.fork()
+if not child:
+    os._exit(0 if paged_kv.threads_in_use() == "own" and attended() == expected else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert attended() == expected
+print("done")
+"""
+
+
+def test_an_openmp_runtime_that_is_loaded_does_the_jobs():
+    """torch's threads spin on the cores that ours want; found at any time, and left in a forked child."""
+    if ctypes.util.find_library("gomp") is None:
+        pytest.skip("there is no libgomp")
+    environment = os.environ | {"OMP_NUM_THREADS": "4", "PAGED_KV_THREADS": "auto"}
+    command = [sys.executable, "-W", "ignore", "-c", OPENMP]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_threads_are_chosen_by_name():
+    with pytest.raises(ArgumentError, match='threads are "openmp"; they may be auto or own'):
+        paged_kv.use_threads("openmp")
+    code = "import paged_kv"
+    environment = os.environ | {"PAGED_KV_THREADS": "none"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert 'threads are "none"' in done.stderr

@@ -214,3 +214,80 @@ def test_pages_needed_tells_what_a_step_would_take(rng):
         with pytest.raises(ArgumentError, match="in this step twice"):
             cache.pages_needed([a, a], [1, 1])
         assert cache.stats().num_used_pages == 2
+
+
+# ---- a window of one call, in a cache without one
+
+
+@given(
+    window=st.integers(1, 120),
+    sinks=st.sampled_from([0, 1, 5, 16, 40]),
+    chunks=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_window_of_a_call_is_that_of_a_cache(window, sinks, chunks, seed):
+    """Layers with windows of their own, beside one that sees everything."""
+    rng = np.random.default_rng(seed)
+    total = sum(chunks)
+    q, k, v = rows(rng, total, 4, 32), rows(rng, total, 2, 32), rows(rng, total, 2, 32)
+    options = {"num_sink_tokens": sinks, "max_seq_len": 300}
+    with (
+        make_cache(num_layers=3, num_kv_heads=2, head_dim=32, num_pages=20) as cache,
+        make_cache(num_layers=1, num_kv_heads=2, head_dim=32, num_pages=20, window=window, **options) as ring,
+    ):
+        seq, in_ring, done = cache.sequence(), ring.sequence(), 0
+        for chunk in chunks:
+            new, held = slice(done, done + chunk), slice(done + chunk)
+            with cache.step([seq], [chunk]) as step, ring.step([in_ring], [chunk]) as own:
+                whole = step.attend(0, q[new], k[new], v[new])
+                seen = step.attend(1, q[new], k[new], v[new], window=window, num_sink_tokens=sinks)
+                again = step.attend(2, q[new], k[new], v[new])
+                expected = own.attend(0, q[new], k[new], v[new])
+            np.testing.assert_array_equal(seen, expected)
+            np.testing.assert_array_equal(whole, again)
+            plain = reference.attend(q[new], k[held], v[held])
+            np.testing.assert_allclose(whole, plain, rtol=0, atol=tolerances(q[new], k[held], v[held])[0])
+            done += chunk
+
+
+def test_a_window_of_a_call_leaves_shared_pages_shared(rng):
+    """A layer that sees everything reads shared pages once, whatever the layer before it saw."""
+    k = rows(rng, 600, 2, 64)
+    with make_cache(num_layers=2, num_kv_heads=2, head_dim=64, num_pages=40, page_size=64) as cache:
+        first = cache.sequence()
+        with cache.step([first], [600]) as step:
+            for layer in range(2):
+                step.write(layer, k, k)
+        seqs = [first, *(first.fork() for _ in range(7))]
+        q, new = rows(rng, 8, 4, 64), rows(rng, 8, 2, 64)
+        with cache.step(seqs, [1] * 8) as step:
+            step._handle.batch.may_share = 2  # also where it takes longer
+            step.attend(0, q, new, new, window=50)
+            assert step.bytes_not_read == 0
+            step.attend(1, q, new, new)
+            assert step.bytes_not_read > 0
+
+
+def test_windows_that_cannot_be_are_refused(rng):
+    q = rows(rng, 3, 2, 16)
+    with make_cache(num_layers=1, num_kv_heads=2, head_dim=16) as cache:
+        step = cache.step([cache.sequence()], [3])
+        for window in (0, -1, 1.5, True, "x"):
+            with pytest.raises(ArgumentError, match="window"):
+                step.attend(0, q, q, q, window=window)
+        with pytest.raises(ArgumentError, match="num_sink_tokens"):
+            step.attend(0, q, q, q, window=2, num_sink_tokens=-1)
+        with pytest.raises(ArgumentError, match="goes with a window"):
+            step.attend(0, q, q, q, num_sink_tokens=2)
+        assert not any(step._plan.is_written)
+        step.attend(0, q, q, q, window=2)
+        for window in (0, "x"):  # also of a call that repeats another
+            with pytest.raises(ArgumentError, match="window"):
+                step.attend(0, q, q, q, window=window)
+        step.rollback()
+    with make_cache(num_layers=1, num_kv_heads=2, head_dim=16, window=20) as cache:
+        step = cache.step([cache.sequence()], [3])
+        with pytest.raises(ArgumentError, match="the cache has a window of 20"):
+            step.attend(0, q, q, q, window=2)
+        step.rollback()

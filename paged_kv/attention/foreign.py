@@ -74,7 +74,7 @@ def paged_attention(
         (q, q_rows),
         {"k_pages": keys, "v_pages": values},
         out,
-        (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse),
+        (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, None, 0),
     )
     if num_threads is not None:
         integer("num_threads", num_threads, 1, 1024)

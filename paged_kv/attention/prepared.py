@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from .._binding import FLOAT32_MAX, check, ffi, lib, real
+from .._binding import FLOAT32_MAX, check, ffi, integer, lib, real
 from ..errors import ArgumentError, LayerNotWritten
 from .array_template import template_of
 from .arrays import (
@@ -28,8 +28,9 @@ from .arrays import (
 
 OUT_OVERLAPS = lib.PKV_OUT_OVERLAPS
 
-#: sm_scale, logits_soft_cap, sinks, alibi_slopes and return_lse, as `Step.attend` takes them.
-Options = tuple[Any, Any, Any, Any, Any]
+#: sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window and num_sink_tokens, as `Step.attend`
+#: takes them.
+Options = tuple[Any, Any, Any, Any, Any, Any, Any]
 
 
 class PreparedAppend:
@@ -97,7 +98,7 @@ class Attention:
         out: Any,
         options: Options,
     ) -> None:
-        _, _, sinks, alibi_slopes, return_lse = options
+        _, _, sinks, alibi_slopes, return_lse, _, _ = options
         num_kv_heads, head_dim, head_dim_v = pages.num_kv_heads, pages.head_dim, pages.head_dim_v
         q_array, q_rows = q
         num_q_heads = _num_q_heads(q_rows, num_tokens, num_kv_heads, head_dim)
@@ -166,7 +167,7 @@ class PreparedAttention:
             fill_tensor(arguments.k, inputs["k"])
             fill_tensor(arguments.v, inputs["v"])
         self._rows = (arguments.q, arguments.k, arguments.v, arguments.out)
-        self._head_dim, self._scales = pages.head_dim, options[:2]
+        self._head_dim, self._scales = pages.head_dim, scales_of(options)
         self._templates = None
         # `repeat` without out makes one of q's kind.
         if is_plain(options) and is_tensor(call.out) == is_tensor(q):
@@ -211,8 +212,16 @@ class PreparedAttention:
             return None
         if not out_template.bind(out, out_rows):
             return None
-        if options[0] is not self._scales[0] or options[1] is not self._scales[1]:
-            self._scales = set_scales(self._arguments, self._head_dim, options)
+        scale, cap, window, sinks = self._scales
+        # By identity: what is no number must not be compared.
+        if (
+            options[0] is not scale
+            or options[1] is not cap
+            or options[5] is not window
+            or options[6] is not sinks
+        ):
+            set_scales(self._arguments, self._head_dim, options)
+            self._scales = scales_of(options)
         if status := lib.pkv_step_attend(threads, pages, plan, self._arguments):
             if status == OUT_OVERLAPS:
                 return None
@@ -234,13 +243,20 @@ def templates_of(arrays: tuple[Any, ...], described: tuple[Array | None, ...]) -
     return tuple(templates)
 
 
-def set_scales(arguments: Any, head_dim: int, options: Options) -> tuple[Any, Any]:
-    """Write sm_scale and logits_soft_cap: both, or none when one is invalid.  Returns them, as given."""
-    sm_scale, logits_soft_cap = options[:2]
+def scales_of(options: Options) -> tuple[Any, Any, Any, Any]:
+    """What may differ between repeated calls: sm_scale, logits_soft_cap, window and num_sink_tokens."""
+    return options[0], options[1], options[5], options[6]
+
+
+def set_scales(arguments: Any, head_dim: int, options: Options) -> None:
+    """Write what `scales_of` names: all, or none when one is invalid."""
+    sm_scale, logits_soft_cap, window, num_sink_tokens = scales_of(options)
     scale = head_dim**-0.5 if sm_scale is None else real("sm_scale", sm_scale)
-    arguments.logits_soft_cap = real("logits_soft_cap", logits_soft_cap, least=0.0)
-    arguments.sm_scale = scale
-    return sm_scale, logits_soft_cap
+    cap = real("logits_soft_cap", logits_soft_cap, least=0.0)
+    size = 0 if window is None else integer("window", window, 1)
+    sinks = 0 if window is None else integer("num_sink_tokens", num_sink_tokens, 0)
+    arguments.sm_scale, arguments.logits_soft_cap = scale, cap
+    arguments.window, arguments.num_sink_tokens = size, sinks
 
 
 def raise_for(status: int, pages: Any) -> None:

@@ -208,7 +208,9 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
   pkv_status status = attend_with(num_workers ? threads : NULL, num_workers ? num_workers : 1, &job);
   free(job.cascade_memory);
   if (plan) plan->bytes_not_read += job.cascade.tokens_saved * bytes_of_token(pages);
-  if (plan && !job.cascade.num_nodes) plan->batch.may_share = PKV_SHARE_NONE; /* in no other layer either */
+  bool sees_prefixes = !batch->window; /* a call with a window says nothing about those without */
+  if (plan && sees_prefixes && !job.cascade.num_nodes)
+    plan->batch.may_share = PKV_SHARE_NONE; /* in no other layer either */
   if (num_workers) pkv_threads_release(threads);
   pkv_gate_leave(pages->gate);
   return status;
@@ -224,7 +226,13 @@ pkv_status pkv_step_attend(pkv_threads *threads, const pkv_pages *pages, pkv_pla
   if (!plan->is_open) return pkv_why_closed(pages->gate);
   uint8_t *is_written = plan->is_written + pages->layer;
   if (!attention->has_rows && !*is_written) return PKV_LAYER_NOT_WRITTEN;
-  pkv_status status = attend(threads, pages, &plan->batch, plan, attention);
+  pkv_batch batch = plan->batch;
+  if (attention->window) {
+    if (batch.window) return PKV_BAD_ARGUMENT;
+    batch.window = attention->window;
+    batch.num_sink_tokens = attention->num_sink_tokens;
+  }
+  pkv_status status = attend(threads, pages, &batch, plan, attention);
   if (status == PKV_OK) *is_written = 1;
   return status;
 }

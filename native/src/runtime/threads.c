@@ -1,4 +1,5 @@
-/* The process's team of threads: one job at a time, workers asleep in between.
+/* The process's team of threads: one job at a time, workers asleep in between.  Where the process has an
+ * OpenMP runtime, as with torch, its threads do the jobs (openmp.c), and the team stays empty.
  *
  *   team      the workers; it grows to the largest num_workers of a job, and ends with the last handle
  *   handle    a pkv_threads: how many of the team its jobs may use, and scratch memory of its own
@@ -22,6 +23,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "openmp.h"
 #include "threads.h"
 
 enum { SPIN_NS = 100000, LOOKS_PER_CLOCK = 32 };
@@ -68,6 +70,7 @@ static void set_up_team(void) {
 
 static void set_up_child(void) {
   atomic_fetch_add(&num_forks, 1);
+  pkv_openmp_forget();
   pthread_mutex_init(&handles_lock, NULL);
   set_up_team();
 }
@@ -219,6 +222,6 @@ void pkv_threads_run(int32_t num_workers, pkv_work work, void *context) {
     work(context, 0); /* which takes all pieces */
     return;
   }
-  run_with_the_team(num_workers, work, context);
+  if (!pkv_openmp_run(num_workers, work, context)) run_with_the_team(num_workers, work, context);
   atomic_flag_clear(&team.claimed);
 }
