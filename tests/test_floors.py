@@ -40,6 +40,8 @@ FLOORS = [
     {"sequence"},
     {"step", "pin"},
     {"cache", "ring"},
+    {"integrations.layer_pools"},
+    {"integrations.transformers"},
     {"models.ternary", "models.sampling", "models.token_ids", "models.session"},
     {"models.matrix", "commands.baselines"},
     {"models.layers", "models.tensor_file", "models.json_file"},

@@ -1,0 +1,1 @@
+"""Paged caches in other libraries' models."""
