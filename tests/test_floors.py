@@ -40,7 +40,7 @@ FLOORS = [
     {"sequence"},
     {"step", "pin"},
     {"cache", "ring"},
-    {"integrations.layer_pools"},
+    {"integrations.layer_pools", "integrations.continuous_batching"},
     {"integrations.transformers"},
     {"models.ternary", "models.sampling", "models.token_ids", "models.session"},
     {"models.matrix", "commands.baselines"},

@@ -1,0 +1,202 @@
+"""transformers' continuous batching, with attention that reads its pages in place.
+
+    with install(model):
+        model.generate_batch(prompts, ...)
+
+As it comes, each layer of `generate_batch` gathers the keys and values of all requests into one dense array,
+and multiplies them under a dense mask.  Here a layer over all tokens writes its new rows into transformers'
+own pages and attends to them there, without gathering and without a mask.  Layers with a window, whose pages
+are rings by token, are gathered as before (at most a window), and each request attends to its own rows.
+
+What this takes hold of is internal to transformers (`PagedAttentionCache`, its allocators).  Where a version
+has moved it, `install` says so once, and all layers are gathered: then the attention alone is ours.
+
+Imports attention.foreign.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+from transformers.generation.continuous_batching import continuous_api
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+from ..attention.foreign import paged_attention
+from ..errors import ArgumentError
+
+#: transformers builds no dense mask for names with "flash" in them.
+NAME = "paged_kv_flash"
+#: What transformers' allocators of layers over all tokens must have.
+ALLOCATOR_PARTS = ("get_cache_for_block_table", "get_write_indices", "get_read_indices")
+
+
+class InPlaceCache(PagedAttentionCache):
+    """transformers' pages; layers over all tokens of a model that `install` has taken are not read out."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        self._is_ours = config._attn_implementation == NAME
+        #: Of the step: each request, its tokens before and its new ones; and its pages, by allocator.
+        self._requests: list[tuple[str, int, int]] = []
+        self._lists: dict[int, dict[str, Any]] = {}
+        super().__init__(config, *args, **kwargs)
+
+    def extend_read_and_write_indices(
+        self,
+        request_id: str,
+        past_length: int,
+        query_length: int,
+        read_index: list[list[int]] | None,
+        write_index: list[list[int]],
+    ) -> None:
+        """As the base class, but that layers which are read in place have no list of reads."""
+        if not self._is_ours:
+            super().extend_read_and_write_indices(
+                request_id, past_length, query_length, read_index, write_index
+            )
+            return
+        if not write_index[0]:  # a step's first request
+            self._requests, self._lists = [], {}
+        self._requests.append((request_id, past_length, query_length))
+        for i, allocator in enumerate(self.cache_allocators.values()):
+            write_index[i].extend(allocator.get_write_indices(request_id, past_length, query_length))
+            if read_index is not None and not _is_in_place(allocator):
+                read_index[i].extend(allocator.get_read_indices(request_id, past_length, query_length))
+
+    def update(
+        self, key_states: Any, value_states: Any, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """Write the new rows into their pages, and hand pages and lists on to the attention function."""
+        allocator = self.layer_to_allocator[layer_idx]
+        if not self._is_ours or not _is_in_place(allocator) or kwargs.get("block_table") is not None:
+            found: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, kwargs)
+            return found
+        rows = kwargs["write_index"][allocator.index]
+        views = allocator._kv_token_views[layer_idx]
+        for view, new in zip(views, (key_states, value_states), strict=True):
+            view.index_copy_(0, rows, new[0].transpose(0, 1))
+        kwargs["k_cache"], kwargs["v_cache"] = allocator.get_cache_for_block_table(layer_idx)
+        kwargs["paged_kv_lists"] = self._lists_of(allocator)
+        return key_states, value_states
+
+    def _lists_of(self, allocator: Any) -> dict[str, Any]:
+        """qo_indptr, kv_indptr, kv_indices and kv_last_page_len of the step: once for all of its layers."""
+        found = self._lists.get(allocator.index)
+        if found is not None:
+            return found
+        size = allocator.tokens_per_page
+        pages: list[int] = []
+        rows, counts, last = [0], [0], []
+        for request_id, past_length, query_length in self._requests:
+            length = past_length + query_length
+            count = -(-length // size)
+            pages += allocator.block_table[request_id][:count]
+            rows.append(rows[-1] + query_length)
+            counts.append(counts[-1] + count)
+            last.append(length - (count - 1) * size)
+        stride = allocator.block_physical_stride // size
+        self._lists[allocator.index] = found = {
+            "qo_indptr": np.array(rows),
+            "kv_indptr": np.array(counts),
+            "kv_indices": np.array(pages) * stride,
+            "kv_last_page_len": np.array(last),
+        }
+        return found
+
+
+def _is_in_place(allocator: Any) -> bool:
+    return bool(allocator.layer_type == "full_attention")
+
+
+def _attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Any = None,
+    sliding_window: int | None = None,
+    k_cache: Any = None,
+    v_cache: Any = None,
+    paged_kv_lists: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, None]:
+    """query [1, heads, tokens, dim] of all requests; keys in pages, or gathered, request by request."""
+    q = query[0].transpose(0, 1)
+    options = {"sm_scale": scaling, "logits_soft_cap": softcap or 0.0, "sinks": s_aux}
+    if paged_kv_lists is not None:
+        return paged_attention(q, k_cache, v_cache, **paged_kv_lists, **options)[None], None
+    if "cu_seq_lens_q" not in kwargs:
+        raise ArgumentError(
+            "the model is installed for generate_batch; leave `with install(model)` for others"
+        )
+    out = torch.empty_like(q)
+    k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    rows, tokens = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+    for i in range(len(rows) - 1):
+        if rows[i] == rows[i + 1]:
+            continue
+        own, held = slice(rows[i], rows[i + 1]), slice(tokens[i], tokens[i + 1])
+        out[own] = paged_attention(  # one page of as many tokens as the request has
+            q[own],
+            k[None, held],
+            v[None, held],
+            qo_indptr=[0, rows[i + 1] - rows[i]],
+            kv_indptr=[0, 1],
+            kv_indices=[0],
+            kv_last_page_len=[tokens[i + 1] - tokens[i]],
+            window=sliding_window,
+            **options,
+        )
+    return out[None], None
+
+
+def install(model: Any) -> AbstractContextManager[None]:
+    """Let `model.generate_batch`, and managers that are made meanwhile, attend with paged_kv.
+
+    It holds from the call on; as a context manager, until the end of the block.
+    """
+    before = model.config._attn_implementation
+    # `set_attn_implementation` would look for a package of a name with "flash" in it.
+    model.config._attn_implementation = NAME
+    if _has_parts():
+        continuous_api.PagedAttentionCache = InPlaceCache
+    return _until_the_end(model, before)
+
+
+@contextmanager
+def _until_the_end(model: Any, before: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _has_parts() -> bool:
+    """Whether this version of transformers has what InPlaceCache takes hold of; a warning where not."""
+    try:
+        from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+
+        parts = [
+            hasattr(continuous_api, "PagedAttentionCache"),
+            *(hasattr(PagedAttentionCache, name) for name in ("extend_read_and_write_indices", "update")),
+            *(hasattr(FullAttentionCacheAllocator, name) for name in ALLOCATOR_PARTS),
+        ]
+    except ImportError:
+        parts = [False]
+    if not all(parts):
+        warnings.warn(
+            "this version of transformers keeps its pages in another way: generate_batch gathers keys and "
+            "values, as it does by itself, and only its attention is paged_kv's",
+            stacklevel=3,
+        )
+    return all(parts)
+
+
+AttentionInterface.register(NAME, _attention)
