@@ -19,7 +19,7 @@ FLOORS = [
         "pages.token_keys",
         "pages.counts",
     },
-    {"_binding", "lifetime", "pages.layout", "pages.entry"},
+    {"_binding", "lifetime", "pages.layout", "pages.entry", "integrations.torch_op"},
     {"attention.arrays"},
     {"attention.array_template", "attention.merge"},
     {"attention.prepared"},
