@@ -21,7 +21,7 @@ from .pages.pool import MAX_PAGE_BYTES
 from .pages.retention import KeepPolicy, priority_of, seconds
 from .pages.salts import bytes_of
 from .pin import Pin, pin
-from .sequence import Sequence, matched_sequence, new_sequences
+from .sequence import Sequence, matched_sequence, new_sequences, select_sequences
 from .step import Step, seq_ids_of
 from .store import Store
 
@@ -218,6 +218,20 @@ class PagedKVCache(Uncopyable):
         if tokens is None:
             return new_sequences(self._store, 1, salt=salt, priority=priority)[0]
         return matched_sequence(self._store, token_ids_of("tokens", tokens), salt, priority)
+
+    def select(self, seqs: list[Sequence], indices: list[int]) -> list[Sequence]:
+        """What a batch becomes when its place i goes on from the sequence at indices[i], as beams do.
+
+        seqs : sequences of this cache
+        indices : int [new size of the batch], places in `seqs`
+
+        Returns: of each index its sequence, where it is named first, else a fork of it.  Sequences that no
+        index names are freed.
+        Raises: ArgumentError, OutOfSequences (forks are made before others are freed), StaleSequence,
+        SequenceBusy, CacheClosed; then nothing has changed.
+        Cost: O(pages of the forks).
+        """
+        return select_sequences(self._store, seqs, indices)
 
     def match(self, tokens: object, salt: bytes = b"", *, also: Iterable[bytes] = ()) -> Match:
         """How much of a prompt `sequence(tokens, salt=salt)` would find now, and why it is not more.

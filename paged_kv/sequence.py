@@ -5,6 +5,7 @@ The tokens are in pages; the handle holds the sequence's id and nothing else.
 Imports store.
 """
 
+from collections import Counter
 from types import TracebackType
 from typing import overload
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._binding import check, ffi, integer, lib
-from .errors import ReentrantCall, StaleSequence
+from .errors import ArgumentError, ReentrantCall, StaleSequence
 from .lifetime import Uncopyable
 from .pages.match import explain
 from .pages.retention import priority_of, seconds
@@ -221,6 +222,43 @@ def new_sequences(
             free_all(store, seq_ids)
             raise
     return handles
+
+
+def select_sequences(store: Store, seqs: object, indices: object) -> list[Sequence]:
+    """What `PagedKVCache.select` returns."""
+    if not isinstance(seqs, (list, tuple)) or not all(
+        isinstance(seq, Sequence) and seq._store is store for seq in seqs
+    ):
+        raise ArgumentError(f"seqs is {seqs!r:.80}; give a list of this cache's sequences")
+    if not isinstance(indices, (list, tuple)):
+        raise ArgumentError(f"indices is {indices!r:.80}; give a list of integers")
+    places = [integer(f"indices[{i}]", index, 0, len(seqs) - 1) for i, index in enumerate(indices)]
+    counts = Counter(places)
+    left_out = [seq for i, seq in enumerate(seqs) if i not in counts]
+    with store.lock:
+        store.reclaim_abandoned()
+        for seq in (*left_out, *(seqs[i] for i in counts)):
+            store.tables.rows.row(seq._seq_id)
+        for seq in left_out:
+            store.tables.rows.idle_row(seq._seq_id)
+    forks: dict[int, list[Sequence]] = {}
+    try:
+        for i, count in counts.items():
+            if count > 1:
+                forks[i] = seqs[i].fork(count - 1)
+    except BaseException:
+        for made in forks.values():
+            for fork in made:
+                fork.free()
+        raise
+    for seq in left_out:
+        seq.free()
+    taken: set[int] = set()
+    selected = []
+    for i in places:
+        selected.append(forks[i].pop() if i in taken else seqs[i])
+        taken.add(i)
+    return selected
 
 
 def free_all(store: Store, seq_ids: list[int]) -> None:

@@ -22,6 +22,7 @@ SIGNATURES = {
         ],
     ),
     paged_kv.PagedKVCache.sequence: (["tokens"], ["salt", "priority"]),
+    paged_kv.PagedKVCache.select: (["seqs", "indices"], []),
     paged_kv.PagedKVCache.match: (["tokens", "salt"], ["also"]),
     paged_kv.PagedKVCache.reset_prefix_cache: ([], []),
     paged_kv.PagedKVCache.events: (["since"], []),

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from conftest import fill, make_cache, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from paged_kv import ArgumentError, OutOfPages, OutOfSequences, SequenceBusy, StaleSequence
 
@@ -237,3 +239,64 @@ def test_what_cannot_be_forked_or_truncated_is_refused(rng):
     assert_same(a, before)
     assert cache.stats() == stats
     cache.check()
+
+
+# ---- a batch that goes on from some of its sequences
+
+
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    picks=st.lists(st.integers(0, 4), max_size=8),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_selection_goes_on_from_the_sequences_it_names(lengths, picks, seed):
+    rng, picks = np.random.default_rng(seed), [pick % len(lengths) for pick in picks]
+    with make_cache(num_layers=1, num_kv_heads=2, head_dim=16, num_pages=60, max_sequences=16) as cache:
+        seqs = [cache.sequence() for _ in lengths]
+        held = [rows(rng, length, 2, 16) for length in lengths]
+        for seq, k in zip(seqs, held, strict=True):
+            if len(k):
+                with cache.step([seq], [len(k)]) as step:
+                    step.write(0, k, k)
+        selected = cache.select(seqs, picks)
+        assert len(selected) == len({id(seq) for seq in selected}) == len(picks)
+        assert cache.stats().num_sequences == len(picks)
+        for place, pick in enumerate(picks):
+            assert (selected[place] is seqs[pick]) is (picks.index(pick) == place)
+            np.testing.assert_array_equal(selected[place].gather(0)[0], held[pick])
+        cache.check()
+        if picks:  # each grows by itself
+            new = rows(rng, len(picks), 2, 16)
+            with cache.step(selected, [1] * len(picks)) as step:
+                step.write(0, new, new)
+            for seq, pick, row in zip(selected, picks, new, strict=True):
+                np.testing.assert_array_equal(seq.gather(0)[0], np.concatenate([held[pick], row[None]]))
+        cache.check()
+
+
+def test_a_selection_that_cannot_be_changes_nothing(rng):
+    with make_cache(num_layers=1, num_kv_heads=2, head_dim=16, num_pages=9, max_sequences=3) as cache:
+        seqs = [cache.sequence() for _ in range(3)]
+        for bad, words in (
+            ([3], r"indices\[0\]"),
+            ([0, -1], r"indices\[1\]"),
+            (5, "indices"),
+            ([0.5], "indices"),
+        ):
+            with pytest.raises(ArgumentError, match=words):
+                cache.select(seqs, bad)
+        for bad in (None, [5], seqs[0]):
+            with pytest.raises(ArgumentError, match="seqs"):
+                cache.select(bad, [0])
+        with pytest.raises(OutOfSequences):
+            cache.select(seqs, [0, 1, 1])  # the third is freed last
+        step = cache.step(seqs[2:], [1])
+        with pytest.raises(SequenceBusy):
+            cache.select(seqs, [0, 1])
+        step.rollback()
+        assert cache.stats().num_sequences == 3 and [len(seq) for seq in seqs] == [0, 0, 0]
+        assert cache.select(seqs, [1, 0]) == [seqs[1], seqs[0]]
+        with pytest.raises(StaleSequence):
+            cache.select(seqs, [2])
+        assert cache.stats().num_sequences == 2

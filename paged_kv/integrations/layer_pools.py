@@ -86,21 +86,7 @@ def commit_steps(pools: Rows[LayerPool]) -> None:
 def select_rows(pools: Rows[LayerPool], indices: list[int]) -> None:
     """Row i becomes what row indices[i] was: the first that names a row takes it, the others fork it."""
     for pool in pools:
-        taken: set[int] = set()
-        seqs = []
-        try:
-            for row in indices:
-                seqs.append(pool.seqs[row].fork() if row in taken else pool.seqs[row])
-                taken.add(row)
-        except BaseException:
-            for seq in seqs:
-                if seq not in pool.seqs:
-                    seq.free()
-            raise
-        for row, seq in enumerate(pool.seqs):
-            if row not in taken:
-                seq.free()
-        pool.seqs = seqs
+        pool.seqs = pool.cache.select(pool.seqs, indices)
 
 
 def free_rows(pools: Rows[LayerPool]) -> None:
