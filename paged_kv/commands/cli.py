@@ -114,7 +114,7 @@ def _add_chat(commands: Any) -> None:
     command.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a message, instead of the terminal's; repeatable"
     )
-    command.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    command.add_argument("--system", metavar="TEXT", help="the message before the first one")
     command.add_argument("--max-tokens", type=int, default=512, help="of an answer (default 512)")
     command.add_argument("--context", type=int, help="tokens of a conversation (default: at most 4096)")
     add_sampling_options(command)

@@ -130,7 +130,7 @@ class ModelTokenizer:
         return ids + self._encode(text[end:].replace(mark, ""), False)
 
     def _mark_for(self, messages: Sequence[Message]) -> str | None:
-        """A character for `_marked`; None where nobody has typed a special token."""
+        """A character for `_marked`; None where no special token was typed."""
         typed = "\0".join(text for message in messages for text in _texts(message))
         if self._special_pattern is None or not self._special_pattern.search(typed):
             return None

@@ -84,7 +84,7 @@ typedef struct {
   int32_t num_seen[MAX_QUERIES];
 } queries;
 
-/* A state that nobody reads.  Three queries take less time as a tile of four, one of them twice, than as
+/* A state without a reader.  Three queries take less time as a tile of four, one of them twice, than as
  * tiles of two and of one. */
 typedef struct {
   float maximum;

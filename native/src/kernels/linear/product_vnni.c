@@ -80,7 +80,10 @@ ALWAYS_INLINE void int8_rows(const uint8_t *weights, int64_t num_groups, const i
 
 #include "lookups.h"
 
-/* One function for each number of rows. */
+/* One function for each number of rows; emulated, one for all. */
+#ifdef PKV_EMULATED
+#define OF_ROWS(call) call(num_rows);
+#else
 #define OF_ROWS(call)           \
   switch (num_rows) {           \
     case 1: call(1); break;     \
@@ -92,6 +95,7 @@ ALWAYS_INLINE void int8_rows(const uint8_t *weights, int64_t num_groups, const i
     case 7: call(7); break;     \
     default: call(ROWS); break; \
   }
+#endif
 
 static void ternary(const uint8_t *weights, int64_t num_groups, const int8_t *rows, int64_t row_stride,
                     int32_t num_rows, int32_t sums[][PKV_OUT_BLOCK]) {
@@ -146,6 +150,9 @@ ALWAYS_INLINE void bfloat16_rows(const uint16_t *weights, int64_t num_in, const 
     bfloat16_rows(weights, num_in, 1, rows, row_stride, count, sums)
 static void bfloat16(const uint16_t *weights, int64_t num_in, int32_t num_blocks, const float *rows,
                      int64_t row_stride, int32_t num_rows, float sums[][PKV_OUT_BLOCK]) {
+#ifdef PKV_EMULATED
+  bfloat16_rows(weights, num_in, num_blocks, rows, row_stride, num_rows, sums);
+#else
   switch (num_rows) {
     case 1: CALL(1); break;
     case 2: CALL(2); break;
@@ -160,6 +167,7 @@ static void bfloat16(const uint16_t *weights, int64_t num_in, int32_t num_blocks
     case 11: CALL(11); break;
     default: CALL(FLOAT_ROWS); break;
   }
+#endif
 }
 #undef CALL
 
