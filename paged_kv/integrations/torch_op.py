@@ -14,7 +14,7 @@ Imports errors.
 
 import itertools
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,15 +22,6 @@ from ..errors import ArgumentError
 
 _numbers = itertools.count(1)
 _owners: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
-
-
-class Attending(Protocol):
-    """What the operator calls: `paged_kv.Step` by way of `StepOwner`, or a PagedCache."""
-
-    def attend_rows(
-        self, layer: int, q: Any, k: Any, v: Any, *, scale: float, soft_cap: float, window: int, sinks: Any
-    ) -> Any:
-        """q [tokens, heads, dim] to [tokens, heads, dim of values]; window 0: none."""
 
 
 class StepOwner:
@@ -88,15 +79,5 @@ def attend(
 
 
 @attend.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    number: int,
-    layer: int,
-    scale: float,
-    soft_cap: float = 0.0,
-    window: int = 0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[-1])

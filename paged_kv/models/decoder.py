@@ -29,6 +29,7 @@ from .report import Stopwatch
 from .ternary import FloatArray
 from .token_ids import indices, token_ids
 
+#: How an output head may be kept.
 HEADS = ("int8", "bfloat16", "float32")
 
 

@@ -202,7 +202,7 @@ class GGUFFile(Mapping[str, NDArray[Any]]):
 def _reader_of(gguf: Any) -> Any:
     """The package's reader over a plain array: slices of a memory map are objects that take 10 us to make."""
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class Reader(gguf.GGUFReader):
         @property
         def data(self) -> NDArray[Any]:
             return self._data

@@ -172,10 +172,10 @@ class SelfAttention:
             *(("qkv_bias", qkv_bias, qkv.num_out), ("o_bias", o_bias, o.num_out)),
             *(("q_norm", q_norm, head_dim), ("k_norm", k_norm, head_dim)),
         ):
-            if array is not None and (array.shape != (count,) or (count == head_dim and head_dim % 8)):
-                raise ArgumentError(
-                    f"{name} is {list(array.shape)}; it must be [{count}], norms a multiple of 8"
-                )
+            if array is not None and array.shape != (count,):
+                raise ArgumentError(f"{name} is {list(array.shape)}; it must be [{count}]")
+        if (q_norm is not None or k_norm is not None) and head_dim % 8:
+            raise ArgumentError(f"head_dim is {head_dim}; with norms of heads it must be a multiple of 8")
         if qkv.num_out % head_dim or head_dim % 2 or num_q_heads < 1 or num_q_heads % num_kv_heads:
             raise ArgumentError(
                 f"qkv has {qkv.num_out} outputs; they must be heads of {head_dim}, an even number: "

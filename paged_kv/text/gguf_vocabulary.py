@@ -51,10 +51,10 @@ class GGUFVocabulary:
     def _get(self, name: str, default: Any = None) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{name}", default)
 
-    def _list(self, name: str, kind: type) -> list[Any]:
+    def _list(self, name: str, *kinds: type) -> list[Any]:
         values = self._get(name, [])
-        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise ArgumentError(f"{self.where}: tokenizer.ggml.{name} is no list of {kind.__name__}")
+        if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
+            raise ArgumentError(f"{self.where}: tokenizer.ggml.{name} is no list of {kinds[0].__name__}")
         return values
 
     @property
@@ -74,6 +74,8 @@ class GGUFVocabulary:
         tokenizers = require("tokenizers", "gguf")
         try:
             made = self._bytes(tokenizers) if self.kind == "gpt2" else self._characters(tokenizers)
+        except ArgumentError:
+            raise
         except Exception as error:  # the package raises no other type
             raise ArgumentError(f"{self.where}: its vocabulary makes no tokenizer: {error}") from None
         added = [
@@ -105,7 +107,9 @@ class GGUFVocabulary:
 
     def _characters(self, tokenizers: Any) -> Any:
         """SentencePiece's BPE: of two neighbours, those are merged first whose union has the best score."""
-        scores = [float(score) for score in self._list("scores", (int, float))]  # type: ignore[arg-type]
+        scores = [float(score) for score in self._list("scores", float, int)]
+        if len(scores) != len(self.tokens):
+            raise ArgumentError(f"{self.where}: {len(self.tokens)} tokens have {len(scores)} scores")
         vocabulary = {token: id for id, token in enumerate(self.tokens)}
         merges = []
         for token, id in vocabulary.items():

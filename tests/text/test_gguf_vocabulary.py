@@ -179,6 +179,14 @@ def test_what_is_not_supported_is_named(fields, words):
         GGUFVocabulary(given, "here.gguf")
 
 
+@pytest.mark.parametrize(
+    ("scores", "words"), [(5, "scores is no list"), (["a"], "no list"), ([0.0], "1 scores")]
+)
+def test_scores_that_are_none_are_named(scores, words):
+    with pytest.raises(ArgumentError, match=rf"here\.gguf: .*{words}"):
+        GGUFVocabulary(SCORED | {"tokenizer.ggml.scores": scores}, "here.gguf").tokenizer()
+
+
 def test_merges_that_are_none_are_named():
     fields = MADE["gpt-2"][1] | {"tokenizer.ggml.merges": ["nothing that is there"]}
     with pytest.raises(ArgumentError, match=r"here\.gguf: its vocabulary makes no tokenizer"):

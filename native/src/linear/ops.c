@@ -60,7 +60,7 @@ static void prepare_chunks(void *context, int32_t worker) {
       prepare_token(job, token);
 }
 
-void pkv_prepare_heads(int32_t num_workers, const pkv_heads *heads, const pkv_tokens *tokens) {
+static void prepare_heads(int32_t num_workers, const pkv_heads *heads, const pkv_tokens *tokens) {
   job job = {heads, tokens, 0};
   bool is_much = tokens->num_rows * heads->stride * (int64_t)sizeof(float) >= BYTES_WORTH_A_THREAD;
   pkv_threads_run(is_much ? num_workers : 0, prepare_chunks, &job);
@@ -86,7 +86,7 @@ pkv_status pkv_run_ops(pkv_threads *threads, const pkv_op *ops, int64_t num_ops,
     if (op->matrix)
       status = multiply(threads, num_workers, op, tokens->num_rows);
     else
-      pkv_prepare_heads(num_workers, &op->heads, tokens);
+      prepare_heads(num_workers, &op->heads, tokens);
   if (num_workers) pkv_threads_release(threads);
   return status;
 }

@@ -6,7 +6,6 @@
 /* num_workers : as pkv_threads_claim gave it; 0: the caller works alone, and the threads are another's. */
 pkv_status pkv_multiply_claimed(pkv_threads *threads, int32_t num_workers, const pkv_matrix *matrix,
                                 const pkv_linear *call);
-void pkv_prepare_heads(int32_t num_workers, const pkv_heads *heads, const pkv_tokens *tokens);
 
 /* Elements i and i + half turn by the angle of cosine[i] and sine[i]. */
 static inline void pkv_rotate_head(float *restrict first, int32_t half, const float *restrict cosine,
