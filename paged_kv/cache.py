@@ -307,8 +307,8 @@ class PagedKVCache(Uncopyable):
         Parameters
         ----------
         seqs : the sequences, each once
-        new : for each its new token ids (anything with a length) or their count, at least 1; or an integer
-            array of counts
+        new : for each its new token ids (anything with a length) or their count; or an integer array of
+            counts.  0: the step skips the sequence, which has no rows of q and is not busy
 
         Raises: OutOfPages, SequenceTooLong, SequenceBusy, StaleSequence, ArgumentError, CacheClosed.
         Cost: O(new tokens + pages of the batch).

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .attention.arrays import numpy_of
 from .attention.prepared import PreparedAppend, PreparedAttention
 from .errors import ArgumentError, LayerNotWritten, ReentrantCall, StepClosed
 from .lifetime import Uncopyable
@@ -192,23 +193,43 @@ class Step(Uncopyable):
 
     # ---- the end
 
-    def commit(self) -> None:
+    def commit(self, counts: object = None) -> None:
         """Append the new tokens to their sequences.
 
-        Raises: LayerNotWritten, naming the layer, and then the step is rolled back; StepClosed, CacheClosed.
-        Cost: O(sequences).
+        Parameters
+        ----------
+        counts : integers, [num_seqs]: how many of each sequence's new tokens stay, its first ones, as when a
+            draft is verified; the others are rolled back.  None: all
+
+        Raises: LayerNotWritten, naming the layer, and then the step is rolled back; ArgumentError for counts
+        that the step does not have; StepClosed, CacheClosed.
+        Cost: O(sequences + released pages).
         """
+        kept = None if counts is None else self._kept_counts(counts)
         with self._store.lock:
             self._store.reclaim_abandoned()
             self._require_open()
             try:
-                self._store.commit(self._plan)
+                self._store.commit(self._plan, kept)
             except LayerNotWritten:
                 layer = self._plan.is_written.index(0)
                 self._store.roll_back(self._plan)
                 text = f"layer {layer} has no keys and values; the step was rolled back"
                 raise LayerNotWritten(text) from None
             self._store.keep_calls(self._plan.num_tokens, self._calls)
+
+    def _kept_counts(self, counts: object) -> NDArray[np.int32]:
+        self._require_open()
+        num_new = np.diff(self._plan.qo_indptr)
+        kept = np.asarray(numpy_of("counts", counts))
+        if kept.ndim != 1 or len(kept) != len(num_new) or (len(kept) and kept.dtype.kind not in "iu"):
+            wanted = f"give an integer for each of {len(num_new)} sequences"
+            raise ArgumentError(f"counts is {kept.dtype} {list(kept.shape)}; {wanted}")
+        wrong = np.flatnonzero((kept < 0) | (kept > num_new))
+        if len(wrong):
+            i = int(wrong[0])
+            raise ArgumentError(f"counts[{i}] is {kept[i]}, outside 0 to the {num_new[i]} new tokens")
+        return kept.astype(np.int32)
 
     def rollback(self) -> None:
         """Undo the step.  Raises: StepClosed, CacheClosed.  Cost: O(its new pages)."""

@@ -20,6 +20,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
 from .errors import CacheClosed, OutOfPages
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
@@ -269,16 +272,16 @@ class Store(Uncopyable):
             reasons.append(f"{len(self.pinned_pages())} are pinned")
         return None if needed <= pool.num_free else "; ".join(reasons)
 
-    def commit(self, plan: Plan) -> None:
+    def commit(self, plan: Plan, counts: NDArray[np.int32] | None = None) -> None:
         index = self.index
         if index is None or not plan.handle.completes_page:
-            self.tables.commit(plan)
+            self.tables.commit(plan, counts)
         elif isinstance(index, WindowedIndex):
             if plan.is_complete:
-                index.publish_step(plan)
-            self.tables.commit(plan)
+                index.publish_step(plan, counts)
+            self.tables.commit(plan, counts)
         else:
-            self.tables.commit(plan)
+            self.tables.commit(plan, counts)
             index.publish(plan.rows)
         self.open_plans.pop(id(plan), None)
 

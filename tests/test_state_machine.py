@@ -80,7 +80,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def busy(self):
-        return {seq for entries in self.open.values() for seq, *_ in entries}
+        return {seq for entries in self.open.values() for seq, count, *_ in entries if count}
 
     @property
     def used_pages(self):
@@ -108,6 +108,9 @@ class CacheMachine(RuleBasedStateMachine):
         filled, grown = dict(self.filled), []
         for seq, count in zip(seqs, counts, strict=True):
             length, pages, tail = self.length(seq), dict(self.pages[seq]), self.tail(seq)
+            if not count:
+                grown.append({})
+                continue
             if tail is not None:
                 is_alone = sum(tail in held.values() for held in self.pages.values()) == 1
                 if filled[tail] != length % self.page_size and not is_alone:
@@ -122,16 +125,23 @@ class CacheMachine(RuleBasedStateMachine):
     def rollback(self, seqs, reserved):
         """The slots that were reserved in place are free again."""
         for seq, pages in zip(seqs, reserved, strict=True):
-            if (tail := self.tail(seq)) in pages.values():
+            if pages and (tail := self.tail(seq)) in pages.values():
                 self.filled[tail] = self.length(seq) % self.page_size
 
-    def commit(self, seqs, new, reserved, ids):
-        for seq, layers, pages, own_ids in zip(seqs, new, reserved, ids, strict=True):
+    def commit(self, seqs, new, reserved, ids, kept):
+        for seq, layers, pages, own_ids, count in zip(seqs, new, reserved, ids, kept, strict=True):
+            if not count:
+                self.rollback([seq], [pages])
+                continue
             if own_ids and len(self.known[seq]) == self.length(seq):
-                self.known[seq] = self.known[seq] + own_ids
-            self.held[seq] = layers
-            length = self.length(seq)
-            self.pages[seq] = {j: page for j, page in pages.items() if self.must_hold(j, length)}
+                self.known[seq] = self.known[seq] + own_ids[:count]
+            length = self.length(seq) + count
+            if length < len(layers[0][0]):  # the slots that follow are free again
+                last = (length - 1) // self.page_size
+                self.filled[pages[last]] = length - last * self.page_size
+            self.held[seq] = [(k[:length], v[:length]) for k, v in layers]
+            kept_pages = range(self.num_pages_of(length))
+            self.pages[seq] = {j: pages[j] for j in kept_pages if j in pages and self.must_hold(j, length)}
 
     @rule()
     def create(self):
@@ -190,12 +200,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(
         choices=st.lists(ANY, min_size=1, max_size=4),
-        counts=st.lists(st.integers(1, 70), min_size=4, max_size=4),
+        counts=st.lists(st.integers(0, 70), min_size=4, max_size=4),
         seed=st.integers(0, 2**32),
         ending=st.sampled_from(["commit", "rollback", "leave open", "exception"]),
         have_ids=st.lists(st.booleans(), min_size=4, max_size=4),
+        share_kept=st.sampled_from([None, 0.0, 0.3, 0.9, 1.0]),
     )
-    def step(self, choices, counts, seed, ending, have_ids):
+    def step(self, choices, counts, seed, ending, have_ids, share_kept):
         seqs = [self.handle(choice) for choice in choices]
         counts = counts[: len(seqs)]
         refusal = self.expected_refusal(seqs, counts)
@@ -215,8 +226,9 @@ class CacheMachine(RuleBasedStateMachine):
             return
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
         if ending == "commit":
-            step.commit()
-            self.commit(seqs, new, reserved, ids)
+            kept = counts if share_kept is None else [int(count * share_kept) for count in counts]
+            step.commit(None if share_kept is None else kept)
+            self.commit(seqs, new, reserved, ids, kept)
         else:
             self.rollback(seqs, reserved)
             if ending == "rollback":
@@ -255,6 +267,8 @@ class CacheMachine(RuleBasedStateMachine):
             k, v = (rows(rng, num_tokens, NUM_KV_HEADS, HEAD_DIM) for _ in range(2))
             out = step.attend(layer, q, k, v, out=np.full_like(q, np.nan))
             for i, seq in enumerate(seqs):
+                if not counts[i]:  # the sequence may have been freed since
+                    continue
                 own = slice(step.qo_indptr[i], step.qo_indptr[i + 1])
                 old_k, old_v = self.held[seq][layer]
                 all_k, all_v = np.concatenate([old_k, k[own]]), np.concatenate([old_v, v[own]])
@@ -274,7 +288,7 @@ class CacheMachine(RuleBasedStateMachine):
         new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
         if commits:
             step.commit()
-            self.commit(seqs, new, reserved, ids)
+            self.commit(seqs, new, reserved, ids, counts)
         else:
             step.rollback()
             self.rollback(seqs, reserved)

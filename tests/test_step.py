@@ -79,10 +79,78 @@ def test_new_may_be_ids_counts_or_an_array():
     cache.check()
 
 
+def test_a_count_of_zero_skips_a_sequence(rng):
+    cache = make_cache()
+    a, b, c = (cache.sequence() for _ in range(3))
+    fill(cache, [a, b, c], [20, 5, 3], rng)
+    before = a.gather(0)
+    step = cache.step([a, b, c], [0, 2, []])
+    assert step.qo_indptr.tolist() == [0, 0, 2, 2]
+    assert step.seq_lens.tolist() == [20, 7, 3]
+    assert (step.block_table >= 0).sum(axis=1).tolist() == [0, 1, 0]
+    other = cache.step([a], [4])  # a skipped sequence is not busy
+    refused(cache, ArgumentError, r"seqs\[1\] is in this step twice", cache.step, [c, c], [0, 1])
+    refused(cache, ArgumentError, r"seqs\[1\] is in this step twice", cache.step, [c, c], [1, 0])
+    refused(cache, SequenceBusy, r"seqs\[0\]", cache.step, [b, c], [0, 1])
+    c.free()
+    other.rollback()
+    q, k = rows(rng, 2, 4, 32), rows(rng, 2, 2, 32)
+    alone = cache.sequence()
+    for layer in range(2):
+        out = step.attend(layer, q, k, k, out=np.full_like(q, np.nan))
+        keys, values = (np.concatenate([side, k]) for side in b.gather(layer))
+        expected = paged_kv.reference.attend(q, keys, values)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+    step.commit()
+    assert (len(a), len(b), len(alone)) == (20, 7, 0)
+    np.testing.assert_array_equal(a.gather(0), before)
+    with cache.step([a, b], [0, 0]) as step:  # nothing to write
+        assert step.attend(0, q[:0], k[:0], k[:0]).shape == (0, 4, 32)
+    assert cache.pages_needed([a, b], [0, 0]) == 0
+    cache.check()
+
+
+def test_a_commit_may_keep_the_first_tokens_only(rng):
+    cache = make_cache()
+    a, b, c = (cache.sequence() for _ in range(3))
+    fill(cache, [a, b, c], [14, 16, 1], rng)
+    fork = a.fork()
+    num_free = cache.stats().num_free_pages
+    step = cache.step([a, b, c], [20, 5, 0])
+    k = rows(rng, 25, 2, 32)
+    for layer in range(2):
+        step.write(layer, k, k)
+    for counts in ([21, 0, 0], [-1, 0, 0], [1, 1], [1.0, 0, 0], 3, [2**70, 0, 0], [[1], [1], [1]], [0, 0, 1]):
+        refused(cache, ArgumentError, "counts", step.commit, counts)
+    step.commit(np.array([3, 0, 0]))
+    assert (len(a), len(b), len(c), len(fork)) == (17, 16, 1, 14)
+    np.testing.assert_array_equal(a.gather(1)[0][14:], k[:3])
+    assert cache.stats().num_free_pages == num_free - 1  # the page of position 16
+    with pytest.raises(StepClosed):
+        step.commit([0, 0, 0])
+    fill(cache, [a, b, fork], [1, 1, 1], rng)
+    cache.check()
+
+
+def test_ids_that_a_commit_leaves_out_are_not_matched(rng):
+    for window in (None, 24):
+        cache = make_cache(prefix_caching=True, window=window, max_seq_len=200, max_step_tokens=64)
+        seq = cache.sequence()
+        ids = rng.integers(0, 1000, 60).tolist()
+        step = cache.step([seq], [ids])
+        for layer in range(2):
+            k = rows(rng, 60, 2, 32)
+            step.write(layer, k, k)
+        step.commit([37])
+        assert len(seq) == 37
+        assert len(cache.sequence(ids)) == 37
+        fill(cache, [seq], [5], rng)
+        cache.check()
+
+
 @pytest.mark.parametrize(
     "new",
     [
-        [0],
         [-1],
         [2**31],
         [2**63],
@@ -91,7 +159,6 @@ def test_new_may_be_ids_counts_or_an_array():
         [1.0],
         ["abc"],
         [None],
-        [[]],
         [[-1]],
         [[2**31]],
         [[0.5]],
@@ -104,7 +171,7 @@ def test_new_may_be_ids_counts_or_an_array():
         np.array([True]),
         np.array([[1]]),
         np.array([2**63], np.uint64),
-        np.array([0]),
+        np.array([-1]),
     ],
 )
 def test_new_tokens_that_cannot_be_are_refused(new):

@@ -196,7 +196,7 @@ def test_what_cannot_be_is_refused(rng):
             make_cache(**options)
     with make_cache(window=30, max_step_tokens=50) as cache:
         seq = cache.sequence()
-        with pytest.raises(ArgumentError, match=r"new\[0\] is 51 tokens, outside 1 to 50"):
+        with pytest.raises(ArgumentError, match=r"new\[0\] is 51 tokens, outside 0 to 50"):
             cache.step([seq], [51])
 
 

@@ -97,8 +97,8 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
                        &refusal) == PKV_PLAN_TOO_SMALL);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && reserved_lens[2] == 0);
   assert(open_step(pool, 2, seq_ids, counts) == PKV_OK);
-  assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
-  assert(pkv_step_commit(pool, &tables, plan) == PKV_STEP_CLOSED);
+  assert(pkv_step_commit(pool, &tables, plan, NULL) == PKV_OK);
+  assert(pkv_step_commit(pool, &tables, plan, NULL) == PKV_STEP_CLOSED);
   assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK); /* which does nothing by now */
   assert(seq_lens[2] == 17 && seq_lens[0] == 3);
   pkv_pages pages = {.k = pkv_pool_data(pool),
@@ -120,6 +120,26 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
   assert(pkv_append(&pages, 20, plan->slot_mapping, &k_rows, &v_rows) == PKV_OK);
   assert(pkv_gather(&pages, 20, plan->slot_mapping, k_back, v_back) == PKV_OK);
   assert(memcmp(k, k_back, sizeof k) == 0 && memcmp(v, v_back, sizeof v) == 0);
+}
+
+static void a_count_of_zero_is_skipped_and_a_commit_may_keep_less(pkv_pool *pool) {
+  int64_t seq_ids[3] = {seq_id(1), seq_id(2), seq_id(0)}, counts[3] = {0, 17, 2};
+  int64_t num_free = pkv_pool_num_free(pool);
+  assert(open_step(pool, 3, seq_ids, counts) == PKV_OK);
+  assert(plan->batch.qo_indptr[1] == 0 && plan->batch.qo_indptr[2] == 17 && plan->batch.kv_indptr[1] == 0);
+  assert(plan->batch.seq_lens[0] == 0 && plan->batch.seq_lens[1] == 34 && plan->batch.seq_lens[2] == 5);
+  assert(measure(pool, 1, seq_ids, counts) == PKV_OK); /* it is not busy */
+  assert(measure(pool, 1, seq_ids + 1, counts) == PKV_SEQUENCE_BUSY);
+  int32_t too_many[3] = {0, 18, 0}, fewer[3] = {0, 14, 0};
+  assert(pkv_step_commit(pool, &tables, plan, too_many) == PKV_BAD_ARGUMENT && plan->is_open);
+  assert(pkv_step_commit(pool, &tables, plan, fewer) == PKV_OK);
+  assert(seq_lens[2] == 31 && reserved_lens[2] == 31 && seq_lens[0] == 3 && reserved_lens[0] == 3);
+  assert(filled[page_ids[2 * RING + 1]] == 15 && filled[page_ids[0]] == 3);
+  assert(pkv_pool_num_free(pool) == num_free && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  assert(pkv_tables_truncate(pool, &tables, 2, 17) == PKV_OK);
+  seq_ids[1] = seq_ids[0];
+  counts[1] = 1;
+  assert(measure(pool, 2, seq_ids, counts) == PKV_SEQUENCE_TWICE && tail_copies[1] == -1);
 }
 
 static void what_cannot_be_is_refused_by_name(pkv_pool *pool) {
@@ -180,10 +200,11 @@ static void who_appends_to_a_shared_page_gets_a_copy(pkv_pool *pool) {
   assert(open_step(pool, 1, seq_ids + 1, counts) == PKV_OK && filled[page_ids[RING + 1]] == 2);
   assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && filled[page_ids[RING + 1]] == 1);
   assert(open_step(pool, 1, seq_ids + 1, counts) == PKV_OK);
-  assert(pkv_step_commit(pool, &tables, plan) == PKV_OK && page_ids[RING + 1] == page_ids[2 * RING + 1]);
+  assert(pkv_step_commit(pool, &tables, plan, NULL) == PKV_OK &&
+         page_ids[RING + 1] == page_ids[2 * RING + 1]);
   assert(measure(pool, 1, seq_ids, counts) == PKV_OK && size.num_copies == 1);
   assert(open_step(pool, 1, seq_ids, counts) == PKV_OK && plan->copied_tokens[0] == 1);
-  assert(pkv_step_commit(pool, &tables, plan) == PKV_OK);
+  assert(pkv_step_commit(pool, &tables, plan, NULL) == PKV_OK);
   assert(page_ids[RING] == page_ids[2 * RING] && page_ids[RING + 1] != page_ids[2 * RING + 1]);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK && pkv_pool_num_free(pool) == 1);
   assert(pkv_tables_num_tokens(&tables, NUM_PAGES) == 16 + 2 + 2 + 3);
@@ -208,7 +229,8 @@ static void a_page_changes_salt_after_scrubbing(pkv_pool *pool) {
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && page_salts[scrubbed] == -1);
   assert(open_step(pool, 1, both + 1, counts) == PKV_OK && plan->num_scrubs >= 1);
-  assert(pkv_step_commit(pool, &tables, plan) == PKV_OK && page_salts[first] == 2 && page_salts[second] == 2);
+  assert(pkv_step_commit(pool, &tables, plan, NULL) == PKV_OK && page_salts[first] == 2 &&
+         page_salts[second] == 2);
   assert(pkv_tables_add_pages(pool, &tables, both[0], 1, &first, 5) == PKV_BAD_ARGUMENT);
   assert(pkv_tables_add_pages(pool, &tables, both[0], 2, &first, 5) == PKV_OK && row_salts[0] == 2);
   assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);

@@ -255,8 +255,10 @@ class BlockTables(Uncopyable):
             self._refuse(status, self._refusal)
         return int(self.size.num_new_pages)
 
-    def commit(self, plan: Plan) -> None:
-        if status := lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle):
+    def commit(self, plan: Plan, counts: NDArray[np.int32] | None = None) -> None:
+        """Append the first counts[i] new tokens of each sequence; None: all."""
+        kept = ffi.NULL if counts is None else ffi.from_buffer("int32_t[]", counts)
+        if status := lib.pkv_step_commit(self.pool.handle, self._tables, plan.handle, kept):
             check(status, "commit")
 
     def rollback(self, plan: Plan) -> None:
@@ -295,7 +297,7 @@ class BlockTables(Uncopyable):
             check(status, "step")
         if refusal.index < 0:
             raise ArgumentError(f"the step has {requested} new tokens or pages, {available} at most can be")
-        raise ArgumentError(f"new[{refusal.index}] is {requested} tokens, outside 1 to {available}")
+        raise ArgumentError(f"new[{refusal.index}] is {requested} tokens, outside 0 to {available}")
 
 
 def _table(max_sequences: int, ring_pages: int) -> NDArray[np.int32]:

@@ -38,8 +38,8 @@ class NewTokens(NamedTuple):
 def new_tokens_of(new: object, num_seqs: int) -> NewTokens:
     """What each sequence gets: from lists of ids, counts, or an integer array of counts.
 
-    Raises: ArgumentError for what is neither, and for ids from 2**31 on.  Counts below 1 and negative ids are
-    left for the plan to refuse.
+    Raises: ArgumentError for what is neither, and for ids from 2**31 on.  Negative counts and
+    negative ids are left for the plan to refuse.
     """
     if isinstance(new, (list, tuple)):
         if len(new) != num_seqs:

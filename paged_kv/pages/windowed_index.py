@@ -66,12 +66,17 @@ class WindowedIndex(PrefixIndex):
         needed = [*range(min(tables.sink_pages, last + 1)), *range(int(first_pages[last]), last + 1)]
         return found._replace(page_ids=pages[needed].tolist(), num_tokens=int(lengths[last]))
 
-    def publish_step(self, plan: Plan) -> None:
-        """Index the full pages that the commit of a step is about to complete."""
+    def publish_step(self, plan: Plan, counts: NDArray[np.int32] | None = None) -> None:
+        """Index the full pages that the commit of a step is about to complete.
+
+        counts : how many of each sequence's new tokens it keeps; None: all
+        """
         tables, rows = self.tables, plan.rows
+        new_known = plan.new_known if counts is None else np.minimum(plan.new_known, counts)
         old_lens, known = tables.rows.seq_lens[rows], tables.rows.num_known[rows]
-        known = np.where(known == old_lens, known + plan.new_known, known)
+        known = np.where(known == old_lens, known + new_known, known)
         has_more = (known // self.page_size > self._path_lens[rows]) & (self._ends[rows] != MUTE)
+        has_more &= np.diff(plan.qo_indptr) > 0  # the plan lists no pages of a sequence that it skips
         if not has_more.any():
             return
         with self._change:

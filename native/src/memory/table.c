@@ -54,8 +54,8 @@ static int64_t num_pages_seen(const pkv_tables *tables, int64_t old_len, int64_t
 
 /* ---- copy-on-write */
 
-enum { TO_BE_COPIED = -2 }; /* in tail_copies, while a step is measured */
-enum { SALT_UNKNOWN = -1 }; /* in page_salts */
+enum { TO_BE_COPIED = -2, SKIPPED = -3 }; /* in tail_copies, while a step is measured */
+enum { SALT_UNKNOWN = -1 };               /* in page_salts */
 
 /* The cell of the page that a row's next token goes into, when that page holds tokens of the row; else NULL.
  */
@@ -102,12 +102,16 @@ static pkv_status measure_sequence(const pkv_pool *pool, const pkv_tables *table
                                    pkv_refusal *refusal) {
   int64_t row = pkv_rows_find(tables->rows, seq_ids[i]);
   if (row < 0) return refuse(refusal, PKV_STALE_SEQUENCE, i, seq_ids[i], 0);
-  if (counts[i] < 1 || counts[i] > INT32_MAX)
+  if (counts[i] < 0 || counts[i] > INT32_MAX)
     return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], INT32_MAX);
   int64_t old_len = tables->rows->seq_lens[row], new_len = old_len + counts[i];
-  if (tables->rows->reserved_lens[row] != old_len) {
+  if (tables->rows->reserved_lens[row] != old_len || tables->tail_copies[row] == SKIPPED) {
     pkv_status status = stands_earlier(seq_ids, i) ? PKV_SEQUENCE_TWICE : PKV_SEQUENCE_BUSY;
     return refuse(refusal, status, i, 0, 0);
+  }
+  if (counts[i] == 0) {
+    tables->tail_copies[row] = SKIPPED;
+    return PKV_OK;
   }
   if (tables->window && counts[i] > tables->max_step_tokens)
     return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], tables->max_step_tokens);
@@ -139,7 +143,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   }
   for (int64_t i = num_marked - 1; i >= 0; i--) { /* as it was before */
     int64_t row = pkv_row_in(seq_ids[i]);
-    if (tables->tail_copies[row] != TO_BE_COPIED) unfill_tail(tables, row);
+    if (tables->tail_copies[row] == -1) unfill_tail(tables, row);
     tables->tail_copies[row] = -1;
     tables->rows->reserved_lens[row] = tables->rows->seq_lens[row];
   }
@@ -283,6 +287,21 @@ static void copy_ids(const pkv_tables *tables, int64_t from, int64_t to, int32_t
          (size_t)count * sizeof(int32_t));
 }
 
+/* Entry i of a plan, of a row whose count is 0: no q rows, no pages, not busy. */
+static void skip_row(const pkv_tables *tables, int64_t row, int64_t i, pkv_plan *plan) {
+  pkv_batch *batch = &plan->batch;
+  plan->rows[i] = (int32_t)row;
+  plan->new_known[i] = 0;
+  batch->seq_lens[i] = tables->rows->seq_lens[row];
+  batch->first_pages[i] = (int32_t)first_page_seen(tables, batch->seq_lens[i]);
+  batch->qo_indptr[i + 1] = batch->qo_indptr[i];
+  batch->kv_indptr[i + 1] = batch->kv_indptr[i];
+}
+
+static bool is_skipped(const pkv_plan *plan, int64_t i) {
+  return plan->batch.qo_indptr[i] == plan->batch.qo_indptr[i + 1];
+}
+
 static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int64_t *seq_ids,
                             const int64_t *counts, const int32_t *ids, const uint8_t *has_ids,
                             pkv_plan *plan) {
@@ -290,6 +309,10 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
   for (int64_t i = 0; i < batch.num_seqs; i++) {
     int64_t row = pkv_row_in(seq_ids[i]);
+    if (counts[i] == 0) {
+      skip_row(tables, row, i, plan);
+      continue;
+    }
     int32_t old_len = tables->rows->seq_lens[row], new_len = old_len + (int32_t)counts[i];
     pkv_status status = reserve_row(pool, tables, row, new_len);
     if (status != PKV_OK) { /* the pool has fewer pages than it says */
@@ -353,9 +376,38 @@ pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
   return status;
 }
 
-pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
+/* Keep a row's new tokens up to new_len, and release what the others had. */
+static pkv_status commit_row(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan, int64_t i,
+                             int64_t new_len) {
+  int32_t row = plan->rows[i], *copy = &tables->tail_copies[row];
+  int64_t old_len = tables->rows->seq_lens[row], reserved_len = tables->rows->reserved_lens[row];
+  if (new_len == old_len) return unreserve_row(pool, tables, row);
+  if (*copy >= 0) {
+    int32_t *cell = cell_of(tables, row, old_len / tables->page_size);
+    if (pkv_pool_release(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
+    *cell = *copy;
+    *copy = -1;
+  }
+  int64_t num_pages = pages_for(tables, new_len);
+  pkv_status status = release_pages(pool, tables, row, num_pages, pages_for(tables, reserved_len));
+  if (status != PKV_OK) return status;
+  if (new_len < reserved_len) { /* no other row can have reserved the slots that follow */
+    int64_t in_last_page = new_len - (num_pages - 1) * tables->page_size;
+    tables->filled[*cell_of(tables, row, num_pages - 1)] = (int32_t)in_last_page;
+  }
+  if (tables->rows->num_known[row] == old_len)
+    tables->rows->num_known[row] += (int32_t)min64(plan->new_known[i], new_len - old_len);
+  tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = (int32_t)new_len;
+  /* Pages that have left the window are released only now, so that the step could be rolled back. */
+  return release_pages(pool, tables, row, first_page_at(tables, old_len), first_page_at(tables, new_len));
+}
+
+pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan, const int32_t *counts) {
   if (!plan->is_open) return PKV_STEP_CLOSED;
-  bool has_tokens = plan->batch.qo_indptr[plan->batch.num_seqs] > 0;
+  const pkv_batch *batch = &plan->batch;
+  bool has_tokens = batch->qo_indptr[batch->num_seqs] > 0;
+  for (int64_t i = 0; counts && i < batch->num_seqs; i++)
+    if (counts[i] < 0 || counts[i] > batch->qo_indptr[i + 1] - batch->qo_indptr[i]) return PKV_BAD_ARGUMENT;
   if (has_tokens && memchr(plan->is_written, 0, (size_t)plan->num_layers)) return PKV_LAYER_NOT_WRITTEN;
   plan->is_open = 0;
   tables->num_copies += plan->num_copies;
@@ -363,19 +415,10 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
   for (int64_t i = 0; i < plan->num_scrubs; i++)
     tables->page_salts[plan->scrubbed[i]] = tables->rows->salts[plan->scrubbed_for[i]];
   for (int64_t i = 0; i < plan->batch.num_seqs; i++) {
+    if (is_skipped(plan, i)) continue;
     int32_t row = plan->rows[i];
     int64_t old_len = tables->rows->seq_lens[row], new_len = tables->rows->reserved_lens[row];
-    if (tables->tail_copies[row] >= 0) {
-      int32_t *cell = cell_of(tables, row, old_len / tables->page_size);
-      if (pkv_pool_release(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
-      *cell = tables->tail_copies[row];
-      tables->tail_copies[row] = -1;
-    }
-    if (tables->rows->num_known[row] == old_len) tables->rows->num_known[row] += plan->new_known[i];
-    tables->rows->seq_lens[row] = (int32_t)new_len;
-    /* Pages that have left the window are released only now, so that the step could be rolled back. */
-    pkv_status status =
-        release_pages(pool, tables, row, first_page_at(tables, old_len), first_page_at(tables, new_len));
+    pkv_status status = commit_row(pool, tables, plan, i, counts ? old_len + counts[i] : new_len);
     if (status != PKV_OK) return status;
   }
   return PKV_OK;
@@ -384,7 +427,7 @@ pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan) {
 static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan) {
   /* In reverse, so that the free list is as it was before the step. */
   for (int64_t i = plan->batch.num_seqs - 1; i >= 0; i--) {
-    if (unreserve_row(pool, tables, plan->rows[i]) != PKV_OK) return PKV_INVARIANT;
+    if (!is_skipped(plan, i) && unreserve_row(pool, tables, plan->rows[i]) != PKV_OK) return PKV_INVARIANT;
   }
   return PKV_OK;
 }
