@@ -7,9 +7,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ._binding import integer, kernels, real
 from .errors import ArgumentError, InvariantViolation
+from .gathered import gather
 from .lifetime import Uncopyable
 from .pages.block_table import Window
 from .pages.counts import Counts
@@ -232,6 +237,25 @@ class PagedKVCache(Uncopyable):
         Cost: O(pages of the forks).
         """
         return select_sequences(self._store, seqs, indices)
+
+    def gather(
+        self, seqs: Iterable[Sequence], layer: int, *, dtype: object = None, out: Any = None
+    ) -> tuple[Any, Any, NDArray[np.int32]]:
+        """A copy of one layer's keys and values, of several sequences, for code that reads no pages.
+
+        Parameters
+        ----------
+        seqs : n sequences of this cache
+        dtype : of the result: float32, float16 or bfloat16; one of torch's gives tensors.  None: float32
+        out : instead, (k, v): where the result goes, arrays or tensors of its shape or with more rows a
+            sequence, dense along the last axis; [n, heads, rows, dim] goes in as its transpose
+
+        Returns: (k, v, lengths): [n, longest, num_kv_heads, head_dim] and [.., head_dim_v], of each sequence
+        the tokens at its `held_positions`, oldest first, and zeros behind them; int32 [n], how many they are.
+        Values round to nearest even; finite ones beyond the dtype's range saturate.
+        Raises: ArgumentError, StaleSequence, CacheClosed.  Cost: copies every token.
+        """
+        return gather(self._store, seq_ids_of(seqs)[1], layer, dtype, out)
 
     def match(self, tokens: object, salt: bytes = b"", *, also: Iterable[bytes] = ()) -> Match:
         """How much of a prompt `sequence(tokens, salt=salt)` would find now, and why it is not more.

@@ -2,7 +2,7 @@
 
 The tokens are in pages; the handle holds the sequence's id and nothing else.
 
-Imports store.
+Imports gathered.
 """
 
 from collections import Counter
@@ -12,8 +12,9 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ._binding import check, ffi, integer, lib
+from ._binding import integer
 from .errors import ArgumentError, ReentrantCall, StaleSequence
+from .gathered import gather
 from .lifetime import Uncopyable
 from .pages.match import explain
 from .pages.retention import priority_of, seconds
@@ -66,23 +67,8 @@ class Sequence(Uncopyable):
         tokens at `held_positions`, which are all of them without a window.
         Raises: ArgumentError, StaleSequence, CacheClosed.  Cost: copies every token.
         """
-        store = self._store
-        store.require_open()
-        pages = store.pages(layer)
-        with store.reading():
-            slots = store.tables.slots(store.tables.rows.row(self._seq_id))
-        layout, num_heads = store.layout, store.layout.num_kv_heads
-        k = np.empty((len(slots), num_heads, layout.head_dim), np.float32)
-        v = np.empty((len(slots), num_heads, layout.head_dim_v), np.float32)
-        status = lib.pkv_gather(
-            pages,
-            len(slots),
-            ffi.from_buffer("int64_t[]", slots),
-            ffi.from_buffer("float[]", k),
-            ffi.from_buffer("float[]", v),
-        )
-        check(status, "gather")
-        return k, v
+        k, v, _ = gather(self._store, [self._seq_id], layer, None, None)
+        return k[0], v[0]
 
     @overload
     def fork(self, count: None = None, *, at: int | None = None) -> "Sequence": ...

@@ -5,6 +5,7 @@ import secrets
 import sys
 import zlib
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -14,6 +15,10 @@ from paged_kv import _binding
 #: Inputs are fresh in every run; to see one again, set PAGED_KV_SEED to what it printed when it failed.
 SEED = int(os.environ.get("PAGED_KV_SEED") or secrets.randbits(32))
 KERNELS = paged_kv.kernels().available
+
+# How long an example takes says nothing about its result.
+hypothesis.settings.register_profile("paged_kv", deadline=None)
+hypothesis.settings.load_profile("paged_kv")
 
 
 #: Of calls that are made to raise, one after the other: in `make test-long`, every one.

@@ -43,6 +43,7 @@ SIGNATURES = {
         [*SCORES, "window", "num_sink_tokens", "out", "return_lse"],
     ),
     paged_kv.Step.write: (["layer", "k", "v"], []),
+    paged_kv.PagedKVCache.gather: (["seqs", "layer"], ["dtype", "out"]),
     paged_kv.Step.commit: (["counts"], []),
     paged_kv.Step.rollback: ([], []),
     paged_kv.paged_attention: (

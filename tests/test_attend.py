@@ -125,7 +125,7 @@ def rows_of(cache, seq_rows, chunks, rng_order, num_q_heads=4):
     return np.concatenate(results)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),

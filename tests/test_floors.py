@@ -37,6 +37,7 @@ FLOORS = [
     {"pages.prefix_index"},
     {"pages.match", "pages.windowed_index"},
     {"store"},
+    {"gathered"},
     {"sequence"},
     {"step", "pin"},
     {"cache", "ring"},

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from conftest import rows
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_kv import (
@@ -196,7 +196,6 @@ def test_throughput(rng):
 # ---- what else holds
 
 
-@settings(deadline=None)
 @given(
     max_seq_len=st.integers(1, 20),
     num_heads=st.integers(1, 3),

@@ -249,7 +249,7 @@ def test_what_cannot_be_forked_or_truncated_is_refused(rng):
     picks=st.lists(st.integers(0, 4), max_size=8),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_selection_goes_on_from_the_sequences_it_names(lengths, picks, seed):
     rng, picks = np.random.default_rng(seed), [pick % len(lengths) for pick in picks]
     with make_cache(num_layers=1, num_kv_heads=2, head_dim=16, num_pages=60, max_sequences=16) as cache:

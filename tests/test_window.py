@@ -68,7 +68,7 @@ def test_sinks_without_a_window_change_nothing(rng):
         serve(cache, [100, 1, 200], rng)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),
     window=st.integers(1, 500),
@@ -225,7 +225,7 @@ def test_pages_needed_tells_what_a_step_would_take(rng):
     chunks=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_window_of_a_call_is_that_of_a_cache(window, sinks, chunks, seed):
     """Layers with windows of their own, beside one that sees everything."""
     rng = np.random.default_rng(seed)

@@ -113,12 +113,19 @@ static void a_step_commits_or_leaves_no_trace(pkv_pool *pool) {
                      .num_kv_heads = 1,
                      .head_dim = HEAD_DIM,
                      .head_dim_v = HEAD_DIM};
-  float k[20 * HEAD_DIM], v[20 * HEAD_DIM], k_back[20 * HEAD_DIM], v_back[20 * HEAD_DIM];
+  float k[20 * HEAD_DIM], v[20 * HEAD_DIM], k_back[21 * HEAD_DIM], v_back[21 * HEAD_DIM];
   for (int i = 0; i < 20 * HEAD_DIM; i++) k[i] = (float)i, v[i] = (float)-i;
   pkv_tensor k_rows = {{(char *)k}, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
   pkv_tensor v_rows = {{(char *)v}, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
   assert(pkv_append(&pages, 20, plan->slot_mapping, &k_rows, &v_rows) == PKV_OK);
-  assert(pkv_gather(&pages, 20, plan->slot_mapping, k_back, v_back) == PKV_OK);
+  pkv_tensor k_rows_back = {{(char *)k_back}, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+  pkv_tensor v_rows_back = {{(char *)v_back}, HEAD_DIM * 4, HEAD_DIM * 4, PKV_FLOAT32};
+  int64_t slots[21];
+  memcpy(slots, plan->slot_mapping, 20 * sizeof slots[0]);
+  slots[20] = -1;
+  memset(k_back, 0xff, sizeof k_back);
+  assert(pkv_gather(&pages, 21, slots, &k_rows_back, &v_rows_back) == PKV_OK);
+  for (int i = 0; i < HEAD_DIM; i++) assert(k_back[20 * HEAD_DIM + i] == 0);
   assert(memcmp(k, k_back, sizeof k) == 0 && memcmp(v, v_back, sizeof v) == 0);
 }
 

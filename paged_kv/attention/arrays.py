@@ -209,12 +209,9 @@ def output(
     Raises: ArgumentError also when it cannot be written, or two of its elements are one.
     """
     out = rows_of(name, array, shape)
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
-        raise ArgumentError(f"{name} is read-only")
     if out.dtype != like.dtype:
         raise ArgumentError(f"{name} is {_NAMES[out.dtype]}; it must be {_NAMES[like.dtype]}, as q is")
-    if _overlaps_itself(out):
-        raise ArgumentError(f"{name} has several elements in one place; pass an array of its own")
+    require_target(name, array, out)
     low, high = out.extent
     for other_name, other in inputs.items():
         other_low, other_high = other.extent
@@ -226,6 +223,14 @@ def output(
         if np.shares_memory(out.item_bytes, other.item_bytes):
             raise ArgumentError(f"{name} overlaps {other_name}; pass q itself, or memory apart from it")
     return out
+
+
+def require_target(name: str, array: object, described: Array) -> None:
+    """ArgumentError for an array that cannot be written, or two of whose elements are one."""
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ArgumentError(f"{name} is read-only")
+    if _overlaps_itself(described):
+        raise ArgumentError(f"{name} has several elements in one place; pass an array of its own")
 
 
 def _overlaps_itself(array: Array) -> bool:

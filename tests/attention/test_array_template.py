@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import fill, make_cache, rows
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_kv import ArgumentError
@@ -44,7 +44,6 @@ calls = st.tuples(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(calls, min_size=2, max_size=8), st.integers(0, 2**32 - 1))
 def test_calls_that_look_alike_or_not_give_what_each_gives_alone(drawn, seed):
     rng = np.random.default_rng(seed)

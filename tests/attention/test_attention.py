@@ -55,7 +55,7 @@ def cases(draw):
     return shape, num_q_heads, options, lengths, news, q_dtype, kv_dtype, draw(st.integers(0, 2**32 - 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_options_together_give_what_the_reference_gives(case):
     shape, num_q_heads, options, lengths, news, q_dtype, kv_dtype, seed = case
@@ -126,7 +126,7 @@ OPTIONS = {
 }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     chosen=st.sets(st.sampled_from(list(OPTIONS))),
     window=st.sampled_from([None, 70, 300]),

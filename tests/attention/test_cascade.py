@@ -74,7 +74,7 @@ def cases(draw):
     return shape, num_q_heads, options, forest, counts, draw(st.integers(0, 2**32 - 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_random_forests_give_the_same_bits_on_every_kernel(case):
     shape, num_q_heads, options, forest, counts, seed = case

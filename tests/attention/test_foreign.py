@@ -50,7 +50,7 @@ class Batch:
             np.testing.assert_allclose(lse[begin:end], expected_lse, rtol=4 * EPS["float32"], atol=lse_atol)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     page_size=st.sampled_from([1, 2, 3, 7, 16, 63, 64, 65, 100, 256, 300]),
     order=st.sampled_from(["NHD", "HND", "gaps"]),

@@ -33,7 +33,7 @@ def expected_ternary(weight, scale, x):
     return (q.astype(np.int64) @ weight.T.astype(np.int64)).astype(np.float32) / s * scale
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_rows=st.integers(0, 11) | st.sampled_from([32, 41, 300]),
     num_out=st.integers(1, 70),
@@ -149,7 +149,7 @@ def test_weights_that_are_no_numbers_give_none(kernel, rng):
     assert np.isnan(out[:, [3, 7]]).all() and np.isfinite(np.delete(out, [3, 7], 1)).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     num_rows=st.integers(0, 26),
     num_out=st.integers(1, 70),

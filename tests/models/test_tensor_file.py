@@ -25,7 +25,7 @@ def file_of(path, header, data=b""):
     return path
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shapes=st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), EXTENTS), max_size=5),
     seed=st.integers(0, 2**32),
@@ -108,7 +108,7 @@ def test_a_file_that_is_none_is_refused(file, content):
         TensorFile(file)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_file_with_any_byte_changed_is_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("changed") / "t.safetensors"

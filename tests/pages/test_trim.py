@@ -90,7 +90,7 @@ def test_what_is_refused_for_want_of_memory_is_taken_from_kept_pages(monkeypatch
         cache.check()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_parts=st.sampled_from([1, 2, 3, 7]),
     kib=st.sampled_from([8, 96, 1024, 3000]),

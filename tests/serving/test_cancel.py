@@ -48,7 +48,7 @@ jobs = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(jobs, st.data())
 def test_others_get_the_ids_that_they_get_alone(drawn, data):
     with MODEL.new_cache(num_pages=12, page_size=16) as cache:

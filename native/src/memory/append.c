@@ -79,6 +79,8 @@ static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const 
     kernel->narrow(to, (const float *)from, count, to_dtype);
   } else if (from_dtype == to_dtype) {
     memcpy(to, from, (size_t)count * 2);
+  } else if (to_dtype == PKV_FLOAT32) {
+    kernel->widen((float *)to, from, count, from_dtype);
   } else {
     float values[PKV_MAX_HEAD_DIM];
     kernel->widen(values, from, count, from_dtype);
@@ -193,18 +195,29 @@ pkv_status pkv_append_to_ring(const pkv_pages *pages, const int32_t *page_ids, i
   return status;
 }
 
-pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, float *k, float *v) {
+/* One side of a token, from a slot or, from NULL, zeros. */
+static void gather_heads(const pkv_kernel *kernel, const pkv_tensor *to, int64_t token, const char *from,
+                         int64_t head_stride, int32_t dtype, int32_t num_heads, int32_t dim) {
+  char *row = to->data + token * to->token_stride;
+  for (int32_t head = 0; head < num_heads; head++, row += to->head_stride)
+    if (from)
+      convert(kernel, row, to->dtype, from + head * head_stride, dtype, dim);
+    else
+      memset(row, 0, (size_t)row_bytes(dim, to->dtype));
+}
+
+pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const pkv_tensor *k,
+                      const pkv_tensor *v) {
   const pkv_kernel *kernel = pkv_active_kernel();
   if (!kernel) return PKV_BAD_ARGUMENT;
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   for (int64_t token = 0; token < num_tokens; token++) {
-    slot_address from = address_of(pages, slots[token]);
-    for (int32_t head = 0; head < pages->num_kv_heads; head++) {
-      kernel->widen(k, from.k + head * pages->k_head_stride, pages->head_dim, pages->k_dtype);
-      kernel->widen(v, from.v + head * pages->v_head_stride, pages->head_dim_v, pages->v_dtype);
-      k += pages->head_dim;
-      v += pages->head_dim_v;
-    }
+    slot_address from = {NULL, NULL};
+    if (slots[token] >= 0) from = address_of(pages, slots[token]);
+    gather_heads(kernel, k, token, from.k, pages->k_head_stride, pages->k_dtype, pages->num_kv_heads,
+                 pages->head_dim);
+    gather_heads(kernel, v, token, from.v, pages->v_head_stride, pages->v_dtype, pages->num_kv_heads,
+                 pages->head_dim_v);
   }
   pkv_gate_leave(pages->gate);
   return PKV_OK;
