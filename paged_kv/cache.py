@@ -74,6 +74,8 @@ class PagedKVCache(Uncopyable):
     max_seq_len : tokens of one sequence; None: as many as the pool holds, without limit with a window
     window, num_sink_tokens : a token sees the last `window` tokens, itself included, and the first sinks;
         pages that no later token sees are released at commit.  None: all tokens
+    window_slack : tokens that are held beyond the window, so that a sequence can be truncated to its greatest
+        length so far less as many
     max_step_tokens : of one sequence in one step; limited with a window only
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them
@@ -105,6 +107,7 @@ class PagedKVCache(Uncopyable):
         max_step_tokens: int = 2048,
         window: int | None = None,
         num_sink_tokens: int = 0,
+        window_slack: int = 0,
         prefix_caching: bool = True,
         fingerprint: bytes = b"",
         keep_policy: KeepPolicy | None = None,
@@ -138,10 +141,13 @@ class PagedKVCache(Uncopyable):
         max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
         if type(prefix_caching) is not bool:
             raise ArgumentError(f"prefix_caching is {prefix_caching!r}; give True or False")
+        slack = integer("window_slack", window_slack, 0, MAX_TOKENS)
+        if slack and window is None:
+            raise ArgumentError(f"window_slack is {slack} without a window, where every token is held")
         seen = None
         if window is not None:
             window = integer("window", window, 1, MAX_TOKENS)
-            seen = Window(window, num_sink_tokens, max_step_tokens)
+            seen = Window(window, num_sink_tokens, max_step_tokens, slack)
         self._store = Store(
             layout,
             num_pages,

@@ -17,7 +17,14 @@ SIGNATURES = {
         ["num_layers", "num_kv_heads", "head_dim"],
         [
             *("head_dim_v", "dtype", "num_pages", "memory", "page_size", "max_sequences", "max_seq_len"),
-            *("max_step_tokens", "window", "num_sink_tokens", "prefix_caching", "fingerprint"),
+            *(
+                "max_step_tokens",
+                "window",
+                "num_sink_tokens",
+                "window_slack",
+                "prefix_caching",
+                "fingerprint",
+            ),
             *("keep_policy", "retention_half_life", "pin_budget", "clock", "num_threads"),
         ],
     ),

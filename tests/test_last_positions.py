@@ -32,6 +32,7 @@ def shifted_to(cache, seq, length, rng):
         written = [np.concatenate(pair) for pair in zip(written, layer, strict=True)]
     row = tables.rows.row(seq._seq_id)
     tables.rows.seq_lens[row] = tables.rows.reserved_lens[row] = length
+    tables.first_held[row] += (length - short) // cache.page_size
     return written
 
 

@@ -44,7 +44,7 @@ class CacheMachine(RuleBasedStateMachine):
     """
 
     page_size = 16
-    window, sinks = None, 0
+    window, sinks, slack = None, 0, 0
 
     def __init__(self):
         super().__init__()
@@ -58,6 +58,7 @@ class CacheMachine(RuleBasedStateMachine):
             max_seq_len=None if self.window is None else MAX_SEQ_LEN,
             window=self.window,
             num_sink_tokens=self.sinks,
+            window_slack=self.slack,
             max_step_tokens=MAX_STEP,
             num_threads=2,
             prefix_caching=False,  # test_prefix_index.py has a walk of its own
@@ -93,11 +94,11 @@ class CacheMachine(RuleBasedStateMachine):
         is_open = self.length(seq) % self.page_size
         return self.pages[seq][self.length(seq) // self.page_size] if is_open else None
 
-    def must_hold(self, logical_page, length):
-        """Does a sequence of this length keep that page: is it a sink's, or not wholly before the window?"""
+    def must_hold(self, logical_page, length, slack=0):
+        """Does a sequence of this length need that page: is it a sink's, or not wholly before the window?"""
         if self.window is None or logical_page * self.page_size < self.sinks:
             return True
-        return (logical_page + 1) * self.page_size > length - self.window
+        return (logical_page + 1) * self.page_size > length - self.window - slack
 
     def reserve(self, seqs, counts):
         """The pages that each sequence holds while its new tokens are not committed, and `filled` then.
@@ -141,7 +142,9 @@ class CacheMachine(RuleBasedStateMachine):
                 self.filled[pages[last]] = length - last * self.page_size
             self.held[seq] = [(k[:length], v[:length]) for k, v in layers]
             kept_pages = range(self.num_pages_of(length))
-            self.pages[seq] = {j: pages[j] for j in kept_pages if j in pages and self.must_hold(j, length)}
+            self.pages[seq] = {
+                j: pages[j] for j in kept_pages if j in pages and self.must_hold(j, length, self.slack)
+            }
 
     @rule()
     def create(self):
@@ -173,7 +176,7 @@ class CacheMachine(RuleBasedStateMachine):
         options = {} if share is None else {"at": at}
         for fork in seq.fork(count, **options) if count != 1 else [seq.fork(**options)]:
             self.held[fork] = [(k[:at], v[:at]) for k, v in self.held[seq]]
-            self.pages[fork] = {j: page for j, page in self.pages[seq].items() if j in needed}
+            self.pages[fork] = {j: page for j, page in self.pages[seq].items() if j < self.num_pages_of(at)}
             self.known[fork] = self.known[seq][:at]
             self.handles.append(fork)
 
@@ -196,7 +199,8 @@ class CacheMachine(RuleBasedStateMachine):
         seq.truncate(length)
         self.held[seq] = [(k[:length], v[:length]) for k, v in self.held[seq]]
         self.known[seq] = self.known[seq][:length]
-        self.pages[seq] = {j: page for j, page in self.pages[seq].items() if j in needed}
+        last = self.num_pages_of(length)
+        self.pages[seq] = {j: page for j, page in self.pages[seq].items() if j < last}
 
     @rule(
         choices=st.lists(ANY, min_size=1, max_size=4),
@@ -361,13 +365,29 @@ class WindowAndSinks(CacheMachine):
     window, sinks = 23, 20
 
 
+class WindowAndSlack(CacheMachine):
+    window, slack = 30, 40
+
+
+class WindowSinksAndSlack(CacheMachine):
+    window, sinks, slack = 17, 33, 9
+
+
 class LargePagesWindowAndSinks(CacheMachine):
     page_size, window, sinks = 64, 100, 3
 
 
 #: Rules in all: a few thousand; `make test-long` sets 200,000.
 NUM_RULES = int(os.environ.get("PAGED_KV_NUM_RULES", "6000"))
-MACHINES = (CacheMachine, LargePages, Window, WindowAndSinks, LargePagesWindowAndSinks)
+MACHINES = (
+    CacheMachine,
+    LargePages,
+    Window,
+    WindowAndSinks,
+    WindowAndSlack,
+    WindowSinksAndSlack,
+    LargePagesWindowAndSinks,
+)
 STEPS = 30
 
 

@@ -26,7 +26,7 @@ def poison_free_pages(cache):
 
 def used_pages(tables):
     for row in np.flatnonzero(tables.rows.seq_lens):
-        yield (tables.slots(row) // tables.page_size).tolist()
+        yield tables.held_pages(row)[1].tolist()
 
 
 def serve(cache, chunks, rng, num_q_heads=4, window=None, sinks=0):
@@ -168,6 +168,45 @@ def test_truncate_is_refused_when_the_window_has_let_go_of_what_it_would_hold(rn
         cache.check()
 
 
+@given(
+    window=st.integers(1, 70),
+    slack=st.integers(1, 50),
+    sinks=st.sampled_from([0, 3, 16, 30]),
+    walk=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 50)), min_size=1, max_size=8),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60)
+def test_tokens_can_be_forgotten_as_far_as_the_slack_goes_below_the_greatest_length(
+    window, slack, sinks, walk, seed
+):
+    rng = np.random.default_rng(seed)
+    options = {"window": window, "num_sink_tokens": sinks, "window_slack": slack, "max_step_tokens": 40}
+    with make_cache(num_layers=1, num_pages=40, max_seq_len=400, **options) as cache:
+        seq, keys, values = cache.sequence(), *(np.empty((0, 2, 32), np.float32) for _ in range(2))
+        longest = 0
+        for count, forgotten in walk:
+            q, k, v = rows(rng, count, 4, 32), rows(rng, count, 2, 32), rows(rng, count, 2, 32)
+            keys, values = np.concatenate([keys, k]), np.concatenate([values, v])
+            with cache.step([seq], [count]) as step:
+                out = step.attend(0, q, k, v)
+            expected = reference.attend(q, keys, values, window=window, num_sink_tokens=sinks)
+            np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances(q, keys, values)[0])
+            poison_free_pages(cache)
+            longest = max(longest, len(seq))
+            length = min(len(seq), max(longest - slack, len(seq) - forgotten, 0))
+            for end in ((len(seq) + length) // 2, length):
+                seq.truncate(end)
+                cache.check()
+            keys, values = keys[:length], values[:length]
+            fork = seq.fork()
+            assert cache.check() is None
+            np.testing.assert_array_equal(fork.gather(0)[0], keys[seq.held_positions])
+            np.testing.assert_array_equal(seq.gather(0)[1], values[seq.held_positions])
+            fork.free()
+        most = window + slack + cache.max_step_tokens + sinks + 4 * 16
+        assert cache.stats().num_used_pages * 16 <= most
+
+
 def test_forks_share_a_window_and_part(rng):
     with make_cache(num_layers=1, num_pages=40, window=40, num_sink_tokens=5) as cache:
         a = serve(cache, [100], rng, window=40, sinks=5)
@@ -190,6 +229,8 @@ def test_what_cannot_be_is_refused(rng):
     for options in (
         *({"window": bad} for bad in (0, -1, 2**31, True, 1.0, "3")),
         *({"num_sink_tokens": bad, "window": 3} for bad in (-1, 2**31, True, 1.0)),
+        *({"window_slack": bad, "window": 3} for bad in (-1, 2**31, True, 1.0)),
+        {"window_slack": 3},
         *({"max_step_tokens": bad, "window": 3} for bad in (0, -1, True, None)),
     ):
         with pytest.raises(ArgumentError, match=next(iter(options))):

@@ -18,7 +18,7 @@ static int64_t row_ids[ROWS], row_salts[ROWS], page_salts[NUM_PAGES];
 static int32_t next_free[ROWS];
 static int32_t page_ids[ROWS * RING], seq_lens[ROWS], reserved_lens[ROWS], page_marks[NUM_PAGES],
     filled[NUM_PAGES], num_known[ROWS], token_ids[NUM_PAGES * PAGE_SIZE];
-static int32_t tail_copies[ROWS] = {-1, -1, -1};
+static int32_t tail_copies[ROWS] = {-1, -1, -1}, first_held[ROWS];
 static pkv_rows rows = {.seq_ids = row_ids,
                         .next_free = next_free,
                         .free_row = -1,
@@ -31,6 +31,7 @@ static pkv_rows rows = {.seq_ids = row_ids,
 static pkv_tables tables = {.rows = &rows,
                             .page_salts = page_salts,
                             .page_ids = page_ids,
+                            .first_held = first_held,
                             .tail_copies = tail_copies,
                             .filled = filled,
                             .token_ids = token_ids,

@@ -40,11 +40,12 @@ class Window:
     size: int
     num_sink_tokens: int
     max_step_tokens: int
+    slack: int = 0  # tokens that are held beyond it
 
     def ring_pages(self, page_size: int) -> int:
         """Cells that never run out: the sinks' pages, window and step, and a page that is begun."""
         sinks = num_pages(self.num_sink_tokens, page_size)
-        return sinks + num_pages(self.size + self.max_step_tokens, page_size) + 1
+        return sinks + num_pages(self.size + self.slack + self.max_step_tokens, page_size) + 1
 
 
 class BlockTables(Uncopyable):
@@ -71,6 +72,7 @@ class BlockTables(Uncopyable):
         # Untouched zeros: the rows of sequences that never come cost no memory.
         self.page_ids = _table(max_sequences, ring_pages)
         self.tail_copies = np.zeros(max_sequences, np.int32)
+        self.first_held = np.zeros(max_sequences, np.int32)
         self.page_salts = np.zeros(pool.num_pages, np.int64)
         self._filled = np.zeros(pool.num_pages, np.int32)
         #: [num_pages, page_size]: the id of the token in each slot, where it is known.
@@ -79,6 +81,7 @@ class BlockTables(Uncopyable):
         arrays = {
             "page_ids": self.page_ids,
             "tail_copies": self.tail_copies,
+            "first_held": self.first_held,
             "filled": self._filled,
             "token_ids": self.token_ids,
             "page_marks": self._page_marks,
@@ -95,6 +98,7 @@ class BlockTables(Uncopyable):
                 "ring_pages": self.page_ids.shape[1],
                 "page_size": page_size,
                 "window": window.size if window else 0,
+                "window_slack": window.slack if window else 0,
                 "num_sink_tokens": window.num_sink_tokens if window else 0,
                 "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
                 "max_step_tokens": window.max_step_tokens if window else MAX_TOKENS,
@@ -164,7 +168,8 @@ class BlockTables(Uncopyable):
     def _refuse_length(self, name: str, length: int, row: int) -> NoReturn:
         raise ArgumentError(
             f"at {name} {length} the window would need tokens whose pages were released; "
-            f"keep more of the {self.rows.seq_lens[row]} tokens, or reset the sequence"
+            f"keep more of the {self.rows.seq_lens[row]} tokens, reset the sequence, or build the cache with "
+            "window_slack="
         )
 
     @property
@@ -173,7 +178,7 @@ class BlockTables(Uncopyable):
         return int(self._tables.sink_pages)
 
     def first_page_at(self, seq_len: int) -> int:
-        """The first page behind the sinks that a row of this length holds."""
+        """The first page behind the sinks that a row of this length must hold."""
         if self.window is None:
             return 0
         return max(max(0, seq_len - self.window.size) // self.page_size, self.sink_pages)
@@ -190,7 +195,7 @@ class BlockTables(Uncopyable):
     def held_pages(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The logical pages that a row holds, in order, and their ids."""
         seq_len = int(self.rows.seq_lens[row])
-        end, first = num_pages(seq_len, self.page_size), self.first_page_at(seq_len)
+        end, first = num_pages(seq_len, self.page_size), int(self.first_held[row])
         logical = np.concatenate([np.arange(min(self.sink_pages, end)), np.arange(first, end)])
         if self.window is None:
             return logical, self.page_ids[row, :end]

@@ -456,7 +456,7 @@ class PressedWindowedMachine(PressedMachine):
 
 
 class PressedSinksMachine(PressedMachine):
-    num_pages, window = 14, {"window": 33, "num_sink_tokens": 20}
+    num_pages, window = 14, {"window": 33, "num_sink_tokens": 20, "window_slack": 15}
 
 
 MACHINES = [PrefixMachine, PressedMachine, WindowedMachine, PressedWindowedMachine, PressedSinksMachine]

@@ -30,12 +30,21 @@ static int32_t *cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
   return tables->page_ids + row * tables->ring_pages + cell;
 }
 
-/* The first page behind the sinks that a row of this length holds. */
-static int64_t first_page_at(const pkv_tables *tables, int64_t seq_len) {
+/* The first page behind the sinks that holds any of the last num_tokens tokens. */
+static int64_t first_page_of(const pkv_tables *tables, int64_t seq_len, int64_t num_tokens) {
   if (tables->window == 0) return 0;
-  int64_t first_seen = seq_len > tables->window ? seq_len - tables->window : 0;
-  int64_t page = first_seen / tables->page_size;
+  int64_t page = seq_len > num_tokens ? (seq_len - num_tokens) / tables->page_size : 0;
   return page > tables->sink_pages ? page : tables->sink_pages;
+}
+
+/* The first page behind the sinks that a row of this length must hold. */
+static int64_t first_page_at(const pkv_tables *tables, int64_t seq_len) {
+  return first_page_of(tables, seq_len, tables->window);
+}
+
+/* Those before it are released by the commit of this length. */
+static int64_t first_page_kept(const pkv_tables *tables, int64_t seq_len) {
+  return first_page_of(tables, seq_len, (int64_t)tables->window + tables->window_slack);
 }
 
 /* The first page behind the sinks that the next token of a row of this length sees, and with it all
@@ -399,7 +408,10 @@ static pkv_status commit_row(pkv_pool *pool, const pkv_tables *tables, const pkv
     tables->rows->num_known[row] += (int32_t)min64(plan->new_known[i], new_len - old_len);
   tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = (int32_t)new_len;
   /* Pages that have left the window are released only now, so that the step could be rolled back. */
-  return release_pages(pool, tables, row, first_page_at(tables, old_len), first_page_at(tables, new_len));
+  int64_t first = tables->first_held[row], first_kept = first_page_kept(tables, new_len);
+  if (first_kept <= first) return PKV_OK;
+  tables->first_held[row] = (int32_t)first_kept;
+  return release_pages(pool, tables, row, first, first_kept);
 }
 
 pkv_status pkv_step_commit(pkv_pool *pool, pkv_tables *tables, pkv_plan *plan, const int32_t *counts) {
@@ -444,22 +456,28 @@ static bool is_busy(const pkv_tables *tables, int32_t row) {
   return tables->rows->reserved_lens[row] != tables->rows->seq_lens[row];
 }
 
-/* Does a row hold what it would hold at this length, at most its own? */
+/* Does a row hold what it must hold at this length, at most its own? */
 static bool can_end_at(const pkv_tables *tables, int32_t row, int64_t length) {
   return pages_for(tables, length) <= tables->sink_pages ||
-         first_page_at(tables, length) >= first_page_at(tables, tables->rows->seq_lens[row]);
+         first_page_at(tables, length) >= tables->first_held[row];
+}
+
+/* The first page behind the sinks that is left of a row which ends at this length. */
+static int32_t first_held_at(const pkv_tables *tables, int32_t row, int64_t length) {
+  return pages_for(tables, length) <= tables->sink_pages ? tables->sink_pages : tables->first_held[row];
 }
 
 /* Share the pages of the first seq_len tokens of `from`. */
 static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t from, int32_t to,
                               int64_t seq_len) {
-  int64_t first = first_page_at(tables, seq_len);
+  int32_t first = first_held_at(tables, from, seq_len);
   for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
     if (page == tables->sink_pages && page < first) page = first;
     int32_t *cell = cell_of(tables, from, page);
     if (pkv_pool_share(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
     *cell_of(tables, to, page) = *cell;
   }
+  tables->first_held[to] = first;
   tables->rows->salts[to] = tables->rows->salts[from];
   tables->rows->seq_lens[to] = tables->rows->reserved_lens[to] = (int32_t)seq_len;
   tables->rows->num_known[to] = (int32_t)min64(tables->rows->num_known[from], seq_len);
@@ -478,6 +496,7 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
   for (int64_t i = 0; i < count; i++) {
     int32_t row = pkv_rows_take(tables->rows, seq_ids[i], salt);
     tables->tail_copies[row] = -1;
+    tables->first_held[row] = tables->sink_pages;
     if (from >= 0 && share_pages(pool, tables, from, row, length) != PKV_OK) return PKV_INVARIANT;
   }
   return PKV_OK;
@@ -500,6 +519,7 @@ pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_
   int32_t row = (int32_t)pkv_row_in(seq_id);
   for (int64_t page = 0; page < num_sinks; page++) *cell_of(tables, row, page) = *page_ids++;
   for (int64_t page = first; page < end; page++) *cell_of(tables, row, page) = *page_ids++;
+  if (end > tables->sink_pages) tables->first_held[row] = (int32_t)first;
   tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = tables->rows->num_known[row] =
       (int32_t)seq_len;
   return PKV_OK;
@@ -518,12 +538,13 @@ pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t
   if (!pkv_is_row(tables->rows, row) || length < 0 || length > tables->rows->seq_lens[row])
     return PKV_BAD_ARGUMENT;
   if (is_busy(tables, row)) return PKV_SEQUENCE_BUSY;
-  int64_t first_held = first_page_at(tables, tables->rows->seq_lens[row]);
+  int64_t first_held = tables->first_held[row];
   int64_t num_kept = pages_for(tables, length), end = pages_for(tables, tables->rows->seq_lens[row]);
   if (!can_end_at(tables, row, length)) return PKV_TOKENS_GONE;
   pkv_status status = release_pages(pool, tables, row, num_kept > first_held ? num_kept : first_held, end);
   if (status == PKV_OK) status = release_pages(pool, tables, row, num_kept, min64(tables->sink_pages, end));
   if (status != PKV_OK) return status;
+  tables->first_held[row] = first_held_at(tables, row, length);
   tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = (int32_t)length;
   tables->rows->num_known[row] = (int32_t)min64(tables->rows->num_known[row], length);
   return status;
@@ -537,7 +558,7 @@ pkv_status pkv_tables_reset(pkv_pool *pool, const pkv_tables *tables, int32_t ro
 
 int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
   for (int64_t row = 0; row < tables->rows->num_rows; row++) {
-    int64_t seq_len = tables->rows->seq_lens[row], first = first_page_at(tables, seq_len);
+    int64_t seq_len = tables->rows->seq_lens[row], first = tables->first_held[row];
     for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
       if (page == tables->sink_pages && page < first) page = first;
       int32_t filled = (int32_t)min64(seq_len - page * tables->page_size, tables->page_size);
@@ -561,7 +582,12 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
     if (seq_len < 0 || seq_len > reserved_len || reserved_len > tables->rows->max_seq_len)
       return PKV_INVARIANT;
     if (tables->rows->num_known[row] < 0 || tables->rows->num_known[row] > seq_len) return PKV_INVARIANT;
-    int64_t first = first_page_at(tables, seq_len);
+    int64_t first = tables->first_held[row];
+    bool is_short = pages_for(tables, seq_len) <= tables->sink_pages;
+    if (first < tables->sink_pages ||
+        first > (is_short ? tables->sink_pages : first_page_at(tables, seq_len)))
+      return PKV_INVARIANT;
+    if (first < first_page_kept(tables, seq_len)) return PKV_INVARIANT;
     for (int64_t page = 0; page < pages_for(tables, reserved_len); page++) {
       if (page == tables->sink_pages && page < first) page = first;
       int32_t page_id = *cell_of(tables, row, page);
