@@ -269,9 +269,12 @@ def head_values(name: str, values: object, num_q_heads: int, *, least: float) ->
         vector, is_real = np.empty(0), False
     if not is_real or vector.shape != (num_q_heads,):
         raise ArgumentError(f"{name} must be {num_q_heads} numbers, one for each q head, not {values!r:.60}")
-    with np.errstate(all="ignore"):
-        floats = np.ascontiguousarray(vector, np.float32)
-    if not ((floats >= least) & (floats < np.inf)).all():
+    if vector.dtype == np.float32:
+        floats = vector.copy()  # the caller may change its array
+    else:
+        with np.errstate(all="ignore"):
+            floats = vector.astype(np.float32)
+    if not (floats.min() >= least and floats.max() < np.inf):
         raise ArgumentError(f"{name} must be finite{', or -inf' if least == -np.inf else ''}: {values!r:.60}")
     return floats
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
+from numpy.typing import NDArray
 
 from .._binding import FLOAT32_MAX, check, ffi, integer, lib, real
 from ..errors import ArgumentError, LayerNotWritten
@@ -87,7 +88,7 @@ class Attention:
     of the inputs.  The other parameters are those of `Step.attend`.
     """
 
-    __slots__ = ("_kept", "arguments", "lse", "out", "out_rows")
+    __slots__ = ("arguments", "lse", "out", "out_rows", "per_head")
 
     def __init__(
         self,
@@ -98,20 +99,18 @@ class Attention:
         out: Any,
         options: Options,
     ) -> None:
-        _, _, sinks, alibi_slopes, return_lse, _, _ = options
+        return_lse = options[4]
         num_kv_heads, head_dim, head_dim_v = pages.num_kv_heads, pages.head_dim, pages.head_dim_v
         q_array, q_rows = q
         num_q_heads = _num_q_heads(q_rows, num_tokens, num_kv_heads, head_dim)
         arguments = self.arguments = ffi.new("pkv_attention *")
         arguments.num_q_heads = num_q_heads
         set_scales(arguments, head_dim, options)
-        self._kept: list[Any] = []  # pointers that `arguments` does not keep alive
-        if sinks is not None:
-            floats = head_values("sinks", sinks, num_q_heads, least=-np.inf)
-            arguments.sinks = self._keep(ffi.from_buffer("float[]", floats))
-        if alibi_slopes is not None:
-            floats = head_values("alibi_slopes", alibi_slopes, num_q_heads, least=-FLOAT32_MAX)
-            arguments.alibi_slopes = self._keep(ffi.from_buffer("float[]", floats))
+        #: Sinks and slopes, which `arguments` points to.
+        self.per_head = per_head_of(options, num_q_heads)
+        for name, floats in zip(("sinks", "alibi_slopes"), self.per_head, strict=True):
+            if floats is not None:
+                setattr(arguments, name, ffi.from_buffer("float[]", floats))
         shape = (num_tokens, num_q_heads, head_dim_v)
         if out is None:
             self.out = empty_like(q_array, shape)
@@ -126,11 +125,7 @@ class Attention:
         self.lse = None
         if return_lse:
             self.lse = empty_like(q_array, shape[:2], "float32")
-            arguments.lse = ffi.cast("float *", self._keep(array_of("lse", self.lse).data))
-
-    def _keep(self, pointer: Any) -> Any:
-        self._kept.append(pointer)
-        return pointer
+            arguments.lse = ffi.cast("float *", array_of("lse", self.lse).data)
 
     @property
     def result(self) -> Any:
@@ -148,11 +143,13 @@ class PreparedAttention:
     q, k, v, out, options : as `Step.attend` takes them; k and v may both be None
 
     `repeat` runs it with other arrays, for steps of num_tokens in the same cache: a tenth of the time when
-    they look the same.  Calls with sinks, slopes or an lse are not repeated, nor those of unusual arrays:
-    `can_repeat` is False.
+    they look the same.  Calls with an lse are not repeated, nor those of unusual arrays: `can_repeat` is
+    False.
     """
 
-    __slots__ = ("_arguments", "_byte_lengths", "_call", "_head_dim", "_rows", "_scales", "_templates")
+    __slots__ = (
+        *("_arguments", "_byte_lengths", "_call", "_head_dim", "_per_head", "_rows", "_scales", "_templates"),
+    )
 
     def __init__(
         self, pages: Any, num_tokens: int, q: Any, k: Any, v: Any, out: Any, options: Options
@@ -167,10 +164,10 @@ class PreparedAttention:
             fill_tensor(arguments.k, inputs["k"])
             fill_tensor(arguments.v, inputs["v"])
         self._rows = (arguments.q, arguments.k, arguments.v, arguments.out)
-        self._head_dim, self._scales = pages.head_dim, scales_of(options)
+        self._head_dim, self._scales, self._per_head = pages.head_dim, scales_of(options), call.per_head
         self._templates = None
         # `repeat` without out makes one of q's kind.
-        if is_plain(options) and is_tensor(call.out) == is_tensor(q):
+        if options[4] is False and is_tensor(call.out) == is_tensor(q):
             described = (q_rows, inputs.get("k"), inputs.get("v"), call.out_rows)
             self._templates = templates_of((q, k, v, call.out), described)
 
@@ -198,7 +195,11 @@ class PreparedAttention:
         """As `run`, of these arrays, k and v being None as before; None, and nothing was done, when they have
         to be validated in full.
         """
-        if self._templates is None or not is_plain(options):
+        if self._templates is None or options[4] is not False:
+            return None
+        if (options[2] is None) is not (self._per_head[0] is None):
+            return None
+        if (options[3] is None) is not (self._per_head[1] is None):
             return None
         q_template, k_template, v_template, out_template = self._templates
         q_rows, k_rows, v_rows, out_rows = self._rows
@@ -212,6 +213,8 @@ class PreparedAttention:
             return None
         if not out_template.bind(out, out_rows):
             return None
+        if options[2] is not None or options[3] is not None:
+            self._set_per_head(options)
         scale, cap, window, sinks = self._scales
         # By identity: what is no number must not be compared.
         if (
@@ -228,10 +231,12 @@ class PreparedAttention:
             raise_for(status, pages)
         return out
 
-
-def is_plain(options: Options) -> bool:
-    """No sinks, no slopes, no lse?"""
-    return options[2] is None and options[3] is None and options[4] is False
+    def _set_per_head(self, options: Options) -> None:
+        """Copy other sinks and slopes to where `arguments` points: both, or none when one is invalid."""
+        found = per_head_of(options, self._arguments.num_q_heads)
+        for floats, kept in zip(found, self._per_head, strict=True):
+            if floats is not None and kept is not None:
+                kept[:] = floats
 
 
 def templates_of(arrays: tuple[Any, ...], described: tuple[Array | None, ...]) -> tuple[Any, ...] | None:
@@ -241,6 +246,17 @@ def templates_of(arrays: tuple[Any, ...], described: tuple[Array | None, ...]) -
     if [template is None for template in templates] != [rows is None for rows in described]:
         return None
     return tuple(templates)
+
+
+def per_head_of(
+    options: Options, num_q_heads: int
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """Sinks and slopes, float32 [num_q_heads], or None."""
+    sinks, slopes = options[2], options[3]
+    return (
+        None if sinks is None else head_values("sinks", sinks, num_q_heads, least=-np.inf),
+        None if slopes is None else head_values("alibi_slopes", slopes, num_q_heads, least=-FLOAT32_MAX),
+    )
 
 
 def scales_of(options: Options) -> tuple[Any, Any, Any, Any]:

@@ -41,6 +41,8 @@ calls = st.tuples(
     st.sampled_from([None, 0.25, 1.0]),  # sm_scale
     st.sampled_from(["none", "own", "q"]),  # out
     st.booleans(),  # written first, then attended to
+    st.sampled_from([None, np.float32, np.float64, list]),  # sinks
+    st.sampled_from([None, np.float32, list]),  # alibi_slopes
 )
 
 
@@ -49,10 +51,16 @@ def test_calls_that_look_alike_or_not_give_what_each_gives_alone(drawn, seed):
     rng = np.random.default_rng(seed)
     with make_cache() as cache:
         seq = cache.sequence()
-        for count, num_q_heads, dtype, layout, sm_scale, out_kind, is_written in [*drawn, *drawn]:
+        for count, num_q_heads, dtype, layout, sm_scale, out_kind, is_written, *kinds in [*drawn, *drawn]:
             seq.reset()
             q = laid_out(rows(rng, count, num_q_heads, 32).astype(dtype), layout)
             k, v = (laid_out(rows(rng, count, 2, 32).astype(dtype), layout) for _ in "kv")
+            per_head = [rows(rng, num_q_heads) for _ in kinds]
+            given = [
+                None if kind is None else values.tolist() if kind is list else values.astype(kind)
+                for kind, values in zip(kinds, per_head, strict=True)
+            ]
+            options = {"sm_scale": sm_scale, "sinks": given[0], "alibi_slopes": given[1]}
             outputs = []
             for each in (cache, None):
                 with make_cache() as alone:
@@ -64,20 +72,22 @@ def test_calls_that_look_alike_or_not_give_what_each_gives_alone(drawn, seed):
                     if is_written:
                         step.write(1, k, v)
                         kv = ()
-                    result = step.attend(1, given_q, *kv, sm_scale=sm_scale, out=out)
+                    result = step.attend(1, given_q, *kv, **options, out=out)
                     assert out is None or result is out
                     outputs.append(result.copy())
                     step.rollback()
+            for values, one in zip(per_head, given, strict=True):  # they are as they were
+                assert one is None or np.array_equal(np.asarray(one, np.float32), values)
             assert outputs[0].dtype == dtype
             np.testing.assert_array_equal(outputs[0].view(np.uint8), outputs[1].view(np.uint8))
 
 
-def repeated_step(rng, num_tokens=2):
+def repeated_step(rng, num_tokens=2, **options):
     """A step that has attended once, and arrays that look like those of that call."""
     cache = make_cache()
     step = cache.step([cache.sequence()], [num_tokens])
     q, k, v = rows(rng, num_tokens, 4, 32), rows(rng, num_tokens, 2, 32), rows(rng, num_tokens, 2, 32)
-    step.attend(0, q, k, v, out=np.empty_like(q))
+    step.attend(0, q, k, v, out=np.empty_like(q), **options)
     assert step._calls["write and attend"].can_repeat
     return step, q, k, v
 
@@ -102,6 +112,12 @@ def test_what_is_refused_at_first_is_refused_again(rng):
         step, q, k, v = repeated_step(rng)
         with pytest.raises(ArgumentError, match="sm_scale"):
             step.attend(0, q, k, v, sm_scale=wrong)
+    step, q, k, v = repeated_step(rng, sinks=np.zeros(4, np.float32), alibi_slopes=[0, 0, 0, 1])
+    for name in ("sinks", "alibi_slopes"):
+        options = {"sinks": [0.0] * 4, "alibi_slopes": [0.0] * 4}
+        for wrong in ([1.0] * 3, [np.nan] * 4, [np.inf, 0, 0, 0], ["a"] * 4, 5, [[1.0]] * 4):
+            with pytest.raises(ArgumentError, match=name):
+                step.attend(0, q, k, v, **options | {name: wrong})
     step, q, k, v = repeated_step(rng)
     with pytest.raises(ArgumentError, match=r"k has the shape \[2, 2, 16\]"):
         step.attend(0, q, k[:, :, :16], v)
