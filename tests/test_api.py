@@ -56,9 +56,20 @@ SIGNATURES = {
     paged_kv.paged_attention: (
         ["q", "k_pages", "v_pages"],
         [
-            *("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len", "window", "num_sink_tokens"),
-            *("causal", *ATTEND, "num_threads"),
+            *("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len", "k", "v", "slots", "window"),
+            *("num_sink_tokens", "causal", *ATTEND, "num_threads"),
         ],
+    ),
+    paged_kv.PagedBatch: (
+        [],
+        [
+            *("num_pages", "page_size", "qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len", "slots"),
+            *("causal", "num_tokens", "num_threads"),
+        ],
+    ),
+    paged_kv.PagedBatch.attend: (
+        ["q", "k_pages", "v_pages", "k", "v"],
+        ["window", "num_sink_tokens", *ATTEND],
     ),
     paged_kv.merge_states: (["outputs", "lses"], []),
     paged_kv.reference.attend: (

@@ -47,7 +47,9 @@ def owners():
     weights = matrix.ternary_matrix(np.zeros((16, 16), np.int8), np.ones(1, np.float32))
     batch = generate.Batch(model, cache, generate.Admission.pages_of(cache))
     store = cache._store
+    lists = {"qo_indptr": [0], "kv_indptr": [0], "kv_indices": [], "kv_last_page_len": []}
     inner = [
+        paged_kv.PagedBatch(num_pages=0, page_size=16, **lists),
         cache.pin(cache.match([1])),
         store,
         store.pool,

@@ -21,7 +21,7 @@ from_buffer = ffi.from_buffer
 
 
 class ArrayTemplate:
-    """The looks of an array that was validated: at least one element, three axes, no negative strides.
+    """The looks of an array that was validated: at least one element, two axes or more, no negative strides.
 
     `bind(array, rows)` writes the address of another array into a `pkv_tensor *`; False, and nothing was
     written, when that array does not look the same.  `new()` is a new array of the same kind, shape and
@@ -30,6 +30,7 @@ class ArrayTemplate:
 
     __slots__ = (
         "_dtype",
+        "_first",
         "_item_bytes",
         "_kind",
         "_layout",
@@ -47,6 +48,7 @@ class ArrayTemplate:
         self._kind = type(array)
         self._dtype = array.dtype
         self._shape = array.shape
+        self._first = (0,) * (len(described.shape) - 1)
         low, high = described.extent
         #: From the first byte to one past the last.
         self.num_bytes = high - low
@@ -76,14 +78,14 @@ class ArrayTemplate:
     def _strided(self, array: Any, rows: Any) -> bool:
         if not self._has_strides(array):
             return False
-        rows.data = from_buffer(array[0, 0])  # one row has no gaps
+        rows.data = from_buffer(array[self._first])  # one row has no gaps
         return True
 
     def _bits(self, array: Any, rows: Any) -> bool:
         """bfloat16, which the buffer protocol does not have."""
         if not self._has_strides(array):
             return False
-        rows.data = from_buffer(array[0, 0].view(np.uint16))
+        rows.data = from_buffer(array[self._first].view(np.uint16))
         return True
 
     def _has_strides(self, array: Any) -> bool:

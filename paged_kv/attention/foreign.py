@@ -1,14 +1,23 @@
 """Attention over pages that the caller owns: in numpy arrays or torch tensors, of any page size and order.
 
+    paged_attention(q, k_pages, v_pages, qo_indptr=..., ...)       one call
+    batch = PagedBatch(qo_indptr=..., ...)                         a step: the lists are validated once
+    batch.attend(q, k_pages, v_pages, k, v)                        each layer: writes new rows, then attends
+
 Imports attention.
 """
 
 from typing import Any
 
-from .._binding import check, ffi, integer, lib, shared_threads
+import numpy as np
+from numpy.typing import NDArray
+
+from .._binding import ffi, integer, lib, shared_threads
 from ..errors import ArgumentError
-from .arrays import Array, array_of, index_vector
-from .prepared import Attention
+from ..lifetime import Uncopyable
+from .array_template import template_of
+from .arrays import Array, array_of, index_vector, require_target
+from .prepared import Options, PreparedAttention
 
 
 def paged_attention(
@@ -20,6 +29,9 @@ def paged_attention(
     kv_indptr: Any,
     kv_indices: Any,
     kv_last_page_len: Any,
+    k: Any = None,
+    v: Any = None,
+    slots: Any = None,
     window: int | None = None,
     num_sink_tokens: int = 0,
     causal: bool = True,
@@ -44,6 +56,10 @@ def paged_attention(
     kv_indptr : and the pages ``kv_indices[kv_indptr[i] : kv_indptr[i + 1]]``, in order
     kv_indices : int32 or int64, page ids
     kv_last_page_len : int32 or int64 [num_seqs], tokens in the last of them, 1 to page_size
+    k, v : [num_tokens, num_kv_heads, head_dim] and [.., head_dim_v]: keys and values of the rows, which are
+        written into the pages first; neither: they are there already
+    slots : int32 or int64 [num_tokens], ``page_id * page_size + offset`` of each of them, no two alike; None:
+        those of the last tokens of each sequence
     window, num_sink_tokens : a row at position i sees j <= i where j > i - window or j < num_sink_tokens
     causal : False: every row sees every token of its sequence, of which there may be none; no window then,
         and no slopes, since a row has no position.  So parts of a context can be attended to, and merged
@@ -53,42 +69,198 @@ def paged_attention(
     Raises: ArgumentError.
     Cost: reads the keys and values of each sequence once for every block of its rows.
     """
-    keys, values = array_of("k_pages", k_pages), array_of("v_pages", v_pages)
-    pages = _foreign_pages(keys, values)
-    q_rows = array_of("q", q)
-    for name, flag in (("causal", causal), ("return_lse", return_lse)):
-        if type(flag) is not bool:
-            raise ArgumentError(f"{name} must be True or False, not {flag!r:.60}")
-    if not causal and (window is not None or alibi_slopes is not None):
-        raise ArgumentError("with causal=False a row has no position for a window or alibi_slopes")
-    batch = ffi.new("pkv_batch *")
-    batch.window = 0 if window is None else integer("window", window, 1)
-    batch.num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0)
-    batch.sees_all = not causal
-    num_tokens = q_rows.shape[0] if q_rows.shape else 0
-    lists = (qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
-    held = _batch_of_lists(batch, num_tokens, keys.shape, lists)
-    call = Attention(
-        pages,
-        num_tokens,
-        (q, q_rows),
-        {"k_pages": keys, "v_pages": values},
-        out,
-        (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, None, 0),
+    pages = _Pages(k_pages, v_pages)
+    q_shape = array_of("q", q).shape
+    options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens)
+    batch = PagedBatch(
+        num_pages=pages.shape[0],
+        page_size=pages.shape[1],
+        qo_indptr=qo_indptr,
+        kv_indptr=kv_indptr,
+        kv_indices=kv_indices,
+        kv_last_page_len=kv_last_page_len,
+        slots=slots,
+        causal=causal,
+        num_tokens=q_shape[0] if q_shape else 0,
+        num_threads=num_threads,
     )
-    if num_threads is not None:
-        integer("num_threads", num_threads, 1, 1024)
-    check(lib.pkv_attend(shared_threads(num_threads), pages, batch, call.arguments), "attend")
-    del held  # until here
-    return call.result
+    return batch._attend_first(pages, q, k_pages, v_pages, k, v, out, options)[0]
 
 
-def _foreign_pages(k: Array, v: Array) -> Any:
+class PagedBatch(Uncopyable):
+    """The lists of one step over pages that the caller owns, validated once for all of its layers.
+
+    Parameters
+    ----------
+    num_pages, page_size : of the pages that `attend` takes
+    num_tokens : rows of q; None: as qo_indptr says
+    qo_indptr, kv_indptr, kv_indices, kv_last_page_len, slots, causal, num_threads : as for `paged_attention`;
+        they are copied
+
+    Like a step, it belongs to one thread.
+    Raises: ArgumentError.  Cost: O(pages of the batch + new tokens).
+    """
+
+    _instead = "make another one of the same lists"
+    __slots__ = ("_calls", "_causal", "_kept", "_plan", "_shape", "_threads", "num_tokens")
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        qo_indptr: Any,
+        kv_indptr: Any,
+        kv_indices: Any,
+        kv_last_page_len: Any,
+        slots: Any = None,
+        causal: bool = True,
+        num_tokens: int | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        self._shape = integer("num_pages", num_pages, 0), integer("page_size", page_size, 1)
+        if type(causal) is not bool:
+            raise ArgumentError(f"causal must be True or False, not {causal!r:.60}")
+        if num_threads is not None:
+            integer("num_threads", num_threads, 1, 1024)
+        self._causal, self._threads = causal, shared_threads(num_threads)
+        names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")
+        lists = (qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
+        vectors = [index_vector(name, values) for name, values in zip(names, lists, strict=True)]
+        if num_tokens is None:
+            num_tokens = int(vectors[0][-1]) if len(vectors[0]) else 0
+        self.num_tokens = num_tokens
+        batch = ffi.new("pkv_batch *", {"sees_all": not causal})
+        memory = _fill_batch(batch, num_tokens, self._shape, vectors)
+        found = _slots_of(vectors, *self._shape) if slots is None else index_vector("slots", slots)
+        if slots is not None and len(found) != num_tokens:
+            raise ArgumentError(
+                f"slots has {len(found)} entries for {num_tokens} rows of q; give one for each"
+            )
+        places = np.array(found, np.int64)
+        _require_apart(places, self._shape[0] * self._shape[1], slots is not None)
+        is_written = ffi.new("uint8_t[]", [1])
+        self._plan = ffi.new(
+            "pkv_plan *", {"batch": batch[0], "is_open": 1, "num_layers": 1, "is_written": is_written}
+        )
+        if len(places):
+            self._plan.slot_mapping = ffi.from_buffer("int64_t[]", places)
+        #: What the plan points to.
+        self._kept = memory, is_written, places
+        #: As `Step` has them: a prepared call and the pages that it reads.
+        self._calls: dict[bool, tuple[PreparedAttention, _Pages] | None] = {}
+
+    def attend(
+        self,
+        q: Any,
+        k_pages: Any,
+        v_pages: Any,
+        k: Any = None,
+        v: Any = None,
+        *,
+        window: int | None = None,
+        num_sink_tokens: int = 0,
+        sm_scale: float | None = None,
+        logits_soft_cap: float = 0.0,
+        sinks: Any = None,
+        alibi_slopes: Any = None,
+        out: Any = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attention of one layer: as `paged_attention`, with the lists of this batch.
+
+        Calls whose arrays look like those of the call before take a fraction of its preparation.
+        Raises: ArgumentError.
+        """
+        options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens)
+        self._require_sense(k, v, options)
+        is_read_only = k is None
+        known, result = self._calls.pop(is_read_only, None), None
+        if known is not None and out is None and known[1].bind(k_pages, v_pages, is_read_only):
+            result = known[0].repeat(self._threads, known[1].handle, self._plan, q, k, v, None, options)
+        if result is None:
+            pages = _Pages(k_pages, v_pages)
+            result, new = self._attend_first(pages, q, k_pages, v_pages, k, v, out, options)
+            known = new or known
+        self._calls[is_read_only] = known
+        return result
+
+    def _require_sense(self, k: Any, v: Any, options: Options) -> None:
+        if (k is None) is not (v is None):
+            raise ArgumentError("give k and v, or neither, to attend to what the pages hold")
+        if not self._causal and (options[5] is not None or options[3] is not None):
+            raise ArgumentError("with causal=False a row has no position for a window or alibi_slopes")
+
+    def _attend_first(
+        self,
+        pages: "_Pages",
+        q: Any,
+        k_pages: Any,
+        v_pages: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        options: Options,
+    ) -> tuple[Any, "tuple[PreparedAttention, _Pages] | None"]:
+        """Validate a call in full and run it.  Returns: its result, and what `attend` may repeat, or None."""
+        self._require_sense(k, v, options)
+        if pages.shape != self._shape:
+            raise ArgumentError(
+                f"k_pages has {pages.shape[0]} pages of {pages.shape[1]} tokens, and the batch was made for "
+                f"{self._shape[0]} of {self._shape[1]}"
+            )
+        if k is not None:
+            pages.require_writable(k_pages, v_pages)
+            if self.num_tokens and not len(self._kept[2]):
+                raise ArgumentError("k has rows of sequences with fewer tokens than rows; give slots")
+        call = PreparedAttention(pages.handle, self.num_tokens, q, k, v, out, options, pages.sides)
+        result = call.run(self._threads, pages.handle, self._plan)
+        can_repeat = call.can_repeat and pages.can_bind and out is None
+        return result, (call, pages) if can_repeat else None
+
+
+class _Pages:
+    """A layer's pages, as C takes them."""
+
+    __slots__ = ("_bound", "_templates", "handle", "shape", "sides")
+
+    def __init__(self, k_pages: Any, v_pages: Any) -> None:
+        keys, values = array_of("k_pages", k_pages), array_of("v_pages", v_pages)
+        self.sides = {"k_pages": keys, "v_pages": values}
+        self.handle = _foreign_pages(keys, values)
+        self.shape = keys.shape[:2]
+        self._templates = template_of(k_pages, keys), template_of(v_pages, values)
+        self._bound = ffi.new("pkv_tensor *"), ffi.new("pkv_tensor *")
+
+    @property
+    def can_bind(self) -> bool:
+        return None not in self._templates
+
+    def require_writable(self, k_pages: Any, v_pages: Any) -> None:
+        for (name, side), array in zip(self.sides.items(), (k_pages, v_pages), strict=True):
+            require_target(name, array, side)
+
+    def bind(self, k_pages: Any, v_pages: Any, is_read_only: bool) -> bool:
+        """Take the addresses of pages that look the same; False when they do not, or cannot be written."""
+        for array, template, bound in zip((k_pages, v_pages), self._templates, self._bound, strict=True):
+            if template is None or not template.bind(array, bound):
+                return False
+            if not is_read_only and type(array) is np.ndarray and not array.flags.writeable:
+                return False
+        self.handle.k, self.handle.v = self._bound[0].data, self._bound[1].data
+        return True
+
+
+def _require_alike(k: Array, v: Array) -> None:
     if len(k.shape) != 4 or len(v.shape) != 4 or k.shape[:3] != v.shape[:3]:
         raise ArgumentError(
             f"k_pages and v_pages have the shapes {list(k.shape)} and {list(v.shape)}; they must be "
             "[num_pages, page_size, num_kv_heads, head_dim] and [.., head_dim_v], alike but for the last axis"
         )
+
+
+def _foreign_pages(k: Array, v: Array) -> Any:
+    _require_alike(k, v)
     for name, head_dim in (("k_pages", k.shape[3]), ("v_pages", v.shape[3])):
         if not 8 <= head_dim <= 256 or head_dim % 8:
             raise ArgumentError(f"{name} has heads of {head_dim}; it takes multiples of 8 from 8 to 256")
@@ -113,12 +285,8 @@ _FAULTS = {
 }
 
 
-def _batch_of_lists(
-    batch: Any, num_rows: int, shape: tuple[int, ...], lists: tuple[object, object, object, object]
-) -> Any:
+def _fill_batch(batch: Any, num_rows: int, shape: tuple[int, int], vectors: list[NDArray[np.int64]]) -> Any:
     """Fill a `pkv_batch` from lists over pages of this shape.  Returns its memory, which must outlive it."""
-    names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")
-    vectors = [index_vector(name, values) for name, values in zip(names, lists, strict=True)]
     rows, pages, page_ids, last = vectors
     num_seqs = len(rows) - 1
     if num_seqs < 0 or len(pages) != num_seqs + 1 or len(last) != num_seqs:
@@ -134,3 +302,27 @@ def _batch_of_lists(
     if fault != lib.PKV_FOREIGN_OK:
         raise ArgumentError(_FAULTS[fault].format(refusal.index, refusal.requested, refusal.available))
     return memory
+
+
+def _slots_of(vectors: list[NDArray[np.int64]], num_pages: int, page_size: int) -> NDArray[np.int64]:
+    """The slots of the last tokens of each sequence, as many as it has rows; none where one has fewer."""
+    rows, pages, page_ids, last = vectors
+    num_rows, counts = np.diff(rows), np.diff(pages)
+    lengths = np.where(counts > 0, (counts - 1) * page_size + last, 0)
+    if (num_rows > lengths).any():
+        return np.empty(0, np.int64)
+    positions = np.arange(rows[-1]) + np.repeat(lengths - rows[1:], num_rows)
+    in_list, offsets = np.divmod(positions, page_size)
+    slots: NDArray[np.int64] = page_ids[np.repeat(pages[:-1], num_rows) + in_list] * page_size + offsets
+    return slots
+
+
+def _require_apart(slots: NDArray[np.int64], num_slots: int, are_given: bool) -> None:
+    """ArgumentError for slots outside the pages, or that several rows would be written to."""
+    if not len(slots):
+        return
+    wrong = np.flatnonzero((slots < 0) | (slots >= num_slots))
+    if len(wrong):
+        raise ArgumentError(f"slots[{wrong[0]}] is {slots[wrong[0]]}; slots are 0 to {num_slots - 1}")
+    if are_given and len(np.unique(slots)) < len(slots):
+        raise ArgumentError("slots has two rows of k in one slot; each needs its own")

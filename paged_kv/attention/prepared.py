@@ -141,6 +141,7 @@ class PreparedAttention:
     pages : a `pkv_pages *`, of any layer of the cache
     num_tokens : of the step
     q, k, v, out, options : as `Step.attend` takes them; k and v may both be None
+    others : arrays besides, which out must not overlap
 
     `repeat` runs it with other arrays, for steps of num_tokens in the same cache: a tenth of the time when
     they look the same.  Calls with an lse are not repeated, nor those of unusual arrays: `can_repeat` is
@@ -152,10 +153,18 @@ class PreparedAttention:
     )
 
     def __init__(
-        self, pages: Any, num_tokens: int, q: Any, k: Any, v: Any, out: Any, options: Options
+        self,
+        pages: Any,
+        num_tokens: int,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        options: Options,
+        others: dict[str, Array] | None = None,
     ) -> None:
         q_rows = array_of("q", q)
-        inputs = {} if k is None else new_rows(pages, num_tokens, k, v)
+        inputs = dict(others or {}) if k is None else new_rows(pages, num_tokens, k, v) | (others or {})
         call = Attention(pages, num_tokens, (q, q_rows), inputs, out, options)
         self._call: Attention | None = call  # until it has run
         arguments = self._arguments = call.arguments
@@ -270,9 +279,9 @@ def set_scales(arguments: Any, head_dim: int, options: Options) -> None:
     scale = head_dim**-0.5 if sm_scale is None else real("sm_scale", sm_scale)
     cap = real("logits_soft_cap", logits_soft_cap, least=0.0)
     size = 0 if window is None else integer("window", window, 1)
-    sinks = 0 if window is None else integer("num_sink_tokens", num_sink_tokens, 0)
+    sinks = integer("num_sink_tokens", num_sink_tokens, 0)
     arguments.sm_scale, arguments.logits_soft_cap = scale, cap
-    arguments.window, arguments.num_sink_tokens = size, sinks
+    arguments.window, arguments.num_sink_tokens = size, sinks if size else 0
 
 
 def raise_for(status: int, pages: Any) -> None:

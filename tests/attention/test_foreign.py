@@ -38,6 +38,15 @@ class Batch:
                     here = tokens[i * page_size : (i + 1) * page_size]
                     pages[ids[begin + i], : len(here)] = here
 
+    def move_to(self, lists):
+        """Put the pages where another batch of the same lengths has them."""
+        own, ids = self.lists["kv_indices"], lists["kv_indices"]
+        for pages in self.pages:
+            moved = np.full_like(pages, np.nan)
+            moved[ids] = pages[own]
+            pages[:] = moved
+        self.lists = self.lists | {"kv_indices": ids}
+
     def check(self, q, out, lse, **options):
         """Hold out and lse against the reference, sequence by sequence."""
         indptr = self.lists["qo_indptr"]
@@ -133,6 +142,65 @@ def test_no_sequences_and_no_pages_give_nothing():
     assert (out == 0).all() and np.isneginf(lse).all()
 
 
+@given(
+    page_size=st.sampled_from([1, 3, 16, 64, 100]),
+    group=st.sampled_from([1, 3]),
+    dims=st.tuples(st.sampled_from([8, 64]), st.sampled_from([8, 24])),
+    dtypes=st.tuples(st.sampled_from(list(DTYPES)), st.sampled_from(list(DTYPES))),
+    sequences=st.lists(st.tuples(st.integers(1, 300), st.integers(0, 80)), min_size=1, max_size=4),
+    window=st.sampled_from([None, 50]),
+    gives_slots=st.booleans(),
+    order=st.sampled_from(["NHD", "HND"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_layers_of_a_batch_write_their_rows_and_attend_as_one_call_does(
+    page_size, group, dims, dtypes, sequences, window, gives_slots, order, seed
+):
+    rng = np.random.default_rng(seed)
+    lengths, news = [n for n, _ in sequences], [min(pair) for pair in sequences]
+    made = first = None
+    for _ in range(3):  # layers, whose lists are alike
+        batch = Batch(rng, lengths, news, page_size, 2, dims, dtypes)
+        if made is not None:
+            batch.move_to(first)
+        q = rows(rng, sum(news), 2 * group, dims[0])
+        expected = paged_kv.paged_attention(q, *batch.pages, **batch.lists, window=window)
+        new = [
+            np.concatenate(
+                [pair[side][n - count :] for pair, n, count in zip(batch.tokens, lengths, news, strict=True)]
+            )
+            for side in range(2)
+        ]
+        slots = slots_of(batch, lengths, news, page_size)
+        pages = [p.copy() for p in batch.pages]
+        for p in pages:
+            p.reshape(-1, *p.shape[2:])[slots] = np.nan
+        if order == "HND":
+            pages = [np.ascontiguousarray(p.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for p in pages]
+        lists = batch.lists | ({"slots": slots} if gives_slots else {})
+        if made is None:
+            first = batch.lists
+            made = paged_kv.PagedBatch(num_pages=len(pages[0]), page_size=page_size, **lists)
+        copies = [p.copy() for p in pages]
+        once = paged_kv.paged_attention(q, *copies, **lists, k=new[0], v=new[1], window=window)
+        out = made.attend(q, *pages, *new, window=window)
+        for result in (once, out):
+            np.testing.assert_array_equal(result, expected)
+        for p, copy, whole in zip(pages, copies, batch.pages, strict=True):
+            np.testing.assert_array_equal(p.astype("f4"), whole.astype("f4"))
+            np.testing.assert_array_equal(copy.astype("f4"), whole.astype("f4"))
+        np.testing.assert_array_equal(made.attend(q, *pages, window=window), expected)
+
+
+def slots_of(batch, lengths, news, page_size):
+    """Of the last tokens of each sequence."""
+    slots = []
+    for i, (length, new) in enumerate(zip(lengths, news, strict=True)):
+        pages = batch.lists["kv_indices"][batch.lists["kv_indptr"][i] :]
+        slots += [pages[p // page_size] * page_size + p % page_size for p in range(length - new, length)]
+    return np.array(slots, np.int64)
+
+
 def test_what_cannot_be_is_refused_and_writes_nothing(rng):
     batch = Batch(rng, [20, 5], [2, 1], 4, 2, (16, 16))
     q, (k, v), lists = rows(rng, 3, 4, 16), batch.pages, batch.lists
@@ -200,3 +268,43 @@ def test_bfloat16_of_ml_dtypes_comes_and_goes(kernel, rng):
     wide = paged_kv.paged_attention(q.astype(np.float32), *pages, **lists)
     assert out.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(out.astype(np.float32), wide.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_a_batch_refuses_what_does_not_belong_to_it(rng):
+    batch = Batch(rng, [20, 5], [2, 1], 4, 2, (16, 16))
+    q, new, (k, v) = rows(rng, 3, 4, 16), rows(rng, 3, 2, 16), batch.pages
+    made = paged_kv.PagedBatch(num_pages=len(k), page_size=4, **batch.lists)
+    before = k.copy(), v.copy()
+    in_one_place = np.lib.stride_tricks.as_strided(v, strides=(0, *v.strides[1:]))
+    read_only = v.copy()
+    read_only.flags.writeable = False
+    for _ in range(2):  # at first, and where a call is repeated
+        made.attend(q, k, v)
+        for match, arguments in {
+            "give k and v": (q, k, v, new),
+            "give k and v, or": (q, k, v, None, new),
+            "pages": (q, k[1:], v[1:]),
+            "k has the shape": (q, k, v, new[:2], new),
+            "v_pages is read-only": (q, k, read_only, new, new),
+            "v_pages has several": (q, k, in_one_place, new, new),
+            "q has": (q[:2], k, v),
+        }.items():
+            with pytest.raises(ArgumentError, match=match):
+                made.attend(*arguments)
+        for options in ({"window": 0}, {"num_sink_tokens": -1}, {"sinks": [1.0]}, {"return_lse": 1}):
+            with pytest.raises(ArgumentError, match=next(iter(options))):
+                made.attend(q, k, v, **options)
+    everything = paged_kv.PagedBatch(num_pages=len(k), page_size=4, **batch.lists, causal=False)
+    everything.attend(q, k, v)
+    for options in ({"window": 3}, {"alibi_slopes": [0.1] * 4}):
+        with pytest.raises(ArgumentError, match="causal=False"):
+            everything.attend(q, k, v, **options)
+    for slots in ([0, 1], [0, 1, len(k) * 4], [-1, 0, 1], [3, 4, 3], [0.0, 1.0, 2.0], "abc"):
+        with pytest.raises(ArgumentError, match="slots"):
+            paged_kv.PagedBatch(num_pages=len(k), page_size=4, **batch.lists, slots=slots)
+    lists = {"qo_indptr": [0, 3], "kv_indptr": [0, 1], "kv_indices": [0], "kv_last_page_len": [2]}
+    with pytest.raises(ArgumentError, match="give slots"):
+        more_rows = paged_kv.PagedBatch(num_pages=len(k), page_size=4, **lists, causal=False)
+        more_rows.attend(q, k, v, new, new)
+    for pages, old in zip((k, v), before, strict=True):
+        np.testing.assert_array_equal(pages, old)
