@@ -2,12 +2,14 @@
 
     pip install -e ".[hf]" && python benchmarks/transformers_cache.py [--dtypes bfloat16,float32]
                                                                       [--cells 1x512,8x2048] [--rounds 3]
+                                                                      [--parts steps,bookkeeping,beams,...]
 
 A llama of 12 layers, 768 wide, 12 heads of queries and 4 of keys and values of 64, random.  Contexts are
 filled with random keys and values, and 20 steps are timed: the median of each, and of the rounds, in which
 contenders take turns.  The floor is the same model with an attention that does nothing and a cache that
 stores nothing: what no cache can be faster than.  `own threads` is ours with threads beside torch's.  Then
-beams, 16 prompts that begin alike, and generate_batch, where ours attends in place.
+beams, 16 prompts that begin alike, and generate_batch, where ours attends in place: all of it, and a decode
+step.  `bookkeeping` is what begin and commit of a step take inside `generate`.
 """
 
 import argparse
@@ -138,11 +140,32 @@ def prefix_ms(kind: str, model: Any) -> float:
     return 1e3 * total
 
 
-def batch_ms(way: str, model: Any, batch: int = 8, context: int = 512, num_new: int = 32) -> float:
+def bookkeeping_us(model: Any, batch: int, context: int) -> float:
+    """What begin and commit of a step take inside `generate`."""
+    cache, times = filled("PagedCache", model, batch, context), []
+    begin, end = cache._begin, cache._end
+
+    def timed(call: Any, *arguments: Any) -> None:
+        start = time.perf_counter()
+        call(*arguments)
+        times.append(time.perf_counter() - start)
+
+    cache._begin, cache._end = (lambda *a: timed(begin, *a)), (lambda *a: timed(end, *a))
+    generate(model, torch.randint(3, 32000, (batch, context + 1)), cache)
+    return 1e6 * statistics.median(a + b for a, b in zip(times[2::2], times[3::2], strict=True))
+
+
+def batch_step_ms(way: str, model: Any, batch: int, context: int) -> float:
+    """A decode step: what 32 tokens more take."""
+    long, short = (batch_ms(way, model, batch, context, num_new) for num_new in (40, 8))
+    return (long - short) / 32
+
+
+def batch_ms(way: str, model: Any, batch: int, context: int, num_new: int = 32) -> float:
     """All of generate_batch, prompts included."""
     torch.manual_seed(2)
     prompts = torch.randint(3, 32000, (batch, context)).tolist()
-    pages = batch * (-(-(context + num_new) // 256) + 1)
+    pages = batch * (-(-(context + 40) // 256) + 1)
     config = ContinuousBatchingConfig(page_size=256, num_blocks=pages, max_batch_tokens=1024)
     how = transformers.GenerationConfig(
         max_new_tokens=num_new, do_sample=False, eos_token_id=-1, pad_token_id=0
@@ -177,6 +200,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--cells", default="1x512,1x2048,8x512,8x2048", help="batch x context")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", default="steps,bookkeeping,beams,prefix,batch")
     options = parser.parse_args()
     transformers.AttentionInterface.register("no_attention", no_attention)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
@@ -184,27 +208,33 @@ def main() -> None:
         torch.manual_seed(0)
         dtype = getattr(torch, name)
         model = transformers.AutoModelForCausalLM.from_config(CONFIG, dtype=dtype).eval()
+        parts = options.parts.split(",")
         for cell in options.cells.split(","):
             batch, context = map(int, cell.split("x"))
-            show(
-                f"{name}, {cell}, a step",
-                KINDS,
-                options.rounds,
-                lambda kind, b=batch, c=context, m=model: decode_ms(kind, m, b, c),
-            )
+            where = model, batch, context
+            if "steps" in parts:
+                show(
+                    f"{name}, {cell}, a step",
+                    KINDS,
+                    options.rounds,
+                    lambda kind, w=where: decode_ms(kind, *w),
+                )
+            if "bookkeeping" in parts:
+                print(
+                    f"{name}, {cell}, begin and commit of a step: {bookkeeping_us(*where):.0f} us", flush=True
+                )
+            if "batch" in parts and batch > 1:
+                ways, rounds = ("as it comes", "in place"), options.rounds
+                show(f"{name}, {cell}, generate_batch", ways, rounds, lambda way, w=where: batch_ms(way, *w))
+                what = f"{name}, {cell}, a step of generate_batch"
+                show(what, ways, rounds, lambda way, w=where: batch_step_ms(way, *w))
         few = ("DynamicCache", "PagedCache")
-        show(
-            f"{name}, 8 x 512, 4 beams, a step",
-            few,
-            options.rounds,
-            lambda kind, m=model: beams_ms(kind, m, 8, 512),
-        )
-        show(
-            f"{name}, 16 prompts that begin alike",
-            few,
-            options.rounds,
-            lambda kind, m=model: prefix_ms(kind, m),
-        )
+        if "beams" in parts:
+            what = f"{name}, 8 x 512, 4 beams, a step"
+            show(what, few, options.rounds, lambda kind, m=model: beams_ms(kind, m, 8, 512))
+        if "prefix" in parts:
+            what = f"{name}, 16 prompts that begin alike"
+            show(what, few, options.rounds, lambda kind, m=model: prefix_ms(kind, m))
 
 
 if __name__ == "__main__":

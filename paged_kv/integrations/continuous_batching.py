@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from ..attention.foreign import paged_attention
+from ..attention.foreign import PagedBatch, paged_attention
 from ..errors import ArgumentError
 
 #: transformers builds no dense mask for names with "flash" in them.
@@ -39,9 +39,11 @@ class InPlaceCache(PagedAttentionCache):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         self._is_ours = config._attn_implementation == NAME
-        #: Of the step: each request, its tokens before and its new ones; and its pages, by allocator.
+        #: Of the step: each request, its tokens before and its new ones; and its lists, by allocator.
         self._requests: list[tuple[str, int, int]] = []
-        self._lists: dict[int, dict[str, Any]] = {}
+        self._batches: dict[int, PagedBatch] = {}
+        #: Keys and values of each layer, in pages, as many for all layers of an allocator.
+        self._pages: dict[int, tuple[Any, Any]] = {}
         super().__init__(config, *args, **kwargs)
 
     def extend_read_and_write_indices(
@@ -59,7 +61,7 @@ class InPlaceCache(PagedAttentionCache):
             )
             return
         if not write_index[0]:  # a step's first request
-            self._requests, self._lists = [], {}
+            self._requests, self._batches = [], {}
         self._requests.append((request_id, past_length, query_length))
         for i, allocator in enumerate(self.cache_allocators.values()):
             write_index[i].extend(allocator.get_write_indices(request_id, past_length, query_length))
@@ -69,24 +71,24 @@ class InPlaceCache(PagedAttentionCache):
     def update(
         self, key_states: Any, value_states: Any, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
-        """Write the new rows into their pages, and hand pages and lists on to the attention function."""
+        """Hand pages and lists on to the attention function, which writes the new rows."""
         allocator = self.layer_to_allocator[layer_idx]
         if not self._is_ours or not _is_in_place(allocator) or kwargs.get("block_table") is not None:
             found: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, kwargs)
             return found
-        rows = kwargs["write_index"][allocator.index]
-        views = allocator._kv_token_views[layer_idx]
-        for view, new in zip(views, (key_states, value_states), strict=True):
-            view.index_copy_(0, rows, new[0].transpose(0, 1))
-        kwargs["k_cache"], kwargs["v_cache"] = allocator.get_cache_for_block_table(layer_idx)
-        kwargs["paged_kv_lists"] = self._lists_of(allocator)
+        batch = self._batches.get(allocator.index) or self._batch_of(allocator)
+        kwargs["k_cache"], kwargs["v_cache"] = self._pages[layer_idx]
+        kwargs["paged_kv_batch"] = batch
         return key_states, value_states
 
-    def _lists_of(self, allocator: Any) -> dict[str, Any]:
-        """qo_indptr, kv_indptr, kv_indices and kv_last_page_len of the step: once for all of its layers."""
-        found = self._lists.get(allocator.index)
-        if found is not None:
-            return found
+    def _batch_of(self, allocator: Any) -> PagedBatch:
+        """The step's lists over an allocator's pages, for all of its layers."""
+        layers = allocator.layer_indices
+        if layers[0] not in self._pages:
+            sides = [allocator.get_cache_for_block_table(layer) for layer in layers]
+            num_pages = min(len(side) for pair in sides for side in pair)
+            for layer, (k, v) in zip(layers, sides, strict=True):
+                self._pages[layer] = k[:num_pages], v[:num_pages]
         size = allocator.tokens_per_page
         pages: list[int] = []
         rows, counts, last = [0], [0], []
@@ -98,13 +100,15 @@ class InPlaceCache(PagedAttentionCache):
             counts.append(counts[-1] + count)
             last.append(length - (count - 1) * size)
         stride = allocator.block_physical_stride // size
-        self._lists[allocator.index] = found = {
-            "qo_indptr": np.array(rows),
-            "kv_indptr": np.array(counts),
-            "kv_indices": np.array(pages) * stride,
-            "kv_last_page_len": np.array(last),
-        }
-        return found
+        batch = self._batches[allocator.index] = PagedBatch(
+            num_pages=len(self._pages[layers[0]][0]),
+            page_size=size,
+            qo_indptr=np.array(rows),
+            kv_indptr=np.array(counts),
+            kv_indices=np.array(pages) * stride,
+            kv_last_page_len=np.array(last),
+        )
+        return batch
 
 
 def _is_in_place(allocator: Any) -> bool:
@@ -124,14 +128,15 @@ def _attention(
     sliding_window: int | None = None,
     k_cache: Any = None,
     v_cache: Any = None,
-    paged_kv_lists: dict[str, Any] | None = None,
+    paged_kv_batch: PagedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Any, None]:
     """query [1, heads, tokens, dim] of all requests; keys in pages, or gathered, request by request."""
     q = query[0].transpose(0, 1)
     options = {"sm_scale": scaling, "logits_soft_cap": softcap or 0.0, "sinks": s_aux}
-    if paged_kv_lists is not None:
-        return paged_attention(q, k_cache, v_cache, **paged_kv_lists, **options)[None], None
+    if paged_kv_batch is not None:
+        k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        return paged_kv_batch.attend(q, k_cache, v_cache, k, v, **options)[None], None
     if "cu_seq_lens_q" not in kwargs:
         raise ArgumentError(
             "the model is installed for generate_batch; leave `with install(model)` for others"

@@ -59,11 +59,11 @@ def pools_of(
     return pools, places
 
 
-def open_steps(pools: Rows[LayerPool], rows: list[int], new: list[Any]) -> None:
-    """A step of these rows in each pool, or in none."""
+def open_steps(pools: Rows[LayerPool], new: list[Any]) -> None:
+    """A step in each pool, or in none: for each row its new ids or their count, which may be 0."""
     try:
         for pool in pools:
-            pool.step = pool.cache.step([pool.seqs[row] for row in rows], new)
+            pool.step = pool.cache.step(pool.seqs, new)
     except BaseException:
         roll_back_steps(pools)
         raise
