@@ -42,6 +42,7 @@ FLOORS = [
     {"step", "pin"},
     {"cache", "ring"},
     {"integrations.layer_pools", "integrations.continuous_batching"},
+    {"integrations.latents"},
     {"integrations.transformers"},
     {"models.ternary", "models.sampling", "models.token_ids", "models.session"},
     {"models.matrix", "commands.baselines"},

@@ -17,7 +17,7 @@ Imports attention.foreign.
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,23 @@ from ..errors import ArgumentError
 NAME = "paged_kv_flash"
 #: What transformers' allocators of layers over all tokens must have.
 ALLOCATOR_PARTS = ("get_cache_for_block_table", "get_write_indices", "get_read_indices")
+
+
+class _InPlace(NamedTuple):
+    """Where a layer's keys are: it is on its new keys, which layers that read another's get of it."""
+
+    batch: PagedBatch
+    layer: int
+    k_pages: Any
+    v_pages: Any
+
+
+class _Gathered(NamedTuple):
+    """Keys and values of all requests [1, heads, tokens, dim], and where each request's begin."""
+
+    key: Any
+    value: Any
+    first_tokens: Any
 
 
 class InPlaceCache(PagedAttentionCache):
@@ -75,10 +92,10 @@ class InPlaceCache(PagedAttentionCache):
         allocator = self.layer_to_allocator[layer_idx]
         if not self._is_ours or not _is_in_place(allocator) or kwargs.get("block_table") is not None:
             found: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, kwargs)
+            key_states._paged_kv = found[0]._paged_kv = _Gathered(*found, kwargs["cu_seq_lens_k"])
             return found
         batch = self._batches.get(allocator.index) or self._batch_of(allocator)
-        kwargs["k_cache"], kwargs["v_cache"] = self._pages[layer_idx]
-        kwargs["paged_kv_batch"] = batch
+        key_states._paged_kv = _InPlace(batch, layer_idx, *self._pages[layer_idx])
         return key_states, value_states
 
     def _batch_of(self, allocator: Any) -> PagedBatch:
@@ -126,24 +143,28 @@ def _attention(
     softcap: float | None = None,
     s_aux: Any = None,
     sliding_window: int | None = None,
-    k_cache: Any = None,
-    v_cache: Any = None,
-    paged_kv_batch: PagedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Any, None]:
     """query [1, heads, tokens, dim] of all requests; keys in pages, or gathered, request by request."""
     q = query[0].transpose(0, 1)
     options = {"sm_scale": scaling, "logits_soft_cap": softcap or 0.0, "sinks": s_aux}
-    if paged_kv_batch is not None:
-        k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        return paged_kv_batch.attend(q, k_cache, v_cache, k, v, **options)[None], None
-    if "cu_seq_lens_q" not in kwargs:
+    mark, cache = getattr(key, "_paged_kv", None), kwargs.get("cache")
+    if mark is None and isinstance(cache, PagedAttentionCache):  # before 5.24 attention updates the cache
+        key, value = cache.update(key, value, module.layer_idx, kwargs)
+        mark = getattr(key, "_paged_kv", None)
+    if isinstance(mark, _InPlace):
+        is_own = getattr(module, "layer_idx", mark.layer) == mark.layer  # else its rows are written
+        new = (key[0].transpose(0, 1), value[0].transpose(0, 1)) if is_own else ()
+        return mark.batch.attend(q, mark.k_pages, mark.v_pages, *new, **options)[None], None
+    if mark is None:
+        mark = _Gathered(key, value, kwargs.get("cu_seq_lens_k"))
+    if "cu_seq_lens_q" not in kwargs or mark.first_tokens is None:
         raise ArgumentError(
             "the model is installed for generate_batch; leave `with install(model)` for others"
         )
     out = torch.empty_like(q)
-    k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    rows, tokens = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+    k, v = mark.key[0].transpose(0, 1), mark.value[0].transpose(0, 1)
+    rows, tokens = kwargs["cu_seq_lens_q"].tolist(), mark.first_tokens.tolist()
     for i in range(len(rows) - 1):
         if rows[i] == rows[i + 1]:
             continue

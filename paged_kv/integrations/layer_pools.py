@@ -20,6 +20,7 @@ class Shape(NamedTuple):
 
     num_kv_heads: int
     head_dim: int
+    head_dim_v: int | None = None  # where it differs
 
 
 @dataclass
@@ -27,6 +28,7 @@ class LayerPool:
     """The cache of layers of one shape, a sequence for each row of the batch, and the step that is open."""
 
     cache: PagedKVCache
+    shape: Shape
     seqs: list[Any] = field(default_factory=list)
     step: Any = None
 
@@ -49,13 +51,17 @@ def pools_of(
         layer = layers_of.get(shape, 0)
         layers_of[shape] = layer + 1
         places.append((list(layers_of).index(shape), layer))
-    sizes = [count * shape.num_kv_heads * shape.head_dim for shape, count in layers_of.items()]
+    sizes = [
+        count * shape.num_kv_heads * (shape.head_dim + (shape.head_dim_v or shape.head_dim))
+        for shape, count in layers_of.items()
+    ]
     total = integer("memory", parse_memory(memory), 1, 2**63 - 1)
     pools = []
     for (shape, count), size in zip(layers_of.items(), sizes, strict=True):
         own = {"num_pages": num_pages} if num_pages is not None else {"memory": total * size // sum(sizes)}
-        named: dict[str, Any] = own | options
-        pools.append(LayerPool(PagedKVCache(count, shape.num_kv_heads, shape.head_dim, **named)))
+        named: dict[str, Any] = own | options | {"head_dim_v": shape.head_dim_v}
+        cache = PagedKVCache(count, shape.num_kv_heads, shape.head_dim, **named)
+        pools.append(LayerPool(cache, shape))
     return pools, places
 
 

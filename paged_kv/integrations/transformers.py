@@ -10,7 +10,7 @@ the first layer of a forward pass, attends in place, and commits after the last 
 A row of the batch is a sequence.  Beams, several returns and copies of a cache are forks; prompts begin with
 what the cache has of them.
 
-Imports layer_pools.
+Imports latents.
 """
 
 import operator
@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import ArgumentError
+from .latents import is_unpadded, latent_shape, write_and_gather
 from .layer_pools import (
     LayerPool,
     Shape,
@@ -71,8 +72,7 @@ class _Layer(CacheLayerMixin):
         """There is nothing to allocate."""
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        key_states._paged_kv = (self._cache, self._index, key_states, value_states)
-        return key_states, value_states
+        return self._cache._update(self._index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.get_mask_sizes(query_length, self._index)
@@ -97,10 +97,13 @@ class PagedCache(Cache):
         places: list[tuple[int, int] | None],
         windows: list[int | None],
         salt: bytes = b"",
+        has_latents: bool = False,
     ) -> None:
         self._pools, self._places, self._windows, self._salt = pools, places, windows, salt
         own = [layer for layer, place in enumerate(places) if place is not None]
         self._first_layer, self._last_layer = own[0], len(places) - 1
+        #: Latent keys are gathered for the model: every column is stored, padding included.
+        self._has_latents = has_latents
         #: Columns so far.
         self._seen = 0
         #: [batch, seen], False for padding; None: there was none.
@@ -144,6 +147,7 @@ class PagedCache(Cache):
         """
         config = model.config.get_text_config(decoder=True)
         kinds, details = get_layer_types_and_kwargs(config)
+        has_latents = getattr(config, "kv_lora_rank", None) is not None
         shapes: list[Shape | None] = []
         windows: list[int | None] = []
         for layer, (kind, more) in enumerate(zip(kinds, details, strict=True)):
@@ -151,13 +155,16 @@ class PagedCache(Cache):
                 shapes.append(None)
                 windows.append(None)
                 continue
-            if kind not in SUPPORTED_LAYERS or getattr(config, "kv_lora_rank", None) is not None:
+            if kind not in SUPPORTED_LAYERS or (has_latents and kind != "full_attention"):
                 raise ArgumentError(
                     f"layer {layer} of {type(model).__name__} is {kind}"
-                    f"{', with latent keys' if kind in SUPPORTED_LAYERS else ''}; a PagedCache takes "
-                    f"{' and '.join(SUPPORTED_LAYERS)}"
+                    f"{', with latent keys' if has_latents else ''}; a PagedCache takes "
+                    f"{' and '.join(SUPPORTED_LAYERS)}, and full_attention alone where keys are latent"
                 )
-            shapes.append(_shape_of(config, layer))
+            if has_latents:
+                shapes.append(latent_shape(config.kv_lora_rank, config.qk_rope_head_dim))
+            else:
+                shapes.append(_shape_of(config, layer))
             windows.append(more.get("sliding_window") or None)
         pools, places = pools_of(
             shapes,
@@ -171,9 +178,23 @@ class PagedCache(Cache):
             model.set_attn_implementation(NAME)
         if not hasattr(model, "_paged_kv_hook"):
             model._paged_kv_hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-        return cls(pools, places, windows, salt)
+        return cls(pools, places, windows, salt, has_latents)
 
     # ---- one forward pass
+
+    def _update(self, layer: int, key: Any, value: Any) -> tuple[Any, Any]:
+        """Mark keys for the attention function; or store latents, and return those of all tokens."""
+        if not self._has_latents:
+            key._paged_kv = (self, layer, key, value)
+            return key, value
+        if self._open is None or layer == self._first_layer:
+            self._begin(key.shape[0], key.shape[2], None)
+        place = self._places[layer]
+        assert place is not None
+        found = write_and_gather(self._pools[place[0]], place[1], key, value, self._seen)
+        if layer == self._last_layer:
+            self._end()
+        return found
 
     def attend(
         self,
@@ -346,7 +367,8 @@ class PagedCache(Cache):
         return self._seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return _Length(self._seen + query_length), 0
+        length = self._seen + query_length
+        return length if self._has_latents else _Length(length), 0
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Beams that go on from others' tokens: forks."""
@@ -395,8 +417,8 @@ class PagedCache(Cache):
 
     def __deepcopy__(self, memo: Any) -> "PagedCache":
         """The same tokens over the same pools: forks, of which no token is copied."""
-        pools = [LayerPool(pool.cache) for pool in self._pools]
-        twin = type(self)(pools, self._places, self._windows, self._salt)
+        pools = [LayerPool(pool.cache, pool.shape) for pool in self._pools]
+        twin = type(self)(pools, self._places, self._windows, self._salt, self._has_latents)
         twin._seen, twin._columns, twin._lengths = self._seen, self._columns, self._lengths
         try:
             for pool, own in zip(pools, self._pools, strict=True):
@@ -430,6 +452,8 @@ def _before_forward(model: Any, arguments: Any, named: dict[str, Any]) -> tuple[
     ids, mask, start = ids.detach(), named.get("attention_mask"), 0
     is_prompt = not cache._seen and not cache._pools[0].seqs and ids.shape[1] > 1 and not arguments
     is_whole = mask is None or (mask.dim() == 2 and mask.shape == ids.shape and bool(mask[:, -1].all()))
+    if cache._has_latents and not is_unpadded(mask):
+        is_prompt = False
     if is_prompt and is_whole and type(named.get("logits_to_keep")) is int and named["logits_to_keep"] == 1:
         try:
             start = cache.start(ids, mask)

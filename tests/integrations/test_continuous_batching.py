@@ -45,7 +45,11 @@ def one_by_one(model, prompts):
     return [model.generate(torch.tensor([ids]), **how)[0, len(ids) :].tolist() for ids in prompts]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+#: transformers' own pages take no latent keys.
+IN_A_BATCH = [family for family in FAMILIES if family not in ("deepseek-v3", "minicpm3")]
+
+
+@pytest.mark.parametrize("family", IN_A_BATCH)
 def test_a_batch_gives_the_tokens_of_each_alone(family):
     model, prompts = model_of(family), prompts_of(45, 9, 30, 61, 2)
     model.set_attn_implementation(FAMILIES[family][2])

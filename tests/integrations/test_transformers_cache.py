@@ -27,7 +27,7 @@ transformers.logging.set_verbosity_error()
 #: The cache's name, which 5.24 changed.
 KEY = "cache" if "cache" in transformers.LlamaForCausalLM.forward.__annotations__ else "past_key_values"
 #: Families whose windows count padding between turns in transformers; ours are those without padding.
-COUNTS_PADDING = ("mistral", "qwen2", "gpt-oss")
+COUNTS_PADDING = ("mistral", "qwen2", "gemma3n", "gpt-oss")
 HOW = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
 
 
@@ -321,12 +321,12 @@ def test_rows_are_selected(llama):
 
 
 def test_attention_of_another_kind_is_named():
-    config = transformers.DeepseekV3Config(
-        **TINY | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
-        **{"topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 4},
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ArgumentError, match="latent keys"):
+    config = transformers.Lfm2Config(**TINY | {"layer_types": ["full_attention", "conv"] * 2})
+    with pytest.raises(ArgumentError, match="layer 1 of Lfm2ForCausalLM is"):
+        PagedCache.for_model(transformers.AutoModelForCausalLM.from_config(config))
+    model = model_of("deepseek-v3")
+    model.config.kv_lora_rank = 36
+    with pytest.raises(ArgumentError, match="latents of 36 with 16 rotated have no shape"):
         PagedCache.for_model(model)
     with pytest.raises(ArgumentError, match="dtype"):
         PagedCache.for_model(model_of("llama"), dtype=torch.int8)

@@ -31,6 +31,27 @@ FAMILIES = {
     ),
     "gpt-oss": ("GptOss", HEADS_OF_32 | {"num_local_experts": 4, "num_experts_per_tok": 2}, "eager"),
     "phi3": ("Phi3", {"sliding_window": 40}, "sdpa"),
+    "gemma3n": (
+        "Gemma3nText",
+        HEADS_OF_32
+        | {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "intermediate_size": 96, "laurel_rank": 8}
+        | {"vocab_size_per_layer_input": 199, "hidden_size_per_layer_input": 16}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 3},
+        "sdpa",
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16}
+        | {"v_head_dim": 16, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+        | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+        "sdpa",
+    ),
+    "minicpm3": (
+        "MiniCPM3",
+        {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16}
+        | {"v_head_dim": 16, "num_key_value_heads": 4},
+        "sdpa",
+    ),
 }
 
 
