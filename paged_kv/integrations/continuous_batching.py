@@ -3,6 +3,10 @@
     with install(model):
         model.generate_batch(prompts, ...)
 
+    python -m paged_kv.integrations.continuous_batching serve MODEL --continuous-batching
+
+The second is transformers' own command, whose models attend so.
+
 As it comes, each layer of `generate_batch` gathers the keys and values of all requests into one dense array,
 and multiplies them under a dense mask.  Here a layer over all tokens writes its new rows into transformers'
 own pages and attends to them there, without gathering and without a mask.  Layers with a window, whose pages
@@ -14,6 +18,7 @@ has moved it, `install` says so once, and all layers are gathered: then the atte
 Imports attention.foreign.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -183,17 +188,41 @@ def _attention(
     return out[None], None
 
 
-def install(model: Any) -> AbstractContextManager[None]:
+def install(model: Any = None) -> AbstractContextManager[None]:
     """Let `model.generate_batch`, and managers that are made meanwhile, attend with paged_kv.
+
+    model : None: every model whose continuous batching begins from now on
 
     It holds from the call on; as a context manager, until the end of the block.
     """
+    if model is None:
+        return _install_in_all()
     before = model.config._attn_implementation
     # `set_attn_implementation` would look for a package of a name with "flash" in it.
     model.config._attn_implementation = NAME
     if _has_parts():
         continuous_api.PagedAttentionCache = InPlaceCache
     return _until_the_end(model, before)
+
+
+def _install_in_all() -> AbstractContextManager[None]:
+    begin = continuous_api.ContinuousMixin.init_continuous_batching
+
+    @functools.wraps(begin)
+    def begin_in_place(model: Any, *args: Any, **kwargs: Any) -> Any:
+        install(model)
+        return begin(model, *args, **kwargs)
+
+    continuous_api.ContinuousMixin.init_continuous_batching = begin_in_place
+    return _until_restored(begin)
+
+
+@contextmanager
+def _until_restored(begin: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        continuous_api.ContinuousMixin.init_continuous_batching = begin
 
 
 @contextmanager
@@ -226,3 +255,13 @@ def _has_parts() -> bool:
 
 
 AttentionInterface.register(NAME, _attention)
+
+
+if __name__ == "__main__":
+    from transformers.cli.transformers import main
+
+    # The module that transformers imports by this name is another one than __main__.
+    from paged_kv.integrations import continuous_batching
+
+    continuous_batching.install()
+    main()

@@ -80,6 +80,17 @@ def test_models_that_are_not_installed_are_as_before():
         assert in_a_batch(model, prompts) == expected
 
 
+def test_every_model_may_be_installed():
+    model, other = model_of("llama"), model_of("qwen3")
+    prompts = prompts_of(30, 7)
+    expected = [one_by_one(one, prompts) for one in (model, other)]
+    begin = continuous_api.ContinuousMixin.init_continuous_batching
+    with install():
+        assert [in_a_batch(one, prompts) for one in (model, other)] == expected
+        assert model.config._attn_implementation == continuous_batching.NAME
+    assert continuous_api.ContinuousMixin.init_continuous_batching is begin
+
+
 def test_a_version_that_has_moved_its_pages_gathers(monkeypatch):
     monkeypatch.setattr(continuous_api, "PagedAttentionCache", continuous_batching.PagedAttentionCache)
     monkeypatch.setattr(continuous_batching, "ALLOCATOR_PARTS", ("nothing of this name",))
