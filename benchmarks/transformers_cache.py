@@ -192,6 +192,9 @@ def show(what: str, kinds: tuple[str, ...], rounds: int, measure: Any) -> None:
         for kind in kinds
         if kind not in (ours, "floor")
     ]
+    if "floor" in ms:
+        share = (ms["StaticCache"] - ms[ours]) / (ms["StaticCache"] - ms["floor"])
+        against.append(f"{share:.2f} of what any attention could gain over StaticCache")
     print(f"{what}, ms: {', '.join(cells)}; {ours} against {', '.join(against)}", flush=True)
 
 

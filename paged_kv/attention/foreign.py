@@ -138,7 +138,7 @@ class PagedBatch(Uncopyable):
                 f"slots has {len(found)} entries for {num_tokens} rows of q; give one for each"
             )
         places = np.array(found, np.int64)
-        _require_apart(places, self._shape[0] * self._shape[1], slots is not None)
+        _require_in_pages(places, self._shape[0] * self._shape[1])
         is_written = ffi.new("uint8_t[]", [1])
         self._plan = ffi.new(
             "pkv_plan *", {"batch": batch[0], "is_open": 1, "num_layers": 1, "is_written": is_written}
@@ -211,8 +211,11 @@ class PagedBatch(Uncopyable):
             )
         if k is not None:
             pages.require_writable(k_pages, v_pages)
-            if self.num_tokens and not len(self._kept[2]):
+            places = self._kept[2]
+            if self.num_tokens and not len(places):
                 raise ArgumentError("k has rows of sequences with fewer tokens than rows; give slots")
+            if len(np.unique(places)) < len(places):
+                raise ArgumentError("two rows of k have one slot; sequences that share it cannot both write")
         call = PreparedAttention(pages.handle, self.num_tokens, q, k, v, out, options, pages.sides)
         result = call.run(self._threads, pages.handle, self._plan)
         can_repeat = call.can_repeat and pages.can_bind and out is None
@@ -317,12 +320,7 @@ def _slots_of(vectors: list[NDArray[np.int64]], num_pages: int, page_size: int) 
     return slots
 
 
-def _require_apart(slots: NDArray[np.int64], num_slots: int, are_given: bool) -> None:
-    """ArgumentError for slots outside the pages, or that several rows would be written to."""
-    if not len(slots):
-        return
+def _require_in_pages(slots: NDArray[np.int64], num_slots: int) -> None:
     wrong = np.flatnonzero((slots < 0) | (slots >= num_slots))
     if len(wrong):
         raise ArgumentError(f"slots[{wrong[0]}] is {slots[wrong[0]]}; slots are 0 to {num_slots - 1}")
-    if are_given and len(np.unique(slots)) < len(slots):
-        raise ArgumentError("slots has two rows of k in one slot; each needs its own")

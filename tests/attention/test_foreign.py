@@ -299,10 +299,15 @@ def test_a_batch_refuses_what_does_not_belong_to_it(rng):
     for options in ({"window": 3}, {"alibi_slopes": [0.1] * 4}):
         with pytest.raises(ArgumentError, match="causal=False"):
             everything.attend(q, k, v, **options)
-    for slots in ([0, 1], [0, 1, len(k) * 4], [-1, 0, 1], [3, 4, 3], [0.0, 1.0, 2.0], "abc"):
+    for slots in ([0, 1], [0, 1, len(k) * 4], [-1, 0, 1], [0.0, 1.0, 2.0], "abc"):
         with pytest.raises(ArgumentError, match="slots"):
             paged_kv.PagedBatch(num_pages=len(k), page_size=4, **batch.lists, slots=slots)
     lists = {"qo_indptr": [0, 3], "kv_indptr": [0, 1], "kv_indices": [0], "kv_last_page_len": [2]}
+    in_one = {"qo_indptr": [0, 1, 3], "kv_indptr": [0, 1, 2], "kv_indices": [0, 0]}
+    for shared in (lists | {"slots": [3, 4, 3]}, in_one | {"kv_last_page_len": [2, 3]}):
+        made = paged_kv.PagedBatch(num_pages=len(k), page_size=4, causal=False, **shared)
+        with pytest.raises(ArgumentError, match="two rows of k have one slot"):
+            made.attend(q, k, v, new, new)
     with pytest.raises(ArgumentError, match="give slots"):
         more_rows = paged_kv.PagedBatch(num_pages=len(k), page_size=4, **lists, causal=False)
         more_rows.attend(q, k, v, new, new)
