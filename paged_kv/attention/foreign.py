@@ -84,6 +84,7 @@ def paged_attention(
         num_tokens=q_shape[0] if q_shape else 0,
         num_threads=num_threads,
     )
+    batch._require_sense(k, v, options)
     return batch._attend_first(pages, q, k_pages, v_pages, k, v, out, options)[0]
 
 
@@ -132,7 +133,7 @@ class PagedBatch(Uncopyable):
         self.num_tokens = num_tokens
         batch = ffi.new("pkv_batch *", {"sees_all": not causal})
         memory = _fill_batch(batch, num_tokens, self._shape, vectors)
-        found = _slots_of(vectors, *self._shape) if slots is None else index_vector("slots", slots)
+        found = _slots_of(vectors, self._shape[1]) if slots is None else index_vector("slots", slots)
         if slots is not None and len(found) != num_tokens:
             raise ArgumentError(
                 f"slots has {len(found)} entries for {num_tokens} rows of q; give one for each"
@@ -203,7 +204,6 @@ class PagedBatch(Uncopyable):
         options: Options,
     ) -> tuple[Any, "tuple[PreparedAttention, _Pages] | None"]:
         """Validate a call in full and run it.  Returns: its result, and what `attend` may repeat, or None."""
-        self._require_sense(k, v, options)
         if pages.shape != self._shape:
             raise ArgumentError(
                 f"k_pages has {pages.shape[0]} pages of {pages.shape[1]} tokens, and the batch was made for "
@@ -307,7 +307,7 @@ def _fill_batch(batch: Any, num_rows: int, shape: tuple[int, int], vectors: list
     return memory
 
 
-def _slots_of(vectors: list[NDArray[np.int64]], num_pages: int, page_size: int) -> NDArray[np.int64]:
+def _slots_of(vectors: list[NDArray[np.int64]], page_size: int) -> NDArray[np.int64]:
     """The slots of the last tokens of each sequence, as many as it has rows; none where one has fewer."""
     rows, pages, page_ids, last = vectors
     num_rows, counts = np.diff(rows), np.diff(pages)
