@@ -204,6 +204,13 @@ class PagedKVCache(Uncopyable):
         window = self._store.tables.window
         return self.max_seq_len if window is None else window.max_step_tokens
 
+    @property
+    def num_available_pages(self) -> int:
+        """Pages that steps can take now: free ones, and kept ones, which they evict.  Cost: O(1)."""
+        pool = self._store.pool
+        self._store.require_open()
+        return pool.num_free + pool.num_trimmed + pool.num_kept
+
     def sequence(self, tokens: object = None, *, salt: bytes = b"", priority: int = 0) -> Sequence:
         """A new sequence: empty, or with prefix_caching the longest prefix of `tokens` that the cache holds.
 
@@ -282,7 +289,8 @@ class PagedKVCache(Uncopyable):
             if store.index is None:
                 return Match(0, "disabled", 0)
             found, others = store.index.match(ids, number(salt, 0)), [number(other, 0) for other in also]
-            return explain(store.index, found, ids, number(salt, 0), store.plans, others).of(ids, salt)
+            answer = explain(store.index, found, ids, number(salt, 0), store.plans, others)
+            return answer.of(ids, salt, store.pool.num_owned(found.page_ids) * store.layout.page_size)
 
     def pin(self, match: Match, ttl: float | None = None) -> Pin:
         """Keep the pages of a match from being evicted, as long as the pin is not released or collected.

@@ -16,12 +16,14 @@ class GenerationReport:
 
     num_prompt_tokens : computed
     num_cached_tokens : of prompts, that the cache had
+    num_preemptions : requests that were sent back to wait, since the pool was full
     """
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_new_tokens: int = 0
     num_steps: int = 0
+    num_preemptions: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
 

@@ -42,6 +42,9 @@ class Match:
     page: int | None = None  # and the page it is in, counted from the first of the sequence
     cause: str | None = None  # evicted: "pressure" (a step needed room), "time" (its ttl) or "limit" (trim)
     age: float | None = None  # and seconds since then
+    #: Of these tokens, those in pages that sequences hold: a sequence that begins with them takes no free or
+    #: kept page for them.
+    num_held_tokens: int = field(default=0, compare=False)
     #: What was matched, for `pin`.
     ids: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
     salt: bytes = field(default=b"", repr=False, compare=False)
@@ -51,9 +54,9 @@ class Match:
         """Tokens that would have matched but for the reason."""
         return self.would_have_hit - self.num_tokens
 
-    def of(self, ids: NDArray[np.int32], salt: bytes) -> "Match":
+    def of(self, ids: NDArray[np.int32], salt: bytes, num_held_tokens: int = 0) -> "Match":
         """The same, and what was matched."""
-        return replace(self, ids=ids, salt=salt)
+        return replace(self, ids=ids, salt=salt, num_held_tokens=min(num_held_tokens, self.num_tokens))
 
 
 def explain(

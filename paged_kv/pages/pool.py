@@ -105,6 +105,10 @@ class PagePool(Uncopyable):
         """Does an index name it, and nothing own it?"""
         return self.is_indexed(page_id) and lib.pkv_pool_ref_count(self.handle, page_id) == 0
 
+    def num_owned(self, page_ids: list[int]) -> int:
+        """How many of these pages have an owner; ids below 0 are none."""
+        return sum(lib.pkv_pool_ref_count(self.handle, id) > 0 for id in page_ids if id >= 0)
+
     def acquire(self, count: int) -> NDArray[np.int32]:
         """`count` free pages, now owned; OutOfPages, and nothing taken, when there are fewer."""
         count = integer("count", count, 0)

@@ -13,12 +13,15 @@ computed waits until that part can be found; others overtake it.
 Several samples of a prompt share it: the first one computes it, and the others are forks of that.  A request
 can be cancelled at any time; when it computes the prompt of other samples, the next of them goes on with it.
 
-Imports request, admission and models.bitnet.
+When a step lacks pages, the newest request of the lowest priority is preempted: its pages are given back, and
+it waits with its ids and its sampler.  Admitted again, it feeds its prompt and its new ids, of which the
+cache may still have some, and goes on with the same tokens.
+
+Imports request, admission and models.report.
 """
 
-import itertools
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -39,10 +42,11 @@ from ..errors import (
     StepClosed,
 )
 from ..lifetime import Uncopyable
-from ..models.decoder import DecoderModel
 from ..models.report import GenerationReport
 from ..models.sampling import Sampler
 from ..models.token_ids import prompt_ids
+from ..pages.retention import priority_of, seconds
+from ..pages.salts import bytes_of
 from ..pages.token_keys import num_common
 from .admission import Admission, require_positions
 from .request import Request, stop_set
@@ -54,6 +58,31 @@ STEP_TOKENS = 256
 MIN_SHARED_TOKENS = 32
 #: So many waiting prompts are looked at in a step; those behind have to wait for them.
 MAX_LOOKED_AT = 256
+#: So many requests may overtake one that the cache has no room for yet; then the others wait for it.
+MAX_OVERTAKEN = 16
+#: Steps after which the room is counted again, when no request has ended: others may have freed pages.
+STEPS_BETWEEN_COUNTS = 16
+
+
+class ModelLimits(Protocol):
+    """What a model's config says of its inputs."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+class ServedModel(Protocol):
+    """The model that serving needs; DecoderModel is one."""
+
+    @property
+    def config(self) -> Any: ...  # ModelLimits
+
+    def forward(self, ids: Any, step: Any, rows: Any) -> Any:
+        """Logits float32 [num_rows, vocab_size] after some of a step's tokens, as DecoderModel.forward."""
+        ...
 
 
 class ServingCache(Protocol):
@@ -62,7 +91,8 @@ class ServingCache(Protocol):
     @property
     def prefix_caching(self) -> bool: ...
 
-    def sequence(self, tokens: Any = None) -> Any: ...
+    @property
+    def sequence(self) -> Callable[..., Any]: ...
 
     def step(self, seqs: Any, new: Any) -> Any: ...
 
@@ -72,17 +102,22 @@ class Batch(Uncopyable):
 
     Parameters
     ----------
-    model : DecoderModel
+    model : a ServedModel, as DecoderModel
     cache : a ServingCache of the model's shape
     admission : what the cache holds
     stop_ids : a request that produces one of these is done
-    step_tokens : tokens of a step that has prompts to fill it
+    step_tokens : tokens of a step that has prompts to fill it; a quarter of them are left for prompts,
+        however many requests are past theirs
     report : what it takes is added to this one; None: to a new one
+
+    waiting : requests in the order in which they are admitted; of several samples, the first
+    running : the others
+    sampled : requests that have a new id since the last step
     """
 
     def __init__(
         self,
-        model: DecoderModel,
+        model: ServedModel,
         cache: ServingCache,
         admission: Admission,
         *,
@@ -93,14 +128,20 @@ class Batch(Uncopyable):
         self.model, self.cache, self.admission = model, cache, admission
         self.stop_ids = stop_set(stop_ids)
         self.step_tokens = integer("step_tokens", step_tokens, 1)
-        self.waiting: deque[Request] = deque()  # of several samples, the first
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.sampled: list[Request] = []
         self.report = report or GenerationReport()
         #: Requests that are done and that no step has returned yet, in order.
         self._done: dict[Request, None] = {}
         #: The cache's step that is open, until its `with` has ended it.
         self._step: Any = None
         self._is_stepping = False
+        #: A step was interrupted, or a request was cancelled: look at all requests, and at their sequences.
+        self._is_disturbed = False
+        self._num_added = 0
+        #: Steps until those that wait are looked at again.
+        self._rest = 0
 
     def add(
         self, prompt: ArrayLike, max_new_tokens: int, sampler: Sampler | None = None, **options: Any
@@ -120,11 +161,19 @@ class Batch(Uncopyable):
         *,
         logprobs: int | None = None,
         ends: Sequence[Callable[[list[int]], bool]] | None = None,
+        priority: int = 0,
+        salt: bytes = b"",
+        ttl: float | None = None,
     ) -> list[Request]:
         """Queue several samples of one prompt, which run together.
 
+        samplers : of each sample, with a method `sample(logits)`, as Sampler
         logprobs : keep the log probability of each new id, and of so many of the likeliest; None: keep none
         ends : for each sample, called with its new ids after each of them; True: its text is whole
+        priority : higher ones are admitted first, and sent back last when the pool is full; it is also how
+            long the cache keeps their pages, as `PagedKVCache.sequence` explains
+        salt : only requests of the same salt share pages; of a PagedKVCache
+        ttl : seconds that the pages are worth keeping, as `Sequence.retain`; None: as long as others
         Raises: as `add`.
         """
         ids = prompt_ids("prompt", prompt, self.model.config.vocab_size)
@@ -151,20 +200,35 @@ class Batch(Uncopyable):
             integer("logprobs", logprobs, 0, self.model.config.vocab_size)
         if ends is not None and (len(ends) != len(samplers) or not all(map(callable, ends))):
             raise ArgumentError(f"ends is {ends!r:.60}; give a function for each of {len(samplers)} samples")
+        priority = priority_of(priority) if priority >= 0 else integer("priority", priority, -(2**31))
+        ttl, serial = None if ttl is None else seconds("ttl", ttl), self._num_added
         first, *siblings = (
-            Request(ids, max_new_tokens, sampler, cost, num_logprobs=logprobs, ends=ends[i] if ends else None)
+            Request(
+                ids,
+                max_new_tokens,
+                sampler,
+                cost,
+                num_logprobs=logprobs,
+                ends=ends[i] if ends else None,
+                priority=priority,
+                serial=serial + i,
+                salt=bytes_of("salt", salt),
+                ttl=ttl,
+            )
             for i, sampler in enumerate(samplers)
         )
         first.siblings = siblings
-        self.waiting.append(first)
+        self._num_added += len(samplers)
+        self._rest = 0
+        insort(self.waiting, first, key=_order)
         return [first, *siblings]
 
-    def cancel(self, request: Request) -> bool:
+    def cancel(self, request: Request, error: Exception | None = None) -> bool:
         """End a request that is not done: its pages are free for others at once.
 
-        The next `step` returns it, with its ids so far and a RequestCancelled as `error`.  Samples of the
-        same prompt are not affected.  Called inside a step (by a sampler), it takes effect when the step
-        ends.
+        The next `step` returns it, with its ids so far and `error`, a RequestCancelled if none is given.
+        Samples of the same prompt are not affected.  Called inside a step (by a sampler), it takes effect
+        when the step ends.
 
         Returns: False when the request was done already, or is another batch's.
         """
@@ -173,18 +237,18 @@ class Batch(Uncopyable):
         waiting = [one for first in self.waiting for one in (first, *first.siblings)]
         if request.error is not None or request not in [*self.running, *waiting]:
             return False
-        request.error = RequestCancelled("the request was cancelled")
+        request.error = error or RequestCancelled("the request was cancelled")
+        self._is_disturbed = True
         if not self._is_stepping:
-            self._abandon_step()
-            self._settle()
+            self._recover()
         return True
 
     def step(self) -> list[Request]:
         """Admit requests that fit, take one step.  Returns: the requests that are done.
 
-        A request that fails by itself (its sampler raises, its logits are no numbers, others have taken the
-        pages or sequences that it needs) is done, with `error` set; the others go on.  Without any request,
-        nothing happens.
+        A request that fails by itself (its sampler raises, its logits are no numbers, others outside have
+        taken the pages or sequences that it needs) is done, with `error` set; the others go on.  Without any
+        request, nothing happens.
 
         Raises: what the model raises, and SequenceBusy, CacheClosed.  Then no request has lost or gained
         a token, and the step can be repeated.
@@ -194,31 +258,41 @@ class Batch(Uncopyable):
             self._take_step()
         finally:
             self._is_stepping = False
-        self._settle()  # also what was cancelled meanwhile
+        if self._is_disturbed:
+            self._recover()
         done, self._done = list(self._done), {}
         return done
 
     def _take_step(self) -> None:
         begin = time.perf_counter_ns()
-        self._abandon_step()
-        self._settle()
-        self._admit()
+        self.sampled = []
+        if self._is_disturbed:
+            self._recover()
+        self._is_disturbed = True
+        if self.waiting:
+            self._admit()
         chosen, step = self._open(self._choose())
         if step is not None:
-            ids = [id for _, new in chosen for id in new]
-            num_prompt_tokens = sum(len(new) for request, new in chosen if not request.is_past_prompt)
-            ends = np.cumsum([len(new) for _, new in chosen]) - 1
-            sampling = [i for i, (one, new) in enumerate(chosen) if one.num_fed + len(new) == one.num_ids]
-            num_sampled = 0
+            ids, ends, sampling, num_prompt_tokens = [], [], [], 0
+            for request, new in chosen:
+                ids += new
+                if request.num_fed + len(new) == request.num_ids:
+                    sampling.append(request)
+                    ends.append(len(ids) - 1)
+                if len(new) > 1 or not request.is_past_prompt:
+                    num_prompt_tokens += len(new)
             with step:
-                logits = self.model.forward(ids, step, ends[sampling])
-                for i, row in zip(sampling, logits, strict=True):
-                    for request in (chosen[i][0], *chosen[i][0].siblings):
-                        request.draw(row)
-                        num_sampled += request.error is None
+                logits = self.model.forward(np.array(ids), step, np.array(ends, np.int64))
+                for request, row in zip(sampling, logits, strict=True):
+                    request.draw(row)
+                    for sibling in request.siblings:
+                        sibling.draw(row)
             self._step = None
-            self._settle()
-            self.report.count_step(num_prompt_tokens, num_sampled, time.perf_counter_ns() - begin)
+            for request, new in chosen:
+                request.num_fed += len(new)
+            self._settle([request for request, _ in chosen])
+            self.report.count_step(num_prompt_tokens, len(self.sampled), time.perf_counter_ns() - begin)
+        self._is_disturbed = any(one.error is not None for one in self.running)  # cancelled meanwhile
 
     def close(self) -> None:
         """Give back what the running requests hold."""
@@ -236,22 +310,47 @@ class Batch(Uncopyable):
                 self._step.rollback()
             self._step = None
 
-    def _settle(self) -> None:
-        """Take the ids that were drawn in committed steps, fork siblings, end what is done or cancelled."""
+    def _recover(self) -> None:
+        """After an interrupt or a `cancel`, settle all requests, by what their sequences hold."""
+        self._abandon_step()
         self._drop_cancelled()
+        awaited = {sibling for request in self.running for sibling in request.siblings}
         for request in list(self.running):
+            if request.is_leaving:
+                self._release(request)
             try:
-                if request.siblings and (request.error or request.drawn):
-                    if request.is_past_prompt:
-                        self._fork_siblings(request)
-                    elif request.error:
-                        self._hand_over(request)
-                if not self._is_done(request):
-                    request.take_drawn()
+                request.sync()
             except StaleSequence as error:  # its sequence was freed from outside
                 self._fail(request, error)
-        for request in list(self.running):
-            if self._is_done(request):
+                continue
+            if request.seq is None and request not in awaited and not self._is_done(request):
+                self._send_back(request)  # as a preemption that was interrupted
+        self._settle([one for one in list(self.running) if not self._was_done(one)])
+        self._is_disturbed = False
+
+    def _was_done(self, request: Request) -> bool:
+        """Retire a request that was done before; else False."""
+        if request.siblings or not self._is_done(request):
+            return False
+        self._retire(request)
+        return True
+
+    def _settle(self, requests: list[Request]) -> None:
+        """Take the ids that were drawn in committed steps, fork siblings, end what is done or cancelled."""
+        for request in list(requests):
+            if request.siblings and (request.error or request.drawn):
+                siblings = list(request.siblings)
+                if request.is_past_prompt:
+                    self._fork_siblings(request)
+                    requests += siblings
+                elif request.error:
+                    self._hand_over(request)
+        for request in requests:
+            num_new = len(request.new_ids)
+            request.take_drawn()
+            if len(request.new_ids) > num_new:
+                self.sampled.append(request)
+            if self._is_done(request) and request in self.running:
                 self._retire(request)
 
     def _drop_cancelled(self) -> None:
@@ -275,6 +374,7 @@ class Batch(Uncopyable):
         if alive:
             alive[0].siblings = alive[1:]
             if request.seq is not None:  # else this was done already, before an interrupt
+                alive[0].num_fed = request.num_fed
                 alive[0].seq = request.seq
                 request.seq = None
         request.siblings = []
@@ -285,75 +385,141 @@ class Batch(Uncopyable):
             if sibling.error is None:
                 try:
                     sibling.seq = request.seq.fork()
+                    sibling.num_fed = request.num_fed
                 except Exception as error:
                     sibling.error = error
             request.siblings.pop(0)
 
     def _admit(self) -> None:
-        limits, taken = self.admission, sum(request.cost for request in self.running)
-        for first in [*itertools.islice(self.waiting, MAX_LOOKED_AT)]:
+        """Let requests run, the first ones first, as long as there is room for them."""
+        if self._rest > 0:
+            self._rest -= 1
+            return
+        limits, must_rest = self.admission, True
+        for first in self.waiting[:MAX_LOOKED_AT]:
             group = [first, *first.siblings]
             if first not in self.running:  # as after an interrupt
                 num_sequences = len(self.running) + len(group)
                 if limits.max_sequences is not None and num_sequences > limits.max_sequences:
-                    return
-                if taken + first.cost * len(group) > limits.capacity:
-                    return
+                    break
+                if self.running and not limits.has_room_for(first, self.running):
+                    if first.num_overtaken >= MAX_OVERTAKEN:
+                        break
+                    continue
                 if self.cache.prefix_caching and self._will_find_more(first):
+                    must_rest = False
                     continue
                 try:
-                    first.seq = self.cache.sequence(first.ids)
+                    first.seq = self._new_sequence(first)
                 except OutOfSequences as error:
                     if self.running:
-                        return  # one of ours may end
+                        break  # one of ours may end
                     self._fail(first, error)
                 else:
                     # Nothing is called in between, so no interrupt leaves a sequence without its request.
                     self.running += group
-                    taken += first.cost * len(group)
-                    self.report.num_cached_tokens += getattr(first.seq, "num_cached_tokens", 0)
+                    self._count_admitted(first)
             self.waiting.remove(first)
+        self._rest = STEPS_BETWEEN_COUNTS if must_rest else 0
+
+    def _new_sequence(self, request: Request) -> Any:
+        """A sequence that begins with what the cache has of all ids of a request."""
+        ids = request.ids
+        if request.new_ids:
+            ids = np.concatenate([ids, np.array(request.new_ids, np.int32)])
+        if request.match is None and self.admission.match is not None:
+            request.match = self.admission.match(request.ids, request.salt)
+        if not request.salt and not request.priority:
+            return self.cache.sequence(ids)
+        return self.cache.sequence(ids, salt=request.salt, priority=max(0, request.priority))
+
+    def _count_admitted(self, request: Request) -> None:
+        request.sync()
+        if request.ttl is not None:
+            request.seq.retain(ttl=request.ttl)
+        if not request.num_preemptions:
+            request.num_cached = getattr(request.seq, "num_cached_tokens", 0)
+            self.report.num_cached_tokens += request.num_cached
+        for other in self.waiting:
+            if other is request:
+                break
+            other.num_overtaken += 1
 
     def _will_find_more(self, request: Request) -> bool:
         """Is a prompt being computed that has more tokens in common with this one than it holds yet?"""
-        computing = [one for one in self.running if one.seq is not None and not one.is_past_prompt]
+        computing = [
+            one
+            for one in self.running
+            if not one.is_past_prompt and one.seq is not None and one.salt == request.salt
+        ]
         shared = (num_common(one.ids, request.ids[:-1]) - one.num_fed for one in computing)
         return max(shared, default=0) >= MIN_SHARED_TOKENS
 
     def _choose(self) -> list[tuple[Request, list[int]]]:
         """Who steps, with which ids: tokens first, then prompts as far as there is room."""
-        past_prompt = [request for request in self.running if request.is_past_prompt]
-        chosen = [(request, request.next_ids(1)) for request in past_prompt]
-        room = self.step_tokens - len(chosen)
-        most = self.step_tokens if self.admission.max_step_tokens is None else self.admission.max_step_tokens
+        chosen, prompts = [], []
         for request in self.running:
-            if not request.is_past_prompt and room > 0 and request.seq is not None:
-                new = request.next_ids(min(room, most))
-                chosen.append((request, new))
-                room -= len(new)
+            new_ids = request.new_ids
+            num_left = len(request.prompt) + len(new_ids) - request.num_fed
+            if num_left == 1 and new_ids:
+                chosen.append((request, new_ids[-1:]))
+            elif num_left and request.seq is not None:
+                prompts.append(request)
+        if prompts:
+            room = max(self.step_tokens - len(chosen), self.step_tokens // 4, 1)
+            most = self.admission.max_step_tokens or self.step_tokens
+            for request in sorted(prompts, key=_order):
+                if room > 0:
+                    new = request.next_ids(min(room, most))
+                    chosen.append((request, new))
+                    room -= len(new)
         return chosen
 
     def _open(self, chosen: list[tuple[Request, list[int]]]) -> tuple[list[tuple[Request, list[int]]], Any]:
         """Open a step for these, or for those that the cache accepts; None when there are none."""
-        newest = chosen[-1][0] if chosen else None
         while chosen:
             try:
                 self._step = self.cache.step([one.seq for one, _ in chosen], [new for _, new in chosen])
                 return chosen, self._step
             except OutOfPages as error:
-                # Pages that admission counted on are held from outside.  The newest wait; when not even the
-                # oldest can step, the newest ends, so that its pages are free for the others.
-                chosen = chosen[:-1]
-                if not chosen and newest is not None:
-                    self._fail(newest, error)
+                # The newest gives its pages back.  The oldest keeps them: when it cannot step alone, others
+                # outside hold the pages, and it ends.
+                last = max((one for one in self.running if one.seq is not None), key=_order)
+                if len(self.running) > 1 + len(last.siblings):
+                    self._preempt(last)
+                else:
+                    self._fail(last, error)
+                chosen = [(request, new) for request, new in chosen if request.seq is not None]
             except (StaleSequence, SequenceTooLong, ArgumentError):
                 if not (refused := self._refused_alone(chosen)):
                     raise
                 for request, why in refused.items():
                     self._fail(request, why)
                 chosen = [(request, new) for request, new in chosen if request not in refused]
-                newest = chosen[-1][0] if chosen else None
         return chosen, None
+
+    def _preempt(self, request: Request) -> None:
+        """Give back a request's pages, and let it wait."""
+        request.num_preemptions += 1
+        self.report.num_preemptions += 1
+        self._release(request)
+        self._send_back(request)
+
+    def _send_back(self, request: Request) -> None:
+        if request not in self.waiting:
+            insort(self.waiting, request, key=_order)
+        for one in (request, *request.siblings):
+            if one in self.running:
+                self.running.remove(one)
+
+    def _release(self, request: Request) -> None:
+        request.is_leaving = True
+        if request.seq is not None:
+            # It may be in a step of another owner, or freed already: the rest goes with the handle.
+            with suppress(SequenceBusy, StaleSequence):
+                request.seq.free()
+        request.seq, request.num_fed = None, 0
+        request.is_leaving = False
 
     def _refused_alone(self, chosen: list[tuple[Request, list[int]]]) -> dict[Request, Exception]:
         """Who of them cannot step by itself, and why."""
@@ -382,11 +548,14 @@ class Batch(Uncopyable):
         return is_full or is_whole or request.new_ids[-1] in self.stop_ids
 
     def _retire(self, request: Request) -> None:
-        if request.seq is not None:  # a sibling may still wait for its prompt
-            # It may be in a step of another owner, or freed already: the rest goes with the handle.
-            with suppress(SequenceBusy, StaleSequence):
-                request.seq.free()
-            request.seq = None
+        if request.error is None:
+            self.admission.count_ended(len(request.new_ids))
+        self._release(request)
         self._done[request] = None
+        self._rest = 0
         if request in self.running:
             self.running.remove(request)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order

@@ -1,9 +1,10 @@
 """A request: one prompt on its way through the batch, and what ends it.
 
-It waits, runs and is done.  A step changes it in two places, its sequence and its ids, and either may be
-interrupted.  The sequence is the truth: ids that it does not hold yet are fed next, and an id that was drawn
-counts once the sequence holds all ids before it.  So a step that raised can be repeated, and draws no id
-twice.
+It waits, runs and is done; a running one that is preempted waits again, without its pages but with its ids.
+A step changes it in two places, its sequence and its ids, and either may be interrupted.  The sequence is the
+truth: ids that it does not hold yet are fed next, and an id that was drawn counts once the sequence holds all
+ids before it.  So a step that raised can be repeated, a request that was preempted goes on, and no id is
+drawn twice.
 
 Imports models.sampling and models.token_ids.
 """
@@ -14,6 +15,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._binding import integer
 from ..errors import ArgumentError
@@ -22,14 +24,24 @@ from ..models.ternary import FloatArray
 from ..models.token_ids import drawn_id
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """A prompt on its way through the batch.
 
+    cost : what it takes of the cache when it has all its tokens, in the unit of the admission
+    num_fed : how many of its ids the sequence holds
     error : what ended it before it was done; None: nothing did
     ends : is called with the new ids after each of them; True: the text is whole
     num_logprobs : log probabilities are kept, with so many of the likeliest tokens; None: none are
     logprobs : of each new id
+    priority : higher ones are admitted first, and preempted last
+    serial : of the order in which they came
+    salt, ttl : of its sequence
+    match : what the cache had of the prompt when it was admitted first; None: it was not yet, or is no cache
+        that says so
+    num_cached : tokens of the prompt that were found then
+    num_preemptions : how often it was sent back to wait
+    num_overtaken : requests behind it that were admitted before it
     """
 
     prompt: list[int]
@@ -37,22 +49,34 @@ class Request:
     sampler: Sampler
     cost: int
     seq: Any = None
+    num_fed: int = 0
     new_ids: list[int] = field(default_factory=list)
     error: Exception | None = None
     ends: Callable[[list[int]], bool] | None = None
     num_logprobs: int | None = None
     logprobs: list[LogProbability] = field(default_factory=list)
+    priority: int = 0
+    serial: int = 0
+    salt: bytes = b""
+    ttl: float | None = None
+    match: Any = None
+    num_cached: int = 0
+    num_preemptions: int = 0
+    num_overtaken: int = 0
     #: Other samples of the same prompt, which begin as forks when it is computed.
     siblings: list["Request"] = field(default_factory=list)
     #: (n, id): the id that was drawn to follow the first n.
     drawn: tuple[int, int] | None = None
     drawn_logprob: LogProbability | None = None
+    #: Its sequence is being freed.
+    is_leaving: bool = False
     #: What `ends` said of so many new ids.
     has_ended: bool = False
     num_seen: int = 0
+    #: The prompt, int32.
+    ids: NDArray[np.int32] = field(init=False)
 
     def __post_init__(self) -> None:
-        #: The prompt, int32.
         self.ids = np.array(self.prompt, np.int32)
 
     @property
@@ -60,19 +84,23 @@ class Request:
         return len(self.prompt) + len(self.new_ids)
 
     @property
-    def num_fed(self) -> int:
-        """How many of them the sequence holds."""
-        return 0 if self.seq is None else len(self.seq)
+    def order(self) -> tuple[int, int]:
+        """Smaller ones are admitted first."""
+        return -self.priority, self.serial
 
     @property
     def is_past_prompt(self) -> bool:
         return self.num_fed >= len(self.prompt)
 
+    def sync(self) -> None:
+        """Read what the sequence holds.  Raises: StaleSequence."""
+        self.num_fed = 0 if self.seq is None else len(self.seq)
+
     def next_ids(self, room: int) -> list[int]:
         """The next ids to feed, at most `room`."""
-        fed = self.num_fed
-        rest = self.prompt[fed : fed + room] if fed < len(self.prompt) else []
-        return rest or self.new_ids[fed - len(self.prompt) :][:room]
+        fed, length = self.num_fed, len(self.prompt)
+        rest = self.prompt[fed : fed + room]
+        return rest + self.new_ids[max(0, fed - length) :][: room - len(rest)]
 
     def draw(self, logits: FloatArray) -> None:
         """Choose what follows all ids that there are, once; what the sampler raises ends the request."""
@@ -86,11 +114,8 @@ class Request:
                 self.error = error
 
     def take_drawn(self) -> None:
-        """The id that was drawn is the newest, if the sequence holds all before it.  Raises:
-        StaleSequence.
-        """
-        num_fed = self.num_fed
-        if self.drawn is not None and self.drawn[0] == self.num_ids == num_fed:
+        """The id that was drawn is the newest, if the sequence holds all before it."""
+        if self.drawn is not None and self.drawn[0] == self.num_ids == self.num_fed:
             logprob, id = self.drawn_logprob, self.drawn[1]
             if logprob is not None and len(self.logprobs) == len(self.new_ids):
                 self.logprobs.append(logprob)
