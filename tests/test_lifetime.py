@@ -18,7 +18,7 @@ from paged_kv import NotCopyable, OutOfPages, PagedKVError, StaleSequence, lifet
 from paged_kv._binding import ffi, lib
 from paged_kv.attention import prepared
 from paged_kv.models import bitnet, decoder, matrix
-from paged_kv.serving import generate
+from paged_kv.serving import Engine, generate
 
 DUPLICATIONS = {
     "copy": copy.copy,
@@ -46,6 +46,8 @@ def owners():
     plain = decoder.DecoderModel(model.config, model.blocks, model.embedding, model.final_norm)
     weights = matrix.ternary_matrix(np.zeros((16, 16), np.int8), np.ones(1, np.float32))
     batch = generate.Batch(model, cache, generate.Admission.pages_of(cache))
+    engine = Engine(plain, cache)
+    engine.close()
     store = cache._store
     lists = {"qo_indptr": [0], "kv_indptr": [0], "kv_indices": [], "kv_last_page_len": []}
     inner = [
@@ -61,7 +63,7 @@ def owners():
         manager._ring,
         model._entry(0),
     ]
-    return [cache, seq, step, manager, model, plain, weights, batch, *inner]
+    return [cache, seq, step, manager, model, plain, weights, batch, engine, *inner]
 
 
 def test_every_class_that_owns_something_is_tried_below():

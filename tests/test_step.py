@@ -346,7 +346,7 @@ def test_close_rolls_open_steps_back_and_then_nothing_works(rng):
 def test_every_error_is_a_paged_kv_error():
     errors = [getattr(paged_kv, name) for name in paged_kv.__all__]
     errors = [error for error in errors if isinstance(error, type) and issubclass(error, Exception)]
-    assert len(errors) == 14
+    assert len(errors) == 17
     assert all(issubclass(error, paged_kv.PagedKVError) for error in errors)
     assert issubclass(ArgumentError, ValueError)
 

@@ -31,11 +31,10 @@ from ..files import replace_files
 from ..machine import num_cpus
 from ..models.decoder import DecoderModel
 from ..models.report import Stopwatch
-from ..models.sampling import Sampler
+from ..models.sampling import Sampler, seed_of
 from ..pages.layout import num_pages
 from ..serving.admission import Admission
 from ..serving.batch import Batch, ServingCache
-from ..serving.generate import seed_of
 from .baselines import ConcatenatedCache, RecomputeStep
 from .demo_prompts import Prompt, choose_prompts
 from .live_line import LiveLine

@@ -125,6 +125,13 @@ def _likeliest_part(
         num_sorted *= 8
 
 
+def seed_of(seed: int, index: int, sample: int = 0) -> int:
+    """A seed for each place in a list of prompts, and each sample of one."""
+    seed = integer("seed", seed, 0, 2**64)
+    entropy = [seed, index, sample] if sample else [seed, index]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
 @dataclass(frozen=True)
 class LogProbability:
     """How likely a token was, and which ones were likeliest; natural logarithms.

@@ -112,7 +112,9 @@ class Batch(Uncopyable):
 
     waiting : requests in the order in which they are admitted; of several samples, the first
     running : the others
+    only : the request that the next steps are for; None: all are
     sampled : requests that have a new id since the last step
+    admitted : requests that began to run, or to run again, since then; of several samples, the first
     """
 
     def __init__(
@@ -131,12 +133,15 @@ class Batch(Uncopyable):
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.sampled: list[Request] = []
+        self.admitted: list[Request] = []
         self.report = report or GenerationReport()
         #: Requests that are done and that no step has returned yet, in order.
         self._done: dict[Request, None] = {}
         #: The cache's step that is open, until its `with` has ended it.
         self._step: Any = None
         self._is_stepping = False
+        #: The request that steps alone; None: all do.
+        self.only: Request | None = None
         #: A step was interrupted, or a request was cancelled: look at all requests, and at their sequences.
         self._is_disturbed = False
         self._num_added = 0
@@ -164,16 +169,49 @@ class Batch(Uncopyable):
         priority: int = 0,
         salt: bytes = b"",
         ttl: float | None = None,
+        retained: Sequence[tuple[int, int, float | None]] = (),
     ) -> list[Request]:
         """Queue several samples of one prompt, which run together.
+
+        Options and errors as `prepare`.
+        """
+        return self.queue(
+            self.prepare(
+                prompt,
+                max_new_tokens,
+                samplers,
+                logprobs=logprobs,
+                ends=ends,
+                priority=priority,
+                salt=salt,
+                ttl=ttl,
+                retained=retained,
+            )
+        )
+
+    def prepare(
+        self,
+        prompt: ArrayLike,
+        max_new_tokens: int,
+        samplers: Sequence[Sampler],
+        *,
+        logprobs: int | None = None,
+        ends: Sequence[Callable[[list[int]], bool]] | None = None,
+        priority: int = 0,
+        salt: bytes = b"",
+        ttl: float | None = None,
+        retained: Sequence[tuple[int, int, float | None]] = (),
+    ) -> list[Request]:
+        """Several samples of one prompt, for `queue`.  Nothing changes, so other threads may prepare them.
 
         samplers : of each sample, with a method `sample(logits)`, as Sampler
         logprobs : keep the log probability of each new id, and of so many of the likeliest; None: keep none
         ends : for each sample, called with its new ids after each of them; True: its text is whole
-        priority : higher ones are admitted first, and sent back last when the pool is full; it is also how
-            long the cache keeps their pages, as `PagedKVCache.sequence` explains
+        priority : higher ones are admitted first, and sent back last when the pool is full
         salt : only requests of the same salt share pages; of a PagedKVCache
         ttl : seconds that the pages are worth keeping, as `Sequence.retain`; None: as long as others
+        retained : (position, priority, ttl): how long the pages of the prompt up to there are worth keeping,
+            as `Sequence.retain`
         Raises: as `add`.
         """
         ids = prompt_ids("prompt", prompt, self.model.config.vocab_size)
@@ -200,8 +238,16 @@ class Batch(Uncopyable):
             integer("logprobs", logprobs, 0, self.model.config.vocab_size)
         if ends is not None and (len(ends) != len(samplers) or not all(map(callable, ends))):
             raise ArgumentError(f"ends is {ends!r:.60}; give a function for each of {len(samplers)} samples")
-        priority = priority_of(priority) if priority >= 0 else integer("priority", priority, -(2**31))
-        ttl, serial = None if ttl is None else seconds("ttl", ttl), self._num_added
+        priority = integer("priority", priority, -(2**31), 2**31 - 1)
+        ttl = None if ttl is None else seconds("ttl", ttl)
+        kept = tuple(
+            (
+                integer("a retained position", at, 1, len(ids)),
+                priority_of(worth),
+                keep and seconds("ttl", keep),
+            )
+            for at, worth, keep in retained
+        )
         first, *siblings = (
             Request(
                 ids,
@@ -211,17 +257,23 @@ class Batch(Uncopyable):
                 num_logprobs=logprobs,
                 ends=ends[i] if ends else None,
                 priority=priority,
-                serial=serial + i,
                 salt=bytes_of("salt", salt),
                 ttl=ttl,
+                retained=kept if i == 0 else (),
             )
             for i, sampler in enumerate(samplers)
         )
         first.siblings = siblings
-        self._num_added += len(samplers)
-        self._rest = 0
-        insort(self.waiting, first, key=_order)
         return [first, *siblings]
+
+    def queue(self, requests: list[Request]) -> list[Request]:
+        """Queue what `prepare` returned."""
+        for request in requests:
+            request.serial = self._num_added
+            self._num_added += 1
+        self._rest = 0
+        insort(self.waiting, requests[0], key=_order)
+        return requests
 
     def cancel(self, request: Request, error: Exception | None = None) -> bool:
         """End a request that is not done: its pages are free for others at once.
@@ -265,7 +317,7 @@ class Batch(Uncopyable):
 
     def _take_step(self) -> None:
         begin = time.perf_counter_ns()
-        self.sampled = []
+        self.sampled, self.admitted = [], []
         if self._is_disturbed:
             self._recover()
         self._is_disturbed = True
@@ -293,6 +345,11 @@ class Batch(Uncopyable):
             self._settle([request for request, _ in chosen])
             self.report.count_step(num_prompt_tokens, len(self.sampled), time.perf_counter_ns() - begin)
         self._is_disturbed = any(one.error is not None for one in self.running)  # cancelled meanwhile
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the next step would do nothing."""
+        return not (self.waiting or self.running or self._done)
 
     def close(self) -> None:
         """Give back what the running requests hold."""
@@ -346,12 +403,21 @@ class Batch(Uncopyable):
                 elif request.error:
                     self._hand_over(request)
         for request in requests:
+            if request.retained and request.is_past_prompt:
+                self._retain(request)
             num_new = len(request.new_ids)
             request.take_drawn()
             if len(request.new_ids) > num_new:
                 self.sampled.append(request)
             if self._is_done(request) and request in self.running:
                 self._retire(request)
+
+    def _retain(self, request: Request) -> None:
+        """Say how long parts of a prompt that was computed are worth keeping."""
+        for at, priority, ttl in request.retained:
+            with suppress(OutOfSequences, StaleSequence, ArgumentError), request.seq.fork(at=at) as part:
+                part.retain(priority=priority, ttl=ttl)
+        request.retained = ()
 
     def _drop_cancelled(self) -> None:
         """Of the requests that wait."""
@@ -429,11 +495,10 @@ class Batch(Uncopyable):
             ids = np.concatenate([ids, np.array(request.new_ids, np.int32)])
         if request.match is None and self.admission.match is not None:
             request.match = self.admission.match(request.ids, request.salt)
-        if not request.salt and not request.priority:
-            return self.cache.sequence(ids)
-        return self.cache.sequence(ids, salt=request.salt, priority=max(0, request.priority))
+        return self.cache.sequence(ids, salt=request.salt) if request.salt else self.cache.sequence(ids)
 
     def _count_admitted(self, request: Request) -> None:
+        self.admitted.append(request)
         request.sync()
         if request.ttl is not None:
             request.seq.retain(ttl=request.ttl)
@@ -458,7 +523,7 @@ class Batch(Uncopyable):
     def _choose(self) -> list[tuple[Request, list[int]]]:
         """Who steps, with which ids: tokens first, then prompts as far as there is room."""
         chosen, prompts = [], []
-        for request in self.running:
+        for request in self.running if self.only is None else [self.only]:
             new_ids = request.new_ids
             num_left = len(request.prompt) + len(new_ids) - request.num_fed
             if num_left == 1 and new_ids:
@@ -518,6 +583,7 @@ class Batch(Uncopyable):
             # It may be in a step of another owner, or freed already: the rest goes with the handle.
             with suppress(SequenceBusy, StaleSequence):
                 request.seq.free()
+        request.num_most_fed = max(request.num_most_fed, request.num_fed)
         request.seq, request.num_fed = None, 0
         request.is_leaving = False
 

@@ -16,7 +16,7 @@ from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..models.decoder import DecoderModel
 from ..models.report import GenerationReport
-from ..models.sampling import LogProbability, Sampler
+from ..models.sampling import LogProbability, Sampler, seed_of
 from ..models.token_ids import prompt_ids
 from ..pages.layout import num_pages
 from ..text.tokenizer import ModelTokenizer, TextStream
@@ -224,10 +224,3 @@ def _list_of(prompts: object) -> list[Any]:
     if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not hasattr(prompts, "__iter__"):
         raise ArgumentError(f"prompts is {prompts!r:.60}; give a list with the token ids of each prompt")
     return list(prompts)
-
-
-def seed_of(seed: int, index: int, sample: int = 0) -> int:
-    """A seed for each place in a list of prompts, and each sample of one."""
-    seed = integer("seed", seed, 0, 2**64)
-    entropy = [seed, index, sample] if sample else [seed, index]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])

@@ -30,6 +30,7 @@ class Request:
 
     cost : what it takes of the cache when it has all its tokens, in the unit of the admission
     num_fed : how many of its ids the sequence holds
+    num_most_fed : the most that sequences held, of those that it has given back
     error : what ended it before it was done; None: nothing did
     ends : is called with the new ids after each of them; True: the text is whole
     num_logprobs : log probabilities are kept, with so many of the likeliest tokens; None: none are
@@ -37,6 +38,7 @@ class Request:
     priority : higher ones are admitted first, and preempted last
     serial : of the order in which they came
     salt, ttl : of its sequence
+    retained : (position, priority, ttl) of beginnings of the prompt that are worth keeping
     match : what the cache had of the prompt when it was admitted first; None: it was not yet, or is no cache
         that says so
     num_cached : tokens of the prompt that were found then
@@ -50,6 +52,7 @@ class Request:
     cost: int
     seq: Any = None
     num_fed: int = 0
+    num_most_fed: int = 0
     new_ids: list[int] = field(default_factory=list)
     error: Exception | None = None
     ends: Callable[[list[int]], bool] | None = None
@@ -59,6 +62,7 @@ class Request:
     serial: int = 0
     salt: bytes = b""
     ttl: float | None = None
+    retained: tuple[tuple[int, int, float | None], ...] = ()
     match: Any = None
     num_cached: int = 0
     num_preemptions: int = 0

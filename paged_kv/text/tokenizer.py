@@ -42,6 +42,7 @@ class ModelTokenizer:
     ) -> None:
         self._tokenizer, self._lock = tokenizer, Lock()
         self.begin_ids, self.chat_template = list(begin_ids), chat_template
+        self._vocabularies: dict[tuple[int, ...], Any] = {}
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token.content: id for id, token in added.items() if token.special and token.content}
         patterns = [
@@ -151,6 +152,17 @@ class ModelTokenizer:
         if isinstance(value, dict):
             return {key: self._marked(part, mark) for key, part in value.items()}
         return [self._marked(part, mark) for part in value] if isinstance(value, (list, tuple)) else value
+
+    def grammar_vocabulary(self, stop_ids: Iterable[int]) -> Any:
+        """The vocabulary as llguidance reads it, made once for each set of ids that end a text."""
+        key = tuple(sorted(stop_ids))
+        with self._lock:
+            if key not in self._vocabularies:
+                tokenizer = require("llguidance", "grammar").LLTokenizer
+                size = self._tokenizer.get_vocab_size()
+                ends = [id for id in key if id < size]
+                self._vocabularies[key] = tokenizer(self._tokenizer.to_str(), size, ends)
+            return self._vocabularies[key]
 
     def stream(self, stop: Sequence[str] = ()) -> "TextStream":
         """For the text of ids that come one by one, up to the first of some stop strings."""

@@ -3,8 +3,8 @@ import pytest
 
 from paged_kv import ArgumentError, OutOfPages, Step
 from paged_kv.models.bitnet import TINY_BITNET, BitNetModel
-from paged_kv.models.sampling import Sampler, log_probability
-from paged_kv.serving.generate import Admission, Batch, generate, generate_stream, seed_of
+from paged_kv.models.sampling import Sampler, log_probability, seed_of
+from paged_kv.serving.generate import Admission, Batch, generate, generate_stream
 from paged_kv.text.tokenizer import ModelTokenizer, open_tokenizer
 
 
