@@ -1,4 +1,5 @@
-"""The command line, paged-kv or python -m paged_kv: demo, info, bench-model, generate, chat, perplexity.
+"""The command line, paged-kv or python -m paged_kv: demo, info, bench-model, generate, chat, perplexity,
+serve.
 
 Imports the commands.
 """
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..errors import PagedKVError
 from ..models.bitnet import SHAPES
-from . import bench_model, chat, demo, generate, info, perplexity
+from . import bench_model, chat, demo, generate, info, perplexity, serve
 from .model_options import add_model_options, add_sampling_options
 from .texts import show_everything
 
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return generate.run(options)
             if options.command == "chat":
                 return chat.run(options)
+            if options.command == "serve":
+                return serve.run(options)
             if options.command == "perplexity":
                 return perplexity.run(options)
             return demo.run(options)
@@ -66,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_perplexity(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -130,3 +134,23 @@ def _add_perplexity(commands: Any) -> None:
     add_model_options(command, default="smollm2")
     command.add_argument("--file", required=True, metavar="TEXT", help="a text in UTF-8, as it is")
     command.add_argument("--json", action="store_true", help="one line of JSON")
+
+
+def _add_serve(commands: Any) -> None:
+    command = commands.add_parser(
+        "serve",
+        help="a model behind OpenAI's API",
+        description="An HTTP server for many clients, over one pool.  Without --model: smollm2 if it is "
+        f"installed, else a small BitNet.  A key may also stand in {serve.KEY_VARIABLE}.",
+    )
+    add_model_options(command)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
+    command.add_argument("--port", type=int, default=8000, help="0: a free one (default 8000)")
+    command.add_argument("--name", help="of the model, as clients call it (default: of its file)")
+    command.add_argument("--api-key", action="append", metavar="KEY", help="clients need one; repeatable")
+    command.add_argument("--memory", help="bytes of the pool, as 4GiB (default: eight whole contexts)")
+    command.add_argument("--context", type=int, help="tokens of a request (default: the model's)")
+    command.add_argument("--max-sequences", type=int, default=256, help="that run at once (default 256)")
+    command.add_argument("--max-waiting", type=int, default=256, help="requests that wait (default 256)")
+    command.add_argument("--timeout", type=float, help="seconds for a request (default: any)")
+    command.add_argument("--drain", type=float, default=30.0, help="seconds at the end (default 30)")

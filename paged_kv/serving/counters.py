@@ -67,7 +67,9 @@ class Counters:
     first_token_seconds : from submission to the first token of a request
     token_seconds : between two tokens of a sample
     queue_seconds, request_seconds : from submission to admission, and to the end
-    prompt_tokens, new_tokens : of a request
+    prefill_seconds, decode_seconds, inference_seconds : from admission to the first token, from there to the
+        end, and both
+    prompt_tokens, new_tokens, max_tokens, num_samples : of a request
     """
 
     finished: Counter[str] = field(default_factory=Counter)
@@ -80,5 +82,10 @@ class Counters:
     token_seconds: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
     queue_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
     request_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    prefill_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    decode_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    inference_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    max_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
+    num_samples: Histogram = field(default_factory=lambda: Histogram((1, 2, 5, 10, 20)))
     prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
     new_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))

@@ -90,7 +90,7 @@ class Engine(Uncopyable):
         self._closing: float | None = None
         self._failure: BaseException | None = None
         self._sampled_before: set[Request] = set()
-        self._stepped_at = 0.0
+        self._stepped_at = self._step_began = 0.0
         self._thread = threading.Thread(target=self._run, name="paged_kv engine", daemon=True)
         self._thread.start()
 
@@ -278,6 +278,7 @@ class Engine(Uncopyable):
     def _take_step(self) -> None:
         if self._deadlines:
             self._end_late()
+        self._step_began = self.clock()
         try:
             done = self._batch.step()
         except CacheClosed:
@@ -291,7 +292,7 @@ class Engine(Uncopyable):
             sample = handle.samples[handle.requests.index(request)]
             sample.end(request.error)
             self.counters.finished[sample.finish_reason or "error"] += 1
-            if handle.is_done:
+            if handle.is_done and handle.done_at is None:
                 self._count_done(handle, now)
         self._flush()
 
@@ -325,13 +326,12 @@ class Engine(Uncopyable):
 
     def _count_tokens(self, now: float) -> None:
         """Times between tokens: a sample that had one in the step before waited for this step."""
-        counters, sampled = self.counters, self._batch.sampled
-        if not sampled:
-            return
-        num_after = 0
+        counters, sampled, num_after = self.counters, self._batch.sampled, 0
         for request in self._batch.admitted:
-            if not request.num_preemptions:
-                counters.queue_seconds.observe(max(0.0, now - self._handles[request].submitted_at))
+            handle = self._handles[request]
+            if handle.admitted_at is None:
+                handle.admitted_at = max(self._step_began, handle.submitted_at)
+                counters.queue_seconds.observe(handle.admitted_at - handle.submitted_at)
         for request in sampled:
             num_after += request in self._sampled_before
             if len(request.new_ids) == 1:
@@ -339,6 +339,8 @@ class Engine(Uncopyable):
                 if handle.first_token_at is None:
                     handle.first_token_at = now
                     counters.first_token_seconds.observe(now - handle.submitted_at)
+        if not sampled:
+            return
         if num_after:
             counters.token_seconds.observe(now - self._stepped_at, num_after)
         counters.num_new_tokens += len(sampled)
@@ -347,6 +349,12 @@ class Engine(Uncopyable):
     def _count_done(self, handle: Handle, now: float) -> None:
         handle.done_at, counters, usage = now, self.counters, handle.usage
         counters.request_seconds.observe(now - handle.submitted_at)
+        if handle.admitted_at is not None and handle.first_token_at is not None:
+            counters.prefill_seconds.observe(handle.first_token_at - handle.admitted_at)
+            counters.decode_seconds.observe(now - handle.first_token_at)
+            counters.inference_seconds.observe(now - handle.admitted_at)
+        counters.max_tokens.observe(handle.requests[0].max_new_tokens)
+        counters.num_samples.observe(len(handle.samples))
         counters.prompt_tokens.observe(usage.prompt_tokens)
         counters.new_tokens.observe(usage.new_tokens)
         counters.num_prompt_tokens += usage.prompt_tokens

@@ -21,6 +21,8 @@ from ..text.tokenizer import ModelTokenizer
 
 #: Bytes of a grammar, at most: compiling is not stopped once it has begun.
 MAX_BYTES = 2**18
+#: JSON on one line.  A model that may write any white space may write it for ever.
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,15 @@ class Grammar:
 
     @classmethod
     def of_json_schema(cls, schema: object) -> Self:
-        """JSON of a schema, a dict or its text.  Raises: ArgumentError that says what is wrong with it."""
+        """JSON of a schema, a dict or its text, on one line.
+
+        Raises: ArgumentError that says what is wrong with it.
+        """
         try:
             text = schema if isinstance(schema, str) else json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise ArgumentError(f"the schema is no JSON: {error}") from None
-        return cls._of("grammar_from_json_schema", text)
+        return cls._of("grammar_from_json_schema", text, COMPACT)
 
     @classmethod
     def of_json(cls) -> Self:
@@ -57,14 +62,14 @@ class Grammar:
         return cls._of("grammar_from_lark", grammar)
 
     @classmethod
-    def _of(cls, maker: str, text: str) -> Self:
+    def _of(cls, maker: str, text: str, *options: object) -> Self:
         if not isinstance(text, str):
             raise ArgumentError(f"the grammar is {text!r:.60}; give a text")
         if len(text.encode("utf-8", "replace")) > MAX_BYTES:
             raise ArgumentError(f"the grammar has more than {MAX_BYTES} bytes")
         matcher = require("llguidance", "grammar").LLMatcher
         try:
-            source: str = getattr(matcher, maker)(text)
+            source: str = getattr(matcher, maker)(text, *options)
         except Exception as error:  # the package raises no other type
             raise ArgumentError(f"the grammar is none: {error}") from None
         problem = matcher.validate_grammar(source)

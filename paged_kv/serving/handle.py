@@ -135,7 +135,7 @@ class Handle:
     Iterate over it, or `async for`, for its pieces, once; or call `result`.
 
     samples : of each sample its ids, text, log probabilities, finish_reason and error so far
-    submitted_at, first_token_at, done_at : by the engine's clock; None: not yet
+    submitted_at, admitted_at, first_token_at, done_at : by the engine's clock; None: not yet
     """
 
     def __init__(
@@ -148,7 +148,10 @@ class Handle:
         on_piece: Callable[[Piece], object] | None = None,
     ) -> None:
         self.requests, self.samples = requests, samples
-        self.submitted_at, self.first_token_at, self.done_at = submitted_at, None, None
+        self.submitted_at = submitted_at
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
+        self.done_at: float | None = None
         self.is_cancelled = False
         self._queue: SimpleQueue[Piece] = SimpleQueue()
         self._num_open = len(samples)  # whose last piece was not read yet
@@ -158,9 +161,6 @@ class Handle:
         self._waiter: asyncio.Future[None] | None = None
         for request, sample in zip(requests, samples, strict=True):
             sample.begin(request, self._push)
-
-    first_token_at: float | None
-    done_at: float | None
 
     def _push(self, piece: Piece) -> None:
         self._queue.put(piece)

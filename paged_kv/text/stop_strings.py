@@ -32,6 +32,8 @@ class StopStrings:
         """
         if self.found is not None:
             return ""
+        if not self._stops:
+            return piece
         text = self._held + piece
         places = [(at, i) for i, stop in enumerate(self._stops) if (at := text.find(stop)) >= 0]
         if places:

@@ -9,8 +9,11 @@ types is text, also where it looks like a special token.
 Imports chat_template, gguf_vocabulary, stop_strings and models.model_files.
 """
 
+import codecs
+import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -23,6 +26,7 @@ from .chat_template import ChatTemplate, Message, require_messages
 from .gguf_vocabulary import GGUFVocabulary
 from .stop_strings import StopStrings
 
+UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
 #: Characters without a meaning, one of which marks special tokens that a person typed.
 MARKS = [chr(code) for code in range(0xF8F0, 0xF8FF)]
 
@@ -164,6 +168,11 @@ class ModelTokenizer:
                 self._vocabularies[key] = tokenizer(self._tokenizer.to_str(), size, ends)
             return self._vocabularies[key]
 
+    @cached_property
+    def pieces(self) -> list[bytes] | None:
+        """The bytes of each token; None where tokens are no bytes."""
+        return _byte_pieces(self._tokenizer)
+
     def stream(self, stop: Sequence[str] = ()) -> "TextStream":
         """For the text of ids that come one by one, up to the first of some stop strings."""
         return TextStream(self, stop)
@@ -173,11 +182,16 @@ class TextStream:
     """The text of ids that come one by one, in whole characters.
 
     stop : texts that end the text, and are not part of it
+
+    Where tokens are bytes, their bytes are decoded as they come; else the last tokens are decoded again with
+    each new one.
     """
 
     def __init__(self, tokenizer: ModelTokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._ids = tokenizer, list[int]()
         self._stops = StopStrings(stop)
+        self._pieces: list[bytes] | None = getattr(tokenizer, "pieces", None)
+        self._utf8 = UTF8_DECODER("replace")
         #: Ids from `_from` on are decoded again with each new one, and those before `_shown` have been given:
         #: how a token reads can depend on the one before it.
         self._from = self._shown = 0
@@ -193,6 +207,10 @@ class TextStream:
         It is empty while a character waits for its other bytes, or while the text might become a stop string.
         Cost: O(1).
         """
+        pieces = self._pieces
+        if pieces is not None:
+            text = self._utf8.decode(pieces[id] if id < len(pieces) else b"")
+            return self._stops.add(text) if text else ""
         self._ids.append(id)
         given, text = self._decoded()
         if len(text) <= len(given) or text.endswith("\ufffd"):
@@ -202,6 +220,8 @@ class TextStream:
 
     def finish(self) -> str:
         """What is left at the end, bytes of half a character as U+FFFD."""
+        if self._pieces is not None:
+            return self._stops.add(self._utf8.decode(b"", True)) + self._stops.finish()
         given, text = self._decoded()
         self._from = self._shown = len(self._ids)
         return self._stops.add(text[len(given) :]) + self._stops.finish()
@@ -209,6 +229,29 @@ class TextStream:
     def _decoded(self) -> tuple[str, str]:
         decode = self._tokenizer.decode
         return decode(self._ids[self._from : self._shown]), decode(self._ids[self._from :])
+
+
+def _byte_pieces(tokenizer: Any) -> list[bytes] | None:
+    """The bytes of each token, none of special ones; None where tokens are no bytes.
+
+    Tokens of such vocabularies are written in characters that stand for bytes, as GPT-2 introduced it.
+    """
+    decoder = json.loads(tokenizer.to_str()).get("decoder")
+    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+        return None
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    vocabulary = tokenizer.get_vocab()
+    pieces = [b""] * (1 + max(vocabulary.values(), default=-1))
+    for token, id in vocabulary.items():
+        is_mapped = all(letter in byte_of for letter in token)
+        pieces[id] = bytes(byte_of[letter] for letter in token) if is_mapped else token.encode()
+    for id, added in tokenizer.get_added_tokens_decoder().items():
+        if added.special:
+            pieces[id] = b""
+    return pieces
 
 
 def _texts(value: Any) -> Iterable[str]:

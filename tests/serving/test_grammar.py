@@ -65,6 +65,7 @@ def test_every_text_is_json_of_the_schema(tokenizer):
         if is_whole:
             num_whole += 1
             value = json.loads(text)
+            assert "\n" not in text and ",  " not in text
             assert set(value) <= set(SCHEMA["properties"]) and len(value["name"]) <= 8
             assert isinstance(value["is_large"], bool)
     assert num_whole >= 20

@@ -121,6 +121,16 @@ def test_a_stream_gives_the_text_in_whole_characters(text):
     assert stream.finish() == ""
 
 
+@given(st.lists(st.integers(0, 2047), max_size=40))
+def test_a_stream_of_any_ids_is_their_text(ids):
+    """Bytes that are no characters included; the two ways give the same text."""
+    tokenizer = ModelTokenizer(plain())
+    slow = tokenizer.stream()
+    slow._pieces = None
+    for stream in (tokenizer.stream(), slow):
+        assert "".join([*map(stream.add, ids), stream.finish()]) == tokenizer.decode(ids)
+
+
 def test_half_a_character_is_shown_at_the_end():
     tokenizer = ModelTokenizer(plain())
     ids = tokenizer.encode("a🙂")

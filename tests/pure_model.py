@@ -21,11 +21,12 @@ class Config:
 class PureModel:
     config = Config
 
-    def __init__(self, seed=0):
+    def __init__(self, seed=0, vocab_size=VOCAB, **config):
         rng = np.random.default_rng(seed)
-        self._of_id = rng.standard_normal((VOCAB, DIM), np.float32)
-        self._of_position = rng.standard_normal((MAX_POSITIONS, DIM), np.float32)
-        self._head = rng.standard_normal((DIM, VOCAB), np.float32)
+        self.config = type("Config", (Config,), {"vocab_size": vocab_size, **config})
+        self._of_id = rng.standard_normal((vocab_size, DIM), np.float32)
+        self._of_position = rng.standard_normal((self.config.max_position_embeddings, DIM), np.float32)
+        self._head = rng.standard_normal((DIM, vocab_size), np.float32)
         self.num_tokens = 0
 
     def new_cache(self, **options):
@@ -38,7 +39,7 @@ class PureModel:
         zeros = np.zeros_like(values)
         mean = step.attend(0, zeros, zeros, values)[:, 0]
         # A product per row: one of several rows would add in another order.
-        logits = np.empty((len(rows), VOCAB), np.float32)
+        logits = np.empty((len(rows), self._head.shape[1]), np.float32)
         for i, row in enumerate(mean[rows]):
             np.dot(np.sin(300 * row), self._head, out=logits[i])
         return logits

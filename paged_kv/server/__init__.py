@@ -1,0 +1,1 @@
+"""The HTTP server: an engine behind OpenAI's API (the extra `serve`)."""
