@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ._binding import integer, kernels, real
 from .errors import ArgumentError, InvariantViolation
+from .frames import Recording, record
 from .gathered import gather
 from .lifetime import Uncopyable
 from .pages.block_table import Window
@@ -338,6 +339,18 @@ class PagedKVCache(Uncopyable):
         with store.lock:
             store.reclaim_abandoned()
             return [] if store.index is None else store.index.events.since(since, store.index.full_entries())
+
+    def record(self, path: object, *, every: float = 0.1) -> Recording:
+        """Write what the pool looks like into a file, until the recording is closed or the cache is.
+
+        path : of the file, which is replaced; `paged-kv replay FILE` shows it
+        every : seconds between two frames, at least 0.001
+
+        Returns: Recording, for `with`.  A frame is a line of JSON, which names what has changed; frames.py
+        has the form.
+        Raises: ArgumentError, OSError, CacheClosed.  Cost: a thread, and O(num_pages) a frame.
+        """
+        return record(self._store, path, every)
 
     def step(self, seqs: Iterable[Sequence], new: object) -> Step:
         """Reserve slots for the next tokens of some sequences: of all of them, or of none.

@@ -34,6 +34,7 @@ SIGNATURES = {
     paged_kv.PagedKVCache.reset_prefix_cache: ([], []),
     paged_kv.PagedKVCache.events: (["since"], []),
     paged_kv.PagedKVCache.pin: (["match", "ttl"], []),
+    paged_kv.PagedKVCache.record: (["path"], ["every"]),
     paged_kv.PagedKVCache.step: (["seqs", "new"], []),
     paged_kv.PagedKVCache.pages_needed: (["seqs", "new"], []),
     paged_kv.PagedKVCache.stats: ([], []),

@@ -48,6 +48,8 @@ def owners():
     batch = generate.Batch(model, cache, generate.Admission.pages_of(cache))
     engine = Engine(plain, cache)
     engine.close()
+    recording = cache.record("/dev/null", every=3600.0)
+    recording.close()
     store = cache._store
     lists = {"qo_indptr": [0], "kv_indptr": [0], "kv_indices": [], "kv_last_page_len": []}
     inner = [
@@ -63,7 +65,7 @@ def owners():
         manager._ring,
         model._entry(0),
     ]
-    return [cache, seq, step, manager, model, plain, weights, batch, engine, *inner]
+    return [cache, seq, step, manager, model, plain, weights, batch, engine, recording, *inner]
 
 
 def test_every_class_that_owns_something_is_tried_below():

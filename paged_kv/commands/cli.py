@@ -1,5 +1,5 @@
 """The command line, paged-kv or python -m paged_kv: demo, info, bench-model, generate, chat, perplexity,
-serve.
+serve, replay.
 
 Imports the commands.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import PagedKVError
 from ..models.bitnet import SHAPES
-from . import bench_model, chat, demo, generate, info, perplexity, serve
+from . import bench_model, chat, demo, generate, info, perplexity, replay, serve
 from .model_options import add_model_options, add_sampling_options
 from .texts import show_everything
 
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return chat.run(options)
             if options.command == "serve":
                 return serve.run(options)
+            if options.command == "replay":
+                return replay.run(options)
             if options.command == "perplexity":
                 return perplexity.run(options)
             return demo.run(options)
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_perplexity(commands)
     _add_serve(commands)
+    _add_replay(commands)
     return parser
 
 
@@ -154,3 +157,14 @@ def _add_serve(commands: Any) -> None:
     command.add_argument("--max-waiting", type=int, default=256, help="requests that wait (default 256)")
     command.add_argument("--timeout", type=float, help="seconds for a request (default: any)")
     command.add_argument("--drain", type=float, default=30.0, help="seconds at the end (default 30)")
+
+
+def _add_replay(commands: Any) -> None:
+    command = commands.add_parser(
+        "replay",
+        help="the page of a pool that was recorded",
+        description="Show what cache.record(FILE) has written, without a model.",
+    )
+    command.add_argument("file", metavar="FILE")
+    command.add_argument("--port", type=int, default=8001, help="0: a free one (default 8001)")
+    command.add_argument("--out", metavar="FILE", help="write a page that needs no server, and end")

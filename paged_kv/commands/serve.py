@@ -74,7 +74,13 @@ def run(options: argparse.Namespace) -> int:
             server_header=False,
             log_level="warning",
         )
-        server = uvicorn.Server(config)
+
+        class Server(uvicorn.Server):  # type: ignore[name-defined,misc]
+            def handle_exit(self, number: int, frame: Any) -> None:
+                service.is_ending = True
+                super().handle_exit(number, frame)
+
+        server = Server(config)
         # When it has ended, uvicorn raises the signal again; what is below has to be closed then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: None)

@@ -65,6 +65,8 @@ class PrefixIndex(Uncopyable):
         self.tables, self.pool, self.page_size = tables, tables.pool, tables.page_size
         self.entries: Any = SortedDict()
         self.by_page: dict[int, Entry] = {}
+        #: Of each page in it the page before, for those who draw the tree; HOLLOW: none, or it has gone.
+        self.parents = np.full(tables.pool.num_pages, HOLLOW, np.int32)
         self.paths: dict[int, list[Entry]] = {}
         #: Of each row's path, the serial number of the last entry, and the length.
         self._ends = np.zeros(tables.rows.max_sequences, np.int64)
@@ -258,16 +260,22 @@ class PrefixIndex(Uncopyable):
         if there is not None:
             there.page_id = page_id
             self.by_page[page_id] = there
+            self._note_parent(there)
             self.events.stored(there)
             return there, True
         serial = self.evicted.take(key) or next(self.salts.serials).to_bytes(8)
         before = path[-1] if path else self.salts.name(int(self.tables.rows.salts[row]))
         entry = Entry(key, page_id, serial, before)
         self.by_page[page_id] = entry
+        self._note_parent(entry)
         self.entries[key] = entry
         if entry.num_tokens == self.page_size:
             self.events.stored(entry)
         return entry, True
+
+    def _note_parent(self, entry: Entry) -> None:
+        before = entry.before
+        self.parents[entry.page_id] = before.page_id if isinstance(before, Entry) else HOLLOW
 
     # ---- after an interrupt
 
@@ -291,6 +299,8 @@ class PrefixIndex(Uncopyable):
             entry.is_dropped = entry not in alive
         self.by_page = {entry.page_id: entry for entry in alive if entry.page_id != HOLLOW}
         self.entries = SortedDict({entry.key: entry for entry in alive})
+        for entry in self.by_page.values():
+            self._note_parent(entry)
         for page_id in range(self.pool.num_pages):
             if self.pool.is_indexed(page_id) and page_id not in self.by_page:
                 self.pool.set_indexed(page_id, False)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from ..errors import PagedKVError
@@ -26,6 +26,7 @@ from .completions import (
 from .errors import ApiError, api_error, refused
 from .limits import MAX_BODY_BYTES, MAX_SECONDS, Limits
 from .metrics import Metrics
+from .pool import HEADERS, Feed, page
 from .responses import ResponseAnswer, response_prompt
 from .schemas import (
     ChatRequest,
@@ -152,7 +153,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             for handle in handles:
                 await handle.wait()
 
-        await unless_left(request.receive, handles, all_done())
+        if not await unless_left(request.receive, handles, all_done()):
+            return Response(status_code=499)  # which no client reads
         return JSONResponse(whole(), headers=headers)
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -197,7 +199,7 @@ def _require_model(service: Service, name: str | None) -> None:
 
 
 def _add_queries(app: FastAPI, service: Service) -> None:
-    engine, metrics = service.engine, Metrics(service)
+    engine, metrics, feed = service.engine, Metrics(service), Feed(service)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -214,6 +216,14 @@ def _add_queries(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         return Response(status_code=200 if engine.is_open else 503)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def pool() -> Response:
+        return HTMLResponse(page(), headers=HEADERS)
+
+    @app.get("/pool/frames", response_model=None)
+    async def frames() -> Response:
+        return EventStream(feed.frames(), [], {})
 
     @app.get("/metrics")
     async def exposed() -> Response:

@@ -26,7 +26,7 @@ MAX_BODY_BYTES, MAX_HEADER_BYTES = 4 * 2**20, 32 * 2**10
 #: Seconds for the headers of a request, and for its body.
 MAX_SECONDS = 30.0
 #: What answers without a key.
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/", "/health"})
 
 
 class Limits:

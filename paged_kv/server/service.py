@@ -87,6 +87,8 @@ class Service:
         self.engine, self.tokenizer, self.name = engine, engine.tokenizer, name
         self.defaults, self.timeout = defaults, timeout
         self.started = int(time.time())
+        #: The server takes no new connections; what has no end of its own ends now.
+        self.is_ending = False
         self._secret = secrets.token_bytes(32)
 
     tokenizer: ModelTokenizer
@@ -157,7 +159,9 @@ class Service:
         explicit = body.prompt_cache_options is not None and body.prompt_cache_options.mode == "explicit"
         if not explicit and ttl is not None:
             retained = (*retained, len(ids))
-        return Prompt(ids, sampling, self.salt(key, body.cache_salt), body.priority, ttl, retained)
+        # vLLM's clients give what goes first the smaller number.
+        priority = max(-body.priority, -(2**31))
+        return Prompt(ids, sampling, self.salt(key, body.cache_salt), min(priority, 2**31 - 1), ttl, retained)
 
     def _ttl(self, body: Kept) -> float | None:
         """Seconds that a prompt is worth keeping; None: as long as others."""

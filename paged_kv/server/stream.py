@@ -5,17 +5,15 @@ Imports serving.handle.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.responses import Response
 
 from ..serving.handle import Handle
 from .errors import api_error
 from .limits import Receive, Scope, Send
-
-T = TypeVar("T")
 
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 #: How a stream of OpenAI's API ends.
@@ -30,21 +28,27 @@ def event(data: object, name: str | None = None) -> bytes:
     )
 
 
-async def watch(receive: Receive, handles: Iterable[Handle]) -> None:
-    """Cancel the requests when their client goes away."""
+async def _left(receive: Receive) -> None:
+    """Wait until the client goes away."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    for handle in handles:
-        handle.cancel()
 
 
-async def unless_left(receive: Receive, handles: list[Handle], work: Awaitable[T]) -> T:
-    """What `work` returns; when the client goes away meanwhile, the requests are cancelled."""
-    watcher = asyncio.create_task(watch(receive, handles))
+async def unless_left(receive: Receive, handles: list[Handle], work: Coroutine[Any, Any, None]) -> bool:
+    """Do work for a client.  False when the client has gone meanwhile: then the work was cancelled.
+
+    handles : of its requests, which end with the work
+    """
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
     try:
-        return await work
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
+        return working.done()
     finally:
-        await _end(watcher)
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
         for handle in handles:
             if not handle.is_done:
                 handle.cancel()
@@ -79,9 +83,3 @@ class EventStream(Response):
 
         with suppress(OSError):
             await unless_left(receive, self._handles, sent())
-
-
-async def _end(task: "asyncio.Task[Any]") -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task

@@ -69,6 +69,7 @@ class Running:
             loop="asyncio",
             log_level="critical",
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=1,
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
@@ -82,7 +83,7 @@ class Running:
         return self
 
     def __exit__(self, *error):
-        self.server.should_exit = True
+        self.service.is_ending = self.server.should_exit = True
         self.thread.join()
 
 

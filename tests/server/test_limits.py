@@ -161,7 +161,7 @@ def test_an_answer_may_take_longer_than_headers_and_body_may():
     "data",
     [
         b"\x00\x01\x02\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /x HTTP/9.9\r\n\r\n",
         HEAD + b"Content-Length: -5\r\n\r\n",
         HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n12345",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
