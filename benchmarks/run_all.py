@@ -28,6 +28,7 @@ BENCHMARKS = (
     "append_latency",
     "requested_table",
     "utilization",
+    "serving_overhead",
     "attention",
 )
 BENCHMARKS += ("bitnet", "matrices")

@@ -18,6 +18,7 @@ SCRIPTS = {
     "eviction.py": {"policy", "pages", "given", "computed", "of_bound"},
     "cascade.py": {"what", "sequences", "us", "plain", "faster", "of_bound"},
     "sharing.py": {"what", "num_tokens", "us", "of_empty"},
+    "serving_overhead.py": {"what", "num_sequences", "us", "us_per_sequence"},
     "planning.py": {"num_sequences", "us", "us_per_sequence"},
     "utilization.py": {
         *("trace", "policy", "page_size", "utilization"),

@@ -74,7 +74,14 @@ FLOORS = [
     {"commands.demo_prompts"},
     {"commands.demo", "commands.info"},
     {"commands.bench_model"},
-    {"commands.generate", "commands.chat", "commands.perplexity", "commands.serve", "commands.replay"},
+    {
+        "commands.generate",
+        "commands.chat",
+        "commands.perplexity",
+        "commands.serve",
+        "commands.replay",
+        "commands.top",
+    },
     {"commands.cli"},
     {"__main__"},
 ]

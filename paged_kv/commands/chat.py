@@ -140,7 +140,9 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError("--json needs --prompt")
     found = opened(options, LiveLine(sys.stderr))
     positions = found.model.config.max_position_embeddings
-    context = integer("--context", options.context or min(positions, 4096), 1, positions)
+    context = integer(
+        "--context", min(positions, 4096) if options.context is None else options.context, 1, positions
+    )
     with found.model.new_cache(
         # A page more: the end of the last answer is written again by the next turn.
         num_pages=num_pages(context, PAGE_SIZE) + 1,

@@ -1,5 +1,5 @@
 """The command line, paged-kv or python -m paged_kv: demo, info, bench-model, generate, chat, perplexity,
-serve, replay.
+serve, replay, top.
 
 Imports the commands.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import PagedKVError
 from ..models.bitnet import SHAPES
-from . import bench_model, chat, demo, generate, info, perplexity, replay, serve
+from . import bench_model, chat, demo, generate, info, perplexity, replay, serve, top
 from .model_options import add_model_options, add_sampling_options
 from .texts import show_everything
 
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return serve.run(options)
             if options.command == "replay":
                 return replay.run(options)
+            if options.command == "top":
+                return top.run(options)
             if options.command == "perplexity":
                 return perplexity.run(options)
             return demo.run(options)
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_perplexity(commands)
     _add_serve(commands)
     _add_replay(commands)
+    _add_top(commands)
     return parser
 
 
@@ -168,3 +171,10 @@ def _add_replay(commands: Any) -> None:
     command.add_argument("file", metavar="FILE")
     command.add_argument("--port", type=int, default=8001, help="0: a free one (default 8001)")
     command.add_argument("--out", metavar="FILE", help="write a page that needs no server, and end")
+
+
+def _add_top(commands: Any) -> None:
+    command = commands.add_parser("top", help="a server's pool, in a terminal")
+    command.add_argument("url", metavar="URL", help="of a server, as http://127.0.0.1:8000")
+    command.add_argument("--api-key", metavar="KEY", help=f"or in {serve.KEY_VARIABLE}")
+    command.add_argument("--frames", type=int, help="end after so many (default: with the server)")

@@ -19,7 +19,7 @@ from ..errors import ArgumentError
 from ..extras import require
 from ..machine import num_cpus
 from ..models.model_files import PACKAGED, found_path
-from ..pages.layout import num_pages
+from ..pages.layout import num_pages, parse_memory
 from ..serving.engine import Engine
 from ..serving.generate import PAGE_SIZE
 from ..text.chat_template import ChatTemplate
@@ -31,6 +31,8 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+#: The name of the small model.
+TINY = "tiny-bitnet"
 #: Temperature and top_p that the makers of a packaged model advise.
 ADVISED = {"smollm2": (0.2, 0.9)}
 #: Where a key is read, so that it does not stand in the list of processes.
@@ -47,9 +49,14 @@ def run(options: argparse.Namespace) -> int:
     from ..server.service import Defaults, Service
 
     integer("--port", options.port, 0, 65535)
-    drain = real("--drain", options.drain, 0.0)
+    integer("--max-sequences", options.max_sequences, 1, 2**16)
+    drain, keys = real("--drain", options.drain, 0.0), _api_keys(options)
+    if options.memory is not None:
+        parse_memory(options.memory)
     if options.model is None:
         options.model = _installed()
+    elif options.model == TINY:
+        options.model = None
     found = opened(options, LiveLine(sys.stderr))
     if found.tokenizer.chat_template is None:
         found.tokenizer.chat_template = ChatTemplate(PLAIN_TEMPLATE, {})
@@ -60,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         Engine(found.model, cache, tokenizer=found.tokenizer, max_waiting=options.max_waiting) as engine,
     ):
         service = Service(engine, name, defaults, options.timeout)
-        app = create_app(service, api_keys=_api_keys(options))
+        app = create_app(service, api_keys=keys)
         config = uvicorn.Config(
             app,
             host=options.host,
@@ -122,17 +129,17 @@ def _installed() -> str | None:
 
 def _name_of(model: str | None) -> str:
     if model is None:
-        return "tiny-bitnet"
+        return TINY
     return os.path.splitext(os.path.basename(os.path.normpath(model)))[0] or "model"
 
 
 def _cache_options(options: argparse.Namespace, found: Opened) -> dict[str, Any]:
     positions = found.model.config.max_position_embeddings
-    context = integer("--context", options.context or positions, 1, positions)
+    context = integer("--context", positions if options.context is None else options.context, 1, positions)
     kept = {
         "memory": options.memory,
         "page_size": PAGE_SIZE,
-        "max_sequences": integer("--max-sequences", options.max_sequences, 1, 2**16),
+        "max_sequences": options.max_sequences,
         "max_seq_len": context,
     }
     if options.memory is None:

@@ -5,7 +5,6 @@
 Imports completions, responses, stream and limits.
 """
 
-import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
@@ -37,8 +36,6 @@ from .schemas import (
 )
 from .service import Service, Submitted, plain
 from .stream import EventStream, unless_left
-
-log = logging.getLogger("paged_kv.server")
 
 #: What every route may answer beside its own.
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -103,16 +100,11 @@ def _add_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return answer(ApiError(error.status_code, str(error.detail)))
 
-    async def of_others(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return answer(api_error(error))
-
     app.add_exception_handler(ApiError, of_known)
     app.add_exception_handler(PagedKVError, of_known)
     app.add_exception_handler(ImportError, of_known)
     app.add_exception_handler(RequestValidationError, of_fields)
     app.add_exception_handler(HTTPException, of_routes)
-    app.add_exception_handler(Exception, of_others)
 
 
 def _place(parts: tuple[Any, ...], body: Any) -> str:

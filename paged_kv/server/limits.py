@@ -8,19 +8,22 @@ Imports errors.
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, TypeAlias
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .errors import ApiError
+from .errors import ApiError, api_error
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Event: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Event]]
 Send: TypeAlias = Callable[[Event], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("paged_kv.server")
 
 MAX_BODY_BYTES, MAX_HEADER_BYTES = 4 * 2**20, 32 * 2**10
 #: Seconds for the headers of a request, and for its body.
@@ -65,7 +68,24 @@ class Limits:
             is_read = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        return await self._app(scope, replayed, send)
+        await self._answered(scope, replayed, send)
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the app answer; what it raises is an answer, too, and the connection goes on."""
+        has_begun = False
+
+        async def noted(message: Event) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            if has_begun:
+                raise
+            await send_error(send, api_error(error), closes=False)
 
     def _key(self, path: str, header: bytes) -> bytes:
         """The key of a request, empty where none is needed.  Every key is compared, in constant time."""
@@ -102,14 +122,18 @@ class Limits:
             raise ApiError(408, f"the body did not come within {self._max_seconds:g} s") from None
 
 
-async def send_error(send: Send, error: ApiError) -> None:
-    """An error as a whole answer."""
+async def send_error(send: Send, error: ApiError, *, closes: bool = True) -> None:
+    """An error as a whole answer.
+
+    closes : the connection, of which a part may not have been read
+    """
     body = json.dumps(error.body).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
-        "connection": "close",
-    } | error.headers
+        **({"connection": "close"} if closes else {}),
+        **error.headers,
+    }
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
     await send({"type": "http.response.body", "body": body})

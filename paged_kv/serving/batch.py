@@ -328,17 +328,19 @@ class Batch(Uncopyable):
             ids, ends, sampling, num_prompt_tokens = [], [], [], 0
             for request, new in chosen:
                 ids += new
-                if request.num_fed + len(new) == request.num_ids:
+                fed, num_prompt = request.num_fed + len(new), request.num_prompt
+                if fed == num_prompt + len(request.new_ids):
                     sampling.append(request)
                     ends.append(len(ids) - 1)
-                if len(new) > 1 or not request.is_past_prompt:
+                if len(new) > 1 or fed <= num_prompt:
                     num_prompt_tokens += len(new)
             with step:
                 logits = self.model.forward(np.array(ids), step, np.array(ends, np.int64))
                 for request, row in zip(sampling, logits, strict=True):
                     request.draw(row)
-                    for sibling in request.siblings:
-                        sibling.draw(row)
+                    if request.siblings:
+                        for sibling in request.siblings:
+                            sibling.draw(row)
             self._step = None
             for request, new in chosen:
                 request.num_fed += len(new)
@@ -380,14 +382,14 @@ class Batch(Uncopyable):
             except StaleSequence as error:  # its sequence was freed from outside
                 self._fail(request, error)
                 continue
-            if request.seq is None and request not in awaited and not self._is_done(request):
+            if request.seq is None and request not in awaited and not request.is_done(self.stop_ids):
                 self._send_back(request)  # as a preemption that was interrupted
         self._settle([one for one in list(self.running) if not self._was_done(one)])
         self._is_disturbed = False
 
     def _was_done(self, request: Request) -> bool:
         """Retire a request that was done before; else False."""
-        if request.siblings or not self._is_done(request):
+        if request.siblings or not request.is_done(self.stop_ids):
             return False
         self._retire(request)
         return True
@@ -405,11 +407,9 @@ class Batch(Uncopyable):
         for request in requests:
             if request.retained and request.is_past_prompt:
                 self._retain(request)
-            num_new = len(request.new_ids)
-            request.take_drawn()
-            if len(request.new_ids) > num_new:
+            if request.take_drawn():
                 self.sampled.append(request)
-            if self._is_done(request) and request in self.running:
+            if request.is_done(self.stop_ids) and request in self.running:
                 self._retire(request)
 
     def _retain(self, request: Request) -> None:
@@ -525,7 +525,7 @@ class Batch(Uncopyable):
         chosen, prompts = [], []
         for request in self.running if self.only is None else [self.only]:
             new_ids = request.new_ids
-            num_left = len(request.prompt) + len(new_ids) - request.num_fed
+            num_left = request.num_prompt + len(new_ids) - request.num_fed
             if num_left == 1 and new_ids:
                 chosen.append((request, new_ids[-1:]))
             elif num_left and request.seq is not None:
@@ -603,15 +603,6 @@ class Batch(Uncopyable):
             one.error = error
         for one in (request, *request.siblings):
             self._retire(one)
-
-    def _is_done(self, request: Request) -> bool:
-        if not request.new_ids or request.error is not None:
-            return request.error is not None
-        is_whole = request.is_whole()
-        if request.error is not None:
-            return True
-        is_full = len(request.new_ids) >= request.max_new_tokens
-        return is_full or is_whole or request.new_ids[-1] in self.stop_ids
 
     def _retire(self, request: Request) -> None:
         if request.error is None:

@@ -68,8 +68,8 @@ class Sample:
         self.index, self.finish_reason = index, None
         self.error: Exception | None = None
         self._max_tokens, self._stop_ids, self._stream = max_tokens, stop_ids, stream
+        self._has_stops = stream is not None and stream.has_stops
         self._texts: list[str] = []
-        self._ids: list[int] = []
         self._push: Callable[[Piece], None] = lambda piece: None
 
     finish_reason: FinishReason | None
@@ -77,7 +77,7 @@ class Sample:
     @property
     def ids(self) -> list[int]:
         """New ids, with the stop id if one came."""
-        return list(self._ids)
+        return list(self._request.new_ids)
 
     @property
     def text(self) -> str:
@@ -91,27 +91,27 @@ class Sample:
     @property
     def logprobs(self) -> list[LogProbability]:
         """Of each new id; none unless they were required."""
-        return self._request.logprobs[: len(self._ids)]
+        return list(self._request.logprobs)
 
     def __call__(self, new_ids: list[int]) -> bool:
         """Take the newest id; True: the sample is whole.  Called by the batch, in the engine's thread."""
         id, stream, text = new_ids[-1], self._stream, ""
-        self._ids.append(id)
         reason: FinishReason | None = None
         if id in self._stop_ids:
             reason = "stop"
         elif stream is not None:
             text = stream.add(id)
-            if stream.has_stopped:
+            if self._has_stops and stream.has_stopped:
                 reason = "stop"
         if reason is None and len(new_ids) >= self._max_tokens:
             reason = "length"
-        if reason is not None and stream is not None:
-            text += stream.finish()
+        if reason is not None:
+            self.finish_reason = reason
+            if stream is not None:
+                text += stream.finish()
         if text:
             self._texts.append(text)
         logprobs = self._request.logprobs
-        self.finish_reason = reason
         self._push(Piece(self.index, id, text, logprobs[-1] if logprobs else None, reason))
         return reason is not None
 
@@ -260,7 +260,7 @@ class Handle:
             prompt_tokens=length,
             cached_tokens=cached,
             written_tokens=max(0, min(fed, length) - cached),
-            new_tokens=sum(len(sample._ids) for sample in self.samples),
+            new_tokens=sum(len(request.new_ids) for request in self.requests),
             num_preemptions=sum(request.num_preemptions for request in self.requests),
             miss_reason=None if match is None else match.reason,
         )

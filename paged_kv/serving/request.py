@@ -6,12 +6,11 @@ truth: ids that it does not hold yet are fed next, and an id that was drawn coun
 ids before it.  So a step that raised can be repeated, a request that was preempted goes on, and no id is
 drawn twice.
 
-Imports models.sampling and models.token_ids.
+Imports models.sampling.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from .._binding import integer
 from ..errors import ArgumentError
 from ..models.sampling import LogProbability, Sampler, log_probability
 from ..models.ternary import FloatArray
-from ..models.token_ids import drawn_id
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -79,13 +77,17 @@ class Request:
     num_seen: int = 0
     #: The prompt, int32.
     ids: NDArray[np.int32] = field(init=False)
+    num_prompt: int = field(init=False)
+    _reads_ids: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.ids = np.array(self.prompt, np.int32)
+        self.num_prompt = len(self.prompt)
+        self._reads_ids = bool(getattr(self.sampler, "reads_ids", False))
 
     @property
     def num_ids(self) -> int:
-        return len(self.prompt) + len(self.new_ids)
+        return self.num_prompt + len(self.new_ids)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -94,7 +96,7 @@ class Request:
 
     @property
     def is_past_prompt(self) -> bool:
-        return self.num_fed >= len(self.prompt)
+        return self.num_fed >= self.num_prompt
 
     def sync(self) -> None:
         """Read what the sequence holds.  Raises: StaleSequence."""
@@ -102,39 +104,54 @@ class Request:
 
     def next_ids(self, room: int) -> list[int]:
         """The next ids to feed, at most `room`."""
-        fed, length = self.num_fed, len(self.prompt)
+        fed, length = self.num_fed, self.num_prompt
         rest = self.prompt[fed : fed + room]
         return rest + self.new_ids[max(0, fed - length) :][: room - len(rest)]
 
     def draw(self, logits: FloatArray) -> None:
         """Choose what follows all ids that there are, once; what the sampler raises ends the request."""
-        if self.error is None and (self.drawn is None or self.drawn[0] != self.num_ids):
-            try:
-                id = drawn_id(self.sampler, logits, chain(self.prompt, self.new_ids))
-                if self.num_logprobs is not None:
-                    self.drawn_logprob = log_probability(logits, id, self.num_logprobs)
-                self.drawn = self.num_ids, id
-            except Exception as error:
-                self.error = error
-
-    def take_drawn(self) -> None:
-        """The id that was drawn is the newest, if the sequence holds all before it."""
-        if self.drawn is not None and self.drawn[0] == self.num_ids == self.num_fed:
-            logprob, id = self.drawn_logprob, self.drawn[1]
-            if logprob is not None and len(self.logprobs) == len(self.new_ids):
-                self.logprobs.append(logprob)
-            self.new_ids.append(id)
-
-    def is_whole(self) -> bool:
-        """Whether `ends` says so of the new ids; what it raises ends the request."""
-        if self.ends is None or self.num_seen == len(self.new_ids):
-            return self.has_ended
+        num_ids = self.num_prompt + len(self.new_ids)
+        if self.error is not None or (self.drawn is not None and self.drawn[0] == num_ids):
+            return
         try:
-            self.has_ended = bool(self.ends(self.new_ids))
+            if self._reads_ids:
+                id = self.sampler.sample(logits, [*self.prompt, *self.new_ids])
+            else:
+                id = self.sampler.sample(logits)
+            if type(id) is not int or not 0 <= id < len(logits):
+                id = integer("the id that the sampler drew", id, 0, len(logits) - 1)
+            if self.num_logprobs is not None:
+                self.drawn_logprob = log_probability(logits, id, self.num_logprobs)
+            self.drawn = num_ids, id
         except Exception as error:
             self.error = error
-        self.num_seen = len(self.new_ids)
-        return self.has_ended
+
+    def take_drawn(self) -> bool:
+        """The id that was drawn is the newest, if the sequence holds all before it.  False: there is none."""
+        drawn, new_ids = self.drawn, self.new_ids
+        if drawn is None or drawn[0] != self.num_fed or drawn[0] != self.num_prompt + len(new_ids):
+            return False
+        if self.drawn_logprob is not None and len(self.logprobs) == len(new_ids):
+            self.logprobs.append(self.drawn_logprob)
+        new_ids.append(drawn[1])
+        return True
+
+    def is_done(self, stop_ids: frozenset[int]) -> bool:
+        """Whether it has ended: by an error, its length, a stop id, or because `ends` says so of the new ids.
+        What that raises ends it.
+        """
+        num_new = len(self.new_ids)
+        if self.error is not None or not num_new:
+            return self.error is not None
+        if self.ends is not None and self.num_seen != num_new:
+            try:
+                self.has_ended = bool(self.ends(self.new_ids))
+            except Exception as error:
+                self.error = error
+            self.num_seen = num_new
+            if self.error is not None:
+                return True
+        return self.has_ended or num_new >= self.max_new_tokens or self.new_ids[-1] in stop_ids
 
 
 def stop_set(stop_ids: object) -> frozenset[int]:

@@ -19,7 +19,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str] = ()) -> None:
         if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ArgumentError(f"stop is {stops!r:.60}; give a list of texts, none of them empty")
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)
         self._held = ""
         #: The stop string that has come; None: none has.
         self.found: str | None = None
@@ -32,15 +32,15 @@ class StopStrings:
         """
         if self.found is not None:
             return ""
-        if not self._stops:
+        if not self.stops:
             return piece
         text = self._held + piece
-        places = [(at, i) for i, stop in enumerate(self._stops) if (at := text.find(stop)) >= 0]
+        places = [(at, i) for i, stop in enumerate(self.stops) if (at := text.find(stop)) >= 0]
         if places:
             at, i = min(places)
-            self.found, self._held = self._stops[i], ""
+            self.found, self._held = self.stops[i], ""
             return text[:at]
-        num_held = max((_num_begun(text, stop) for stop in self._stops), default=0)
+        num_held = max((_num_begun(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 

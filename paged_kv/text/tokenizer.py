@@ -190,8 +190,10 @@ class TextStream:
     def __init__(self, tokenizer: ModelTokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._ids = tokenizer, list[int]()
         self._stops = StopStrings(stop)
+        #: Whether there are stop strings.
+        self.has_stops = bool(self._stops.stops)
         self._pieces: list[bytes] | None = getattr(tokenizer, "pieces", None)
-        self._utf8 = UTF8_DECODER("replace")
+        self._utf8_decode = UTF8_DECODER("replace").decode
         #: Ids from `_from` on are decoded again with each new one, and those before `_shown` have been given:
         #: how a token reads can depend on the one before it.
         self._from = self._shown = 0
@@ -209,8 +211,8 @@ class TextStream:
         """
         pieces = self._pieces
         if pieces is not None:
-            text = self._utf8.decode(pieces[id] if id < len(pieces) else b"")
-            return self._stops.add(text) if text else ""
+            text = self._utf8_decode(pieces[id] if id < len(pieces) else b"")
+            return self._stops.add(text) if text and self.has_stops else text
         self._ids.append(id)
         given, text = self._decoded()
         if len(text) <= len(given) or text.endswith("\ufffd"):
@@ -221,7 +223,7 @@ class TextStream:
     def finish(self) -> str:
         """What is left at the end, bytes of half a character as U+FFFD."""
         if self._pieces is not None:
-            return self._stops.add(self._utf8.decode(b"", True)) + self._stops.finish()
+            return self._stops.add(self._utf8_decode(b"", True)) + self._stops.finish()
         given, text = self._decoded()
         self._from = self._shown = len(self._ids)
         return self._stops.add(text[len(given) :]) + self._stops.finish()
