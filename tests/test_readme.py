@@ -8,7 +8,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs(capsys):
-    example, answer, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, answer, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(answer, "README.md", "exec"), {"__name__": "readme"})  # it needs a model
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
