@@ -1,4 +1,4 @@
-"""What does a crowd of chats get from a server: tokens a second, times to the first token and between, memory?
+"""What does a crowd of chats get from a server: tokens a second, waiting times, memory?
 
     python benchmarks/serving.py [--chats 200] [--rate 2.0] [--only ours,vllm] [--json FILE] [--plot FILE]
 
@@ -300,7 +300,8 @@ def export_folder(python: str, gguf: Path, folder: Path) -> str:
     code = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "path, name, out = sys.argv[1:]\n"
-        "AutoModelForCausalLM.from_pretrained(path, gguf_file=name, dtype=torch.bfloat16).save_pretrained(out)\n"
+        "model = AutoModelForCausalLM.from_pretrained(path, gguf_file=name, dtype=torch.bfloat16)\n"
+        "model.save_pretrained(out)\n"
         "AutoTokenizer.from_pretrained(path, gguf_file=name).save_pretrained(out)\n"
     )
     command = [python, "-c", code, str(gguf.parent), gguf.name, str(folder)]

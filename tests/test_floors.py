@@ -61,7 +61,7 @@ FLOORS = [
     {"models.bitnet"},
     {"commands.model_options"},
     {"serving.request", "serving.grammar", "commands.timing"},
-    {"serving.admission", "serving.options", "serving.handle"},
+    {"serving.admission", "serving.options", "serving.handle", "serving.beam"},
     {"serving.batch"},
     {"serving.generate", "serving.engine"},
     {"server.errors", "server.schemas"},

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .._binding import integer
+from .._binding import integer, real
 from ..errors import (
     ArgumentError,
     CacheClosed,
@@ -49,6 +49,7 @@ from ..pages.retention import priority_of, seconds
 from ..pages.salts import bytes_of
 from ..pages.token_keys import num_common
 from .admission import Admission, require_positions
+from .beam import Beam, BeamGroup
 from .request import Request, stop_set
 
 #: Tokens of one step, where there are prompts to fill it: enough for full matrix products, few enough that
@@ -60,6 +61,8 @@ MIN_SHARED_TOKENS = 32
 MAX_LOOKED_AT = 256
 #: So many requests may overtake one that the cache has no room for yet; then the others wait for it.
 MAX_OVERTAKEN = 16
+#: Beams of one search, at most.
+MAX_BEAMS = 64
 #: Steps after which the room is counted again, when no request has ended: others may have freed pages.
 STEPS_BETWEEN_COUNTS = 16
 
@@ -266,6 +269,36 @@ class Batch(Uncopyable):
         first.siblings = siblings
         return [first, *siblings]
 
+    def prepare_beams(
+        self,
+        prompt: ArrayLike,
+        max_new_tokens: int,
+        num_beams: int,
+        *,
+        stop_ids: Sequence[int] = (),
+        length_penalty: float = 1.0,
+        **options: Any,
+    ) -> list[Request]:
+        """The beams of a search for likely texts, for `queue`.
+
+        stop_ids : end a text
+        length_penalty : texts are compared by the sum of their log probabilities / length ** length_penalty
+        options : priority, salt, ttl, retained
+
+        When all are done, each has the ids of a text as `new_ids`, the likeliest first; fewer texts than
+        beams leave the others empty.
+        Raises: as `prepare`.
+        """
+        num_beams = integer("num_beams", num_beams, 1, MAX_BEAMS)
+        plain = self.prepare(prompt, max_new_tokens, [Sampler()] * num_beams, **options)
+        group = BeamGroup(stop_set(stop_ids), max_new_tokens, real("length_penalty", length_penalty))
+        for one in plain:
+            beam = Beam(one.prompt, max_new_tokens, one.sampler, one.cost, group=group, salt=one.salt)
+            beam.priority, beam.ttl, beam.retained = one.priority, one.ttl, one.retained
+            group.beams.append(beam)
+        group.beams[0].siblings = list(group.beams[1:])
+        return list(group.beams)
+
     def queue(self, requests: list[Request]) -> list[Request]:
         """Queue what `prepare` returned."""
         for request in requests:
@@ -279,8 +312,8 @@ class Batch(Uncopyable):
         """End a request that is not done: its pages are free for others at once.
 
         The next `step` returns it, with its ids so far and `error`, a RequestCancelled if none is given.
-        Samples of the same prompt are not affected.  Called inside a step (by a sampler), it takes effect
-        when the step ends.
+        Samples of the same prompt are not affected; the beams of one search end together.  Called inside a
+        step (by a sampler), it takes effect when the step ends.
 
         Returns: False when the request was done already, or is another batch's.
         """
@@ -290,6 +323,9 @@ class Batch(Uncopyable):
         if request.error is not None or request not in [*self.running, *waiting]:
             return False
         request.error = error or RequestCancelled("the request was cancelled")
+        if request.group is not None:
+            for beam in request.group.beams:
+                beam.error = beam.error or request.error
         self._is_disturbed = True
         if not self._is_stepping:
             self._recover()
@@ -324,6 +360,9 @@ class Batch(Uncopyable):
         if self.waiting:
             self._admit()
         chosen, step = self._open(self._choose())
+        if step is None and self.running and self.waiting and self.only is None:
+            # All that run are beams that wait for one of theirs, which has no room.
+            self._preempt(max((one for one in self.running if one.seq is not None), key=_order))
         if step is not None:
             ids, ends, sampling, num_prompt_tokens = [], [], [], 0
             for request, new in chosen:
@@ -397,7 +436,7 @@ class Batch(Uncopyable):
     def _settle(self, requests: list[Request]) -> None:
         """Take the ids that were drawn in committed steps, fork siblings, end what is done or cancelled."""
         for request in list(requests):
-            if request.siblings and (request.error or request.drawn):
+            if request.siblings and (request.error or request.is_past_prompt):
                 siblings = list(request.siblings)
                 if request.is_past_prompt:
                     self._fork_siblings(request)
@@ -411,6 +450,48 @@ class Batch(Uncopyable):
                 self.sampled.append(request)
             if request.is_done(self.stop_ids) and request in self.running:
                 self._retire(request)
+        for group in {request.group: None for request in requests if request.group is not None}:
+            self._settle_beams(group)
+
+    def _settle_beams(self, group: BeamGroup) -> None:
+        """Let the beams of a search go on as it chooses, or end all of them."""
+        error = next((beam.error for beam in group.beams if beam.error is not None), None)
+        if error is None and group.is_ready:
+            moves = group.choose()
+            if moves:
+                self._move_beams(group, moves)
+            self.sampled += group.beams
+        if error is None and not group.is_done:
+            return
+        for beam in group.beams:
+            beam.error = beam.error or error
+            if beam in self.running or beam in self.waiting:
+                self._retire(beam)
+
+    def _move_beams(self, group: BeamGroup, moves: list[tuple[int, int, float]]) -> None:
+        """Give each beam the ids and the sequence that it goes on with: forks, where several have one."""
+        states = [(beam.seq, beam.num_fed, beam.new_ids) for beam in group.beams]
+        parents = {place for place, _, _ in moves}
+        for place, beam in enumerate(group.beams):
+            if place not in parents:
+                self._release(beam)  # before its pages are needed
+        taken: set[int] = set()
+        for beam, (place, id, score) in zip(group.beams, moves, strict=True):
+            seq, num_fed, new_ids = states[place]
+            if place in taken and seq is not None:
+                try:
+                    seq = seq.fork()
+                except OutOfSequences:
+                    seq = None  # it feeds its ids again
+            taken.add(place)
+            beam.seq, beam.num_fed = seq, num_fed if seq is not None else 0
+            beam.new_ids, beam.score = [*new_ids, id], score
+        for beam in group.beams:
+            if beam.seq is None:
+                self._send_back(beam)
+            elif beam not in self.running:
+                self.waiting.remove(beam)
+                self.running.append(beam)
 
     def _retain(self, request: Request) -> None:
         """Say how long parts of a prompt that was computed are worth keeping."""
@@ -612,6 +693,8 @@ class Batch(Uncopyable):
         self._rest = 0
         if request in self.running:
             self.running.remove(request)
+        if request in self.waiting:
+            self.waiting.remove(request)
 
 
 def _order(request: Request) -> tuple[int, int]:

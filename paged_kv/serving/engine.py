@@ -144,17 +144,25 @@ class Engine(Uncopyable):
         for i in range(sampling.n):
             stream = None if self.tokenizer is None else self.tokenizer.stream(sampling.stop)
             samples.append(Sample(i, sampling.max_tokens, stop_ids, stream))
-        requests = self._batch.prepare(
-            prompt,
-            sampling.max_tokens,
-            sampling.samplers(self.tokenizer, stop_ids),
-            logprobs=sampling.logprobs,
-            ends=samples,
-            priority=priority,
-            salt=salt,
-            ttl=ttl,
-            retained=retained,
-        )
+        kept: dict[str, Any] = {"priority": priority, "salt": salt, "ttl": ttl, "retained": retained}
+        if sampling.num_beams > 1:
+            requests = self._batch.prepare_beams(
+                prompt,
+                sampling.max_tokens,
+                sampling.num_beams,
+                stop_ids=tuple(stop_ids),
+                length_penalty=sampling.length_penalty,
+                **kept,
+            )
+        else:
+            requests = self._batch.prepare(
+                prompt,
+                sampling.max_tokens,
+                sampling.samplers(self.tokenizer, stop_ids),
+                logprobs=sampling.logprobs,
+                ends=samples,
+                **kept,
+            )
         handle = Handle(requests, samples, self.clock(), self._wake, self._cancel, on_piece)
         with self._has_commands:
             self._require_room()
@@ -231,8 +239,9 @@ class Engine(Uncopyable):
         why: Exception = RequestCancelled("the engine was closed")
         if self._failure is not None:
             why = EngineClosed(f"the engine has failed: {self._failure!r:.200}")
-        for request, handle in self._handles.items():
-            handle.samples[handle.requests.index(request)].end(why)
+        for handle in dict.fromkeys(self._handles.values()):
+            for sample in handle.samples:
+                sample.end(why)
         self._handles.clear()
         self._flush()
         with suppress(CacheClosed):
@@ -289,7 +298,12 @@ class Engine(Uncopyable):
         self._count_tokens(now)
         for request in done:
             handle = self._handles.pop(request)
-            sample = handle.samples[handle.requests.index(request)]
+            place = handle.requests.index(request)
+            if place >= len(handle.samples):
+                continue  # a beam that is none of the best
+            sample = handle.samples[place]
+            if request.group is not None and request.error is None:
+                sample.take_whole()
             sample.end(request.error)
             self.counters.finished[sample.finish_reason or "error"] += 1
             if handle.is_done and handle.done_at is None:

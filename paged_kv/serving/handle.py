@@ -77,7 +77,7 @@ class Sample:
     @property
     def ids(self) -> list[int]:
         """New ids, with the stop id if one came."""
-        return list(self._request.new_ids)
+        return list(self._request.new_ids) if self._request.group is None or self.finish_reason else []
 
     @property
     def text(self) -> str:
@@ -114,6 +114,13 @@ class Sample:
         logprobs = self._request.logprobs
         self._push(Piece(self.index, id, text, logprobs[-1] if logprobs else None, reason))
         return reason is not None
+
+    def take_whole(self) -> None:
+        """Take all ids at once, of a search that has ended."""
+        ids = self._request.new_ids
+        if not any(self(ids[:count]) for count in range(1, len(ids) + 1)):
+            self.finish_reason = "stop"
+            self._push(Piece(self.index, None, finish_reason="stop"))
 
     def end(self, error: Exception | None) -> None:
         """Note what ended it before it was whole, if something did."""
@@ -159,7 +166,7 @@ class Handle:
         #: Of the coroutine that reads: its loop, and what it waits for.
         self.loop: asyncio.AbstractEventLoop | None = None
         self._waiter: asyncio.Future[None] | None = None
-        for request, sample in zip(requests, samples, strict=True):
+        for request, sample in zip(requests, samples, strict=False):  # of beams, the best
             sample.begin(request, self._push)
 
     def _push(self, piece: Piece) -> None:
@@ -260,7 +267,7 @@ class Handle:
             prompt_tokens=length,
             cached_tokens=cached,
             written_tokens=max(0, min(fed, length) - cached),
-            new_tokens=sum(len(request.new_ids) for request in self.requests),
+            new_tokens=sum(len(request.new_ids) for request in self.requests[: len(self.samples)]),
             num_preemptions=sum(request.num_preemptions for request in self.requests),
             miss_reason=None if match is None else match.reason,
         )

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from .._binding import integer
+from .._binding import integer, real
 from ..errors import ArgumentError
 from ..models.sampling import Sampler, seed_of
 from ..text.stop_strings import StopStrings
@@ -32,6 +32,9 @@ class Sampling:
     stop_ids : ids that end a sample; None: the model's
     logprobs : keep the log probability of each new id, and of so many of the likeliest; None: keep none
     grammar : what the text must be; None: any
+    num_beams : above 1: search for the n likeliest texts with so many beams, which come when they are whole;
+        with neither temperature, grammar nor logprobs
+    length_penalty : beams are compared by the sum of their log probabilities / length ** length_penalty
 
     Raises: ArgumentError.
     """
@@ -48,6 +51,8 @@ class Sampling:
     stop_ids: Any = None
     logprobs: int | None = None
     grammar: Grammar | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         integer("max_tokens", self.max_tokens, 1)
@@ -60,6 +65,15 @@ class Sampling:
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise ArgumentError(f"grammar is {self.grammar!r:.60}; give a Grammar")
         self._sampler(0)
+        integer("num_beams", self.num_beams, 1, MAX_SAMPLES)
+        real("length_penalty", self.length_penalty)
+        if self.num_beams > 1:
+            if self.n > self.num_beams:
+                raise ArgumentError(
+                    f"n is {self.n}, and num_beams {self.num_beams}; beams give as many texts"
+                )
+            if self.temperature or self.grammar is not None or self.logprobs is not None:
+                raise ArgumentError("num_beams goes with temperature 0, without grammar and logprobs")
 
     def _sampler(self, seed: int) -> Sampler:
         return Sampler(

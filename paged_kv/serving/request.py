@@ -67,6 +67,8 @@ class Request:
     num_overtaken: int = 0
     #: Other samples of the same prompt, which begin as forks when it is computed.
     siblings: list["Request"] = field(default_factory=list)
+    #: Of a beam, the search that it is one of.
+    group: Any = None
     #: (n, id): the id that was drawn to follow the first n.
     drawn: tuple[int, int] | None = None
     drawn_logprob: LogProbability | None = None
