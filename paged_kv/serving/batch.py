@@ -566,7 +566,8 @@ class Batch(Uncopyable):
                     # Nothing is called in between, so no interrupt leaves a sequence without its request.
                     self.running += group
                     self._count_admitted(first)
-            self.waiting.remove(first)
+            if first in self.waiting:
+                self.waiting.remove(first)
         self._rest = STEPS_BETWEEN_COUNTS if must_rest else 0
 
     def _new_sequence(self, request: Request) -> Any:

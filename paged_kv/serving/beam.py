@@ -4,8 +4,8 @@
                                                                  texts that end are kept
 
 A beam is a request of the batch, with a sequence of its own.  When all beams of a group have logits, the
-group chooses, and each beam takes the ids and the sequence that it goes on with.  So beams need not step together:
-one that was preempted is waited for, and feeds its ids again.
+group chooses, and each beam takes the ids and the sequence that it goes on with.  So beams need not step
+together: one that was preempted is waited for, and feeds its ids again.
 
 Source: transformers' `generate(num_beams=...)`, whose scores and end these are.
 
