@@ -6,7 +6,8 @@ Chats, each with one of a few system prompts and some turns, arrive as a Poisson
 the answer to the one before has come.  Each server is started by itself, with the same weights (SmolLM2-135M,
 from `make smollm2`), answers the same trace over its HTTP API, streamed and greedy, and is ended.  Rivals run
 in environments of their own: .venv-serving (make .venv-serving/ready), or --python NAME=PATH; one that is
-missing is a row that says so.
+missing is a row that says so.  After --limit seconds a server is ended: `requests` of `of` were answered,
+and tokens of others count too, but not the waits of those that had none.
 """
 
 import argparse
@@ -87,6 +88,7 @@ class Result:
     """What one request took; times in seconds.
 
     sent : since the trace began
+    total : 0 while it goes on
     waits : between two pieces of text
     """
 
@@ -99,15 +101,14 @@ class Result:
     text: str = ""
 
 
-async def ask(port: int, model: str, messages: list[dict[str, str]], max_tokens: int, begin: float) -> Result:
-    """A streamed chat completion, read with as little work as can be."""
+async def ask(port: int, model: str, messages: list[dict[str, str]], max_tokens: int, result: Result) -> None:
+    """A streamed chat completion, read with as little work as can be; the result fills as it comes."""
     body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
     data = json.dumps(body).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     )
     head += f"Connection: close\r\nAuthorization: Bearer none\r\nContent-Length: {len(data)}\r\n\r\n"
-    result = Result(time.perf_counter() - begin)
     sent = last = time.perf_counter()
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
@@ -132,13 +133,12 @@ async def ask(port: int, model: str, messages: list[dict[str, str]], max_tokens:
     except OSError as error:
         result.error = repr(error)
     result.total = time.perf_counter() - sent
-    return result
 
 
 async def play(
-    port: int, model: str, chats: list[Chat], max_tokens: int, live: LiveLine, name: str
+    port: int, model: str, chats: list[Chat], max_tokens: int, limit: float, live: LiveLine, name: str
 ) -> tuple[list[Result], float]:
-    """All chats; their results, and the seconds from the first arrival to the last answer."""
+    """All chats; their results, and the seconds from the first arrival to the last answer, or the limit."""
     results: list[Result] = []
     begin = time.perf_counter()
 
@@ -147,13 +147,19 @@ async def play(
         messages = [{"role": "system", "content": chat.system}]
         for turn in chat.turns:
             messages.append({"role": "user", "content": turn})
-            result = await asyncio.wait_for(ask(port, model, messages, max_tokens, begin), REQUEST_SECONDS)
+            result = Result(time.perf_counter() - begin)
             results.append(result)
+            await asyncio.wait_for(ask(port, model, messages, max_tokens, result), REQUEST_SECONDS)
             messages.append({"role": "assistant", "content": result.text or "-"})
             live.update(f"{name}: {len(results)} of {sum(len(chat.turns) for chat in chats)} answers")
 
-    await asyncio.gather(*(one(chat) for chat in chats))
-    return results, time.perf_counter() - begin - chats[0].arrival
+    tasks = [asyncio.create_task(one(chat)) for chat in chats]
+    await asyncio.wait(tasks, timeout=limit)
+    seconds = time.perf_counter() - begin - chats[0].arrival
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return results, seconds
 
 
 # ---- servers
@@ -175,8 +181,11 @@ def servers(port: int, gguf: Path, folder: Path, pythons: dict[str, str]) -> dic
     offline = {"HF_HUB_OFFLINE": "1"}
     ours = ("serve", "--model", gguf, "--name", "ours", "--memory", "512MiB")
     transformers = ("serve", folder, "--continuous-batching", "--device", "cpu")
-    llama = ("--model", gguf, "--n_ctx", 4096, "--n_threads", 2)
-    vllm = ("--model", folder, "--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", 4096)
+    # Without the CPU's products of bfloat16, float32 is what is fast for them.
+    dtype = "bfloat16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "float32"
+    transformers += ("--dtype", dtype)
+    llama = ("--model", gguf, "--n_ctx", 4096, "--n_threads", 2, "--interrupt_requests", "false")
+    vllm = ("--model", folder, "--served-model-name", "m", "--dtype", dtype, "--max-model-len", 4096)
     module = "vllm.entrypoints.openai.api_server"
     return {
         "ours": Server(command(sys.executable, "paged_kv", *ours), "ours"),
@@ -230,7 +239,8 @@ async def wait_until_ready(port: int, model: str, process: subprocess.Popen) -> 
     while time.monotonic() < end:
         if process.poll() is not None:
             return f"ended with {process.returncode}"
-        result = await ask(port, model, message, 2, time.perf_counter())
+        result = Result(0.0)
+        await ask(port, model, message, 2, result)
         if result.num_tokens:
             return ""
         await asyncio.sleep(0.5)
@@ -238,10 +248,17 @@ async def wait_until_ready(port: int, model: str, process: subprocess.Popen) -> 
 
 
 def measure(
-    name: str, server: Server, port: int, chats: list[Chat], max_tokens: int, live: LiveLine, log: Path
+    name: str,
+    server: Server,
+    port: int,
+    chats: list[Chat],
+    max_tokens: int,
+    limit: float,
+    live: LiveLine,
+    log: Path,
 ) -> dict[str, object]:
     """One server's row."""
-    row: dict[str, object] = {"server": name}
+    row: dict[str, object] = {"server": name, "of": sum(len(chat.turns) for chat in chats)}
     with log.open("w") as out:
         try:
             process = subprocess.Popen(
@@ -258,7 +275,7 @@ def measure(
         problem = asyncio.run(wait_until_ready(port, server.model, process))
         if problem:
             return row | {"note": f"missing: {problem}; {log}"}
-        results, seconds = asyncio.run(play(port, server.model, chats, max_tokens, live, name))
+        results, seconds = asyncio.run(play(port, server.model, chats, max_tokens, limit, live, name))
         row |= summary(results, seconds) | {"peak_MiB": round(peak_mib(process.pid))}
     finally:
         if process.poll() is None:
@@ -275,12 +292,15 @@ def measure(
 def summary(results: list[Result], seconds: float) -> dict[str, object]:
     """Rates, and quantiles in milliseconds."""
     good = [result for result in results if not result.error and result.num_tokens]
-    num_tokens = sum(result.num_tokens for result in good)
+    num_tokens, num_whole = (
+        sum(result.num_tokens for result in good),
+        sum(result.total > 0 for result in good),
+    )
     row: dict[str, object] = {
-        "requests": len(good),
-        "failed": len(results) - len(good),
+        "requests": num_whole,
+        "failed": sum(bool(result.error) for result in results),
         "seconds": round(seconds, 1),
-        "requests_per_s": round(len(good) / seconds, 2),
+        "requests_per_s": round(num_whole / seconds, 2),
         "tokens_per_s": round(num_tokens / seconds, 1),
     }
     for name, values in (
@@ -301,7 +321,10 @@ def export_folder(python: str, gguf: Path, folder: Path) -> str:
         "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "path, name, out = sys.argv[1:]\n"
         "model = AutoModelForCausalLM.from_pretrained(path, gguf_file=name, dtype=torch.bfloat16)\n"
-        "model.save_pretrained(out)\n"
+        "if hasattr(model.config, 'quantization_config'): del model.config.quantization_config\n"
+        "plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)\n"
+        "plain.load_state_dict(model.state_dict())\n"
+        "plain.save_pretrained(out)\n"
         "AutoTokenizer.from_pretrained(path, gguf_file=name).save_pretrained(out)\n"
     )
     command = [python, "-c", code, str(gguf.parent), gguf.name, str(folder)]
@@ -341,6 +364,12 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=200)
     parser.add_argument("--rate", type=float, default=2.0, help="chats that come in a second (default 2)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer (default 64)")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=300.0,
+        help="seconds for a server; what is not answered then is left out of its times (default 300)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="names of servers, with commas")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="of a rival")
@@ -366,11 +395,12 @@ def main() -> None:
     for name, server in servers(port, gguf, folder, pythons).items():
         if only is None or name in only:
             log = options.build / f"{name}.log"
-            rows.append(measure(name, server, port, chats, options.max_tokens, live, log))
+            rows.append(measure(name, server, port, chats, options.max_tokens, options.limit, live, log))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    show(rows, False)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    show([{name: row.get(name, "") for name in columns} for row in rows], False)
     if options.json is not None:
-        content = {"machine": machine(), "trace": vars(options) | {"json": None}, "serving": rows}
+        content = {"machine": machine(), "trace": [vars(options)], "serving": rows}
         replace_files(
             {options.json: lambda file: file.write(packed(json.loads(json.dumps(content, default=str))))}
         )

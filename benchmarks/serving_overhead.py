@@ -5,10 +5,12 @@
 So many requests decode with a model and a sampler that do nothing; the time of the model's passes is taken
 off each step.  Rows: the batch alone; an engine, which detokenizes and hands each piece over; the engine with
 a coroutine for each request in the same process, which competes for the interpreter's lock (a model that
-computes does not hold it); and with a page of 10,000 squares that takes ten frames a second.
+computes does not hold it); with a page of 10,000 squares that takes ten frames a second; and what one such
+frame takes.
 """
 
 import asyncio
+import json
 import threading
 import time
 
@@ -143,15 +145,47 @@ def engine(num_sequences: int, num_steps: int, *, reads: bool, page: bool) -> di
     return steps.row(name)
 
 
+def frame(num_sequences: int, num_frames: int) -> dict[str, object]:
+    """What the page's frame takes: 10,000 pages, most of them held, after a decode step."""
+    model, times = Nothing(), []
+    with new_cache(num_sequences) as cache:
+        seqs, frames = [cache.sequence() for _ in range(num_sequences)], Frames(cache._store)
+        num_tokens = min(2000, 600_000 // num_sequences)
+        for seq in seqs:
+            with cache.step([seq], [[7] * num_tokens]) as step:
+                model.forward(np.zeros(num_tokens), step, np.zeros(1))
+        for _ in range(num_frames):
+            with cache.step(seqs, [[1]] * num_sequences) as step:
+                model.forward(np.zeros(num_sequences), step, np.zeros(1))
+            begin = time.perf_counter()
+            event(frames.next())
+            times.append(1e6 * (time.perf_counter() - begin))
+    low, median, high = np.percentile(times[5:], [25, 50, 75])
+    return {
+        "what": "frame of the page",
+        "num_sequences": num_sequences,
+        "us": round(median, 1),
+        "us_per_sequence": round(median / num_sequences, 2),
+        "quartiles": f"{low:.1f} to {high:.1f}",
+        "num_steps": num_frames,
+    }
+
+
+def event(data: dict[str, object]) -> bytes:
+    """As the server sends it."""
+    return json.dumps(data, separators=(",", ":")).encode()
+
+
 def main() -> None:
     options = arguments(__doc__).parse_args()
     serving_options.Sampler = Constant  # what an engine draws with
-    sizes, num_steps = ([4], 12) if options.toy else ([1, 64, 256], 300)
+    sizes, num_steps = ([4], 60) if options.toy else ([1, 64, 256], 300)
     rows = []
     for size in progress(sizes, "serving"):
         rows.append(batch_alone(size, num_steps))
         for reads, page in ((False, False), (True, False), (False, True)):
             rows.append(engine(size, num_steps, reads=reads, page=page))
+        rows.append(frame(size, num_steps))
     show(rows, options.json)
 
 

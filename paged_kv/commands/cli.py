@@ -154,7 +154,9 @@ def _add_serve(commands: Any) -> None:
     command.add_argument("--port", type=int, default=8000, help="0: a free one (default 8000)")
     command.add_argument("--name", help="of the model, as clients call it (default: of its file)")
     command.add_argument("--api-key", action="append", metavar="KEY", help="clients need one; repeatable")
-    command.add_argument("--memory", help="bytes of the pool, as 4GiB (default: eight whole contexts)")
+    command.add_argument(
+        "--memory", help="bytes of the pool, as 4GiB (default: eight contexts, or half of the memory)"
+    )
     command.add_argument("--context", type=int, help="tokens of a request (default: the model's)")
     command.add_argument("--max-sequences", type=int, default=256, help="that run at once (default 256)")
     command.add_argument("--max-waiting", type=int, default=256, help="requests that wait (default 256)")

@@ -17,7 +17,7 @@ from typing import Any
 from .._binding import integer, kernels, real
 from ..errors import ArgumentError
 from ..extras import require
-from ..machine import num_cpus
+from ..machine import available_memory, num_cpus
 from ..models.model_files import PACKAGED, found_path
 from ..pages.layout import num_pages, parse_memory
 from ..serving.engine import Engine
@@ -35,6 +35,8 @@ PLAIN_TEMPLATE = (
 TINY = "tiny-bitnet"
 #: Temperature and top_p that the makers of a packaged model advise.
 ADVISED = {"smollm2": (0.2, 0.9)}
+#: Whole contexts that the pool holds, unless --memory says more or less.
+CONTEXTS = 8
 #: Where a key is read, so that it does not stand in the list of processes.
 KEY_VARIABLE = "PAGED_KV_API_KEY"
 
@@ -142,10 +144,22 @@ def _cache_options(options: argparse.Namespace, found: Opened) -> dict[str, Any]
         "max_sequences": options.max_sequences,
         "max_seq_len": context,
     }
+    kept |= found.cache_options
     if options.memory is None:
-        # Eight whole contexts: most requests take a small part of theirs.
-        kept |= {"num_pages": 8 * num_pages(context, PAGE_SIZE)}
-    return kept | found.cache_options
+        kept |= {"num_pages": _usual_pages(found, context, kept)}
+    return kept
+
+
+def _usual_pages(found: Opened, context: int, kept: dict[str, Any]) -> int:
+    """Those of eight whole contexts, of which most requests take a small part; in half of the free memory."""
+    pages, available = CONTEXTS * num_pages(context, PAGE_SIZE), available_memory()
+    config = found.model.config
+    usual = "float32" if config.model_type == "bitnet" else "bfloat16"
+    item_bytes = 4 if kept.get("dtype", usual) == "float32" else 2
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item_bytes
+    if available is not None:
+        pages = min(pages, available // 2 // (PAGE_SIZE * token_bytes))
+    return max(1, pages)
 
 
 def _api_keys(options: argparse.Namespace) -> list[str]:
