@@ -1,9 +1,11 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fill, make_cache, rows
-from support import resident_bytes
+from conftest import fill, make_cache
 
 from paged_kv import ArgumentError, OutOfSequences, PagedKVCache, StaleSequence
 
@@ -110,22 +112,36 @@ def test_an_argument_that_is_not_there_is_a_type_error():
 NUM_CACHES = int(os.environ.get("PAGED_KV_NUM_CACHES", "1000"))
 
 
-def test_caches_that_come_and_go_leave_resident_memory_flat(rng):
-    k = rows(rng, 1, 1, 8)
+#: In a process of its own, where no other test's threads and garbage come and go.
+LIVE_AND_DIE = """
+import sys
+import numpy as np
+from support import resident_bytes
+from paged_kv import PagedKVCache
 
-    def live_and_die():
-        with PagedKVCache(1, 1, 8, num_pages=4, page_size=16, max_sequences=4, num_threads=2) as cache:
-            seq = cache.sequence()
-            with cache.step([seq], [1]) as step:
-                step.attend(0, k, k, k)
+k = np.ones((1, 1, 8), np.float32)
 
-    for _ in range(200):
-        live_and_die()
-    before = resident_bytes()
-    for _ in range(NUM_CACHES):
-        live_and_die()
+def live_and_die():
+    with PagedKVCache(1, 1, 8, num_pages=4, page_size=16, max_sequences=4, num_threads=2) as cache:
+        seq = cache.sequence()
+        with cache.step([seq], [1]) as step:
+            step.attend(0, k, k, k)
+
+for _ in range(200):
+    live_and_die()
+before = resident_bytes()
+for _ in range(int(sys.argv[1])):
+    live_and_die()
+print(resident_bytes() - before)
+"""
+
+
+def test_caches_that_come_and_go_leave_resident_memory_flat():
+    command = [sys.executable, "-c", LIVE_AND_DIE, str(NUM_CACHES)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     # A page of the system, let alone a pool, left by each would be eight times that.
-    assert resident_bytes() - before < 2**20 + 512 * NUM_CACHES
+    assert int(done.stdout) < 2**20 + 512 * NUM_CACHES
 
 
 def test_too_much_memory_is_a_memory_error():

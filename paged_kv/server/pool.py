@@ -1,6 +1,6 @@
 """The pool, seen: a page that draws every page of the pool, live or from a recording.
 
-    Feed: one task, ten frames a second ── JSON ──▶ every page that looks on; none looks on: no frame is made
+    Feed: ten frames a second for each viewer ── events ──▶ its page; without a viewer no frame is made
 
 Imports service, stream and frames.
 """
@@ -20,7 +20,7 @@ from .service import Service
 from .stream import event
 
 SECONDS_BETWEEN_FRAMES = 0.1
-#: Pages that look on at once; each has its own record of what it has seen.
+#: Viewers at once; each has its own record of what it has seen.
 MAX_VIEWERS = 16
 #: Bytes of a recording that a page is made of, at most.
 MAX_RECORDING = 64 * 2**20
@@ -69,7 +69,7 @@ def read_recording(path: Path) -> str:
 
 
 class Feed:
-    """Frames of a service's pool for those who look on."""
+    """Frames of a service's pool for its viewers."""
 
     def __init__(self, service: Service) -> None:
         self._service, self._engine, self._num_viewers = service, service.engine, 0
@@ -77,7 +77,7 @@ class Feed:
     def frames(self) -> AsyncIterator[bytes]:
         """Events for one viewer, until it goes away.  Raises: ApiError when there are too many."""
         if self._num_viewers >= MAX_VIEWERS:
-            raise ApiError(503, f"{MAX_VIEWERS} pages look on already")
+            raise ApiError(503, f"{MAX_VIEWERS} viewers are there already")
         return self._frames()
 
     async def _frames(self) -> AsyncIterator[bytes]:

@@ -106,7 +106,7 @@ class Service:
             raise
 
     def salt(self, key: bytes, salt: str | None) -> bytes:
-        """What separates the pages of a tenant: nobody can guess it, also one who knows the tenant's salt."""
+        """What separates a tenant's pages; it cannot be guessed, also where the tenant's salt is known."""
         message = len(key).to_bytes(8) + key + (b"" if salt is None else b"\x01" + salt.encode())
         return hmac.digest(self._secret, message, "sha256")
 

@@ -132,7 +132,7 @@ def test_the_live_page_follows_the_pool(tab):
         deadline = time.monotonic() + 10
         while running.server.server_state.tasks and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not running.server.server_state.tasks  # nobody looks on, and no frame is made
+        assert not running.server.server_state.tasks  # without a viewer no frame is made
 
 
 def test_a_key_is_prompted_for(tab):

@@ -23,7 +23,7 @@ def logits_after(model, ids):
 
 
 def searched(model, prompt, num_beams, max_new, stop_ids, length_penalty=1.0):
-    """The same search, told simply: every beam is computed again from its first token on."""
+    """The same search, plainly: every beam is computed again from its first token on."""
     beams, ended = [(0.0, [])], []
     for length in range(1, max_new + 1):
         extended = []
@@ -66,7 +66,7 @@ def serve(batch, limit=3000):
     st.sets(st.integers(0, 19), max_size=2),
     st.sampled_from([0.0, 1.0, 2.0]),
 )
-def test_the_texts_are_those_of_the_search_told_simply(prompt, num_beams, max_new, stop_ids, length_penalty):
+def test_the_texts_are_those_of_a_plain_search(prompt, num_beams, max_new, stop_ids, length_penalty):
     with MODEL.new_cache(num_pages=80) as cache:
         batch = Batch(MODEL, cache, Admission.pages_of(cache))
         options = {"stop_ids": tuple(stop_ids), "length_penalty": length_penalty}
