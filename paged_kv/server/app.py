@@ -5,8 +5,7 @@
 Imports completions, responses, stream and limits.
 """
 
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -68,13 +67,7 @@ def create_app(
     max_body_bytes, max_seconds : of a request's body, and for it to come
     """
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = FastAPI(
-        title="paged_kv", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS
-    )
+    app = FastAPI(title="paged_kv", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Limits, api_keys=api_keys, max_body_bytes=max_body_bytes, max_seconds=max_seconds)
     _add_handlers(app)
     _add_generation(app, service)

@@ -1,4 +1,4 @@
-"""Limits before anything is allocated: who may ask, how large a body is, and how long it may take to come.
+"""Limits before anything is allocated: the key of a request, the size of its body, and the time it takes.
 
     connection ── headers: 32 KiB, 30 s ── key ── body: 4 MiB, 30 s ── route
 

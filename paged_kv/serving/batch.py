@@ -162,35 +162,10 @@ class Batch(Uncopyable):
         return self.add_samples(prompt, max_new_tokens, [sampler or Sampler()], **options)[0]
 
     def add_samples(
-        self,
-        prompt: ArrayLike,
-        max_new_tokens: int,
-        samplers: Sequence[Sampler],
-        *,
-        logprobs: int | None = None,
-        ends: Sequence[Callable[[list[int]], bool]] | None = None,
-        priority: int = 0,
-        salt: bytes = b"",
-        ttl: float | None = None,
-        retained: Sequence[tuple[int, int, float | None]] = (),
+        self, prompt: ArrayLike, max_new_tokens: int, samplers: Sequence[Sampler], **options: Any
     ) -> list[Request]:
-        """Queue several samples of one prompt, which run together.
-
-        Options and errors as `prepare`.
-        """
-        return self.queue(
-            self.prepare(
-                prompt,
-                max_new_tokens,
-                samplers,
-                logprobs=logprobs,
-                ends=ends,
-                priority=priority,
-                salt=salt,
-                ttl=ttl,
-                retained=retained,
-            )
-        )
+        """Queue several samples of one prompt, which run together; options and errors as `prepare`."""
+        return self.queue(self.prepare(prompt, max_new_tokens, samplers, **options))
 
     def prepare(
         self,
