@@ -20,7 +20,7 @@ from .lifetime import Uncopyable
 from .pages.block_table import Window
 from .pages.counts import Counts
 from .pages.events import Event
-from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, dtype_name, parse_memory
+from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, parse_memory, stored_dtypes
 from .pages.match import Match, explain
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
@@ -68,7 +68,8 @@ class PagedKVCache(Uncopyable):
     ----------
     num_layers, num_kv_heads : int
     head_dim, head_dim_v : of keys and values, multiples of 8 from 8 to 256; None: values are as wide as keys
-    dtype : what pages store: float32, float16 or bfloat16
+    dtype : what pages store: float32, float16, bfloat16 or int8, or a pair, of keys and of values.  int8: a
+        token's head is 8-bit integers and one bfloat16 scale, half the memory of bfloat16
     num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), rounded down to whole pages
     page_size : tokens per page, a multiple of 16
     max_sequences : int, sequences at a time
@@ -124,7 +125,7 @@ class PagedKVCache(Uncopyable):
             num_kv_heads=integer("num_kv_heads", num_kv_heads, 1, 2**16),
             head_dim=_multiple("head_dim", head_dim, 8, 256),
             head_dim_v=_multiple("head_dim_v", head_dim if head_dim_v is None else head_dim_v, 8, 256),
-            dtype=dtype_name(dtype),
+            dtypes=stored_dtypes(dtype),
             page_size=_multiple("page_size", page_size, 16, 2**20),
         )
         if layout.page_bytes > MAX_PAGE_BYTES:

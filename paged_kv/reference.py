@@ -1,4 +1,5 @@
-"""Attention in plain numpy, float64: the definition to read first, and what tests compare every kernel with.
+"""Attention in plain numpy, float64: the definition to read first, and what tests compare every kernel with;
+and what pages of 8 bits make of keys and values.
 
 Imported by tests.  Imports numpy alone.
 """
@@ -77,3 +78,29 @@ def attend(
             out[row, head] = weights @ values / total
             lse[row, head] = largest + np.log(total)
     return (out, lse) if return_lse else out
+
+
+@np.errstate(all="ignore")
+def quantise_int8(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Rows as pages of int8 store them.
+
+    x : [..., dim], float32; a row is a token's head
+
+    Returns: codes int8 [..., dim] from -127 to 127, and scales float32 [...], exact in bfloat16.  A row's
+    scale is its largest magnitude / 127, rounded up to bfloat16; codes are x / scale rounded to nearest even.
+    Where that scale is below 2^-100, scale and codes are 0.  A row with NaN or infinity has the scale NaN.
+    """
+    x = np.asarray(x, np.float32)
+    exact = np.abs(x).max(axis=-1) / np.float32(127)
+    scales = ((exact.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+    scales = np.where(exact < np.float32(2.0**-100), np.float32(0), scales)
+    scales = np.where(np.isfinite(x).all(axis=-1), scales, np.float32(np.nan))
+    inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
+    codes = np.rint(np.nan_to_num(x, nan=0, posinf=0, neginf=0) * inverse[..., None])
+    return codes.astype(np.int8), scales
+
+
+def int8_values(x: ArrayLike) -> NDArray[np.float32]:
+    """What is read of rows that pages of int8 store: codes times scales, exact in float32."""
+    codes, scales = quantise_int8(x)
+    return codes.astype(np.float32) * scales[..., None]

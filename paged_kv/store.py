@@ -29,7 +29,7 @@ from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_child
 from .machine import shared_cache_bytes
 from .pages.block_table import BlockTables, Window
 from .pages.events import Events
-from .pages.layout import PageLayout
+from .pages.layout import SCALE_BYTES, PageLayout, Side
 from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
@@ -128,16 +128,8 @@ class Store(Uncopyable):
         layout = self.layout
         k = self.pool.address + layer * num_pages * layout.page_share_bytes
         self.layer_pages[layer] = {
-            "k": ffi.cast("char *", k),
-            "v": ffi.cast("char *", k + layout.page_size * layout.key_bytes),
-            "k_page_stride": layout.page_share_bytes,
-            "k_head_stride": layout.head_bytes,
-            "k_token_stride": layout.key_bytes,
-            "v_page_stride": layout.page_share_bytes,
-            "v_head_stride": layout.head_bytes,
-            "v_token_stride": layout.value_bytes,
-            "k_dtype": DTYPE_CODES[layout.dtype],
-            "v_dtype": DTYPE_CODES[layout.dtype],
+            **self._describe_side("k", layout.keys, k),
+            **self._describe_side("v", layout.values, k + layout.keys.num_bytes),
             "page_size": layout.page_size,
             "num_kv_heads": layout.num_kv_heads,
             "head_dim": layout.head_dim,
@@ -146,6 +138,20 @@ class Store(Uncopyable):
             "layer": layer,
             "gate": self.gate,
         }
+
+    def _describe_side(self, name: str, side: Side, address: int) -> dict[str, Any]:
+        """The fields of a `pkv_pages` that are of keys, or of values."""
+        strides = {"page_stride": self.layout.page_share_bytes, "head_stride": self.layout.head_bytes}
+        described: dict[str, Any] = {
+            name: ffi.cast("char *", address),
+            **{f"{name}_{stride}": num_bytes for stride, num_bytes in strides.items()},
+            f"{name}_token_stride": side.row_bytes,
+            f"{name}_dtype": DTYPE_CODES[side.dtype],
+        }
+        if side.dtype in SCALE_BYTES:
+            scales = ffi.cast("char *", address + side.rows_bytes)
+            described[f"{name}_scales"] = {"data": scales, **strides, "token_stride": SCALE_BYTES[side.dtype]}
+        return described
 
     def require_open(self) -> None:
         if self.closed:

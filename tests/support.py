@@ -6,8 +6,22 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from paged_kv import reference
+
 DTYPES = {"float32": np.dtype("f4"), "float16": np.dtype("f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+#: What pages may store, of keys and of values.
+STORED = [*DTYPES, "int8", ("int8", "bfloat16"), ("float16", "int8")]
+
+
+def pair_of(dtype):
+    """The dtypes of keys and of values."""
+    return dtype if isinstance(dtype, tuple) else (dtype, dtype)
+
+
+def stored(array, dtype):
+    """The float32 values that pages of this dtype hold, of values within its range."""
+    return reference.int8_values(array) if dtype == "int8" else array.astype(DTYPES[dtype]).astype(np.float32)
 
 
 def resident_bytes():
@@ -15,13 +29,16 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def tolerances(q, k, v, dtype="float32", sm_scale=None, alibi_slopes=None, **_):
+def tolerances(q, k, v, dtype="float32", stored="float32", sm_scale=None, alibi_slopes=None, **_):
     """What float32 may lose against float64, of out and lse: each score's rounding, carried through exp, and
     each sum's; and the rounding of the result to `dtype`.
 
     A score of head_dim terms is off by at most about eps * |q| |k| * sqrt(head_dim), and by the rounding of
     what a slope adds; a soft cap bends scores together, and adds some eps of its own.  A weighted mean of v
     inherits that, relative to max |v|, twice (its weight and the sum), plus the rounding of its own chain.
+
+    Where pages store int8, q is rounded to 1 / 32512 of its largest, and weights to 1 / 32639 of a run's
+    largest.  These errors are independent, so their sums grow with the square root: six standard deviations.
     """
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if sm_scale is None else abs(sm_scale)
@@ -31,7 +48,11 @@ def tolerances(q, k, v, dtype="float32", sm_scale=None, alibi_slopes=None, **_):
     largest = np.abs(v).max(initial=0)
     loss = 2 * score * head_dim**0.5 + 16 + len(k) ** 0.5
     rounded = 0.0 if dtype == "float32" else EPS[dtype]
-    return float(largest * (EPS["float32"] * loss + rounded)), float(EPS["float32"] * 2 * loss)
+    k_dtype, v_dtype = pair_of(stored)
+    q_error = 6 * 12**-0.5 / 32512 * score if k_dtype == "int8" else 0.0
+    v_error = 6 * 12**-0.5 / 32639 * len(k) ** 0.5 if v_dtype == "int8" else 0.0
+    out = largest * (EPS["float32"] * loss + rounded + 2 * q_error + v_error)
+    return float(out), float(EPS["float32"] * 2 * loss + q_error)
 
 
 def digest(cache):

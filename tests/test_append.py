@@ -4,6 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import fill, make_cache, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged_kv import reference
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -48,6 +52,66 @@ def test_values_round_to_nearest_even_and_saturate(kernel, dtype):
     np.testing.assert_array_equal(np.signbit(got[numbers]), np.signbit(want[numbers]))
 
 
+#: Rows with edges of int8: no magnitude, the least that has a scale and the one below, subnormals, the
+#: largest, values that are no numbers.
+EDGE_ROWS = [
+    [0.0, -0.0],
+    [127 * 2.0**-100, 1e-30],
+    [np.nextafter(np.float32(127 * 2.0**-100), np.float32(0)), 0],
+    [1e-40, -1e-45],
+    [3.4028235e38, -3.4028235e38],
+    [3.4e38, 1e-30],
+    [1.0, 1.0],
+    [-127.0, 63.5, 62.5, 0.5, 1.5],
+    [np.nan, 1.0],
+    [np.inf, 1.0],
+    [-np.inf, np.nan],
+]
+
+
+def int8_rows(rng, dim):
+    """Rows of many magnitudes, of any bits, of ties, and the edges."""
+    with np.errstate(all="ignore"):
+        scaled = rows(rng, 300, dim) * np.float32(10) ** rng.integers(-37, 38, (300, 1)).astype(np.float32)
+    any_bits = rng.integers(0, 2**32, (100, dim), dtype=np.uint32).view(np.float32)
+    ties = rng.integers(-127, 128, (100, dim)).astype(np.float32) / 2
+    edges = np.zeros((len(EDGE_ROWS), dim), np.float32)
+    for row, values in zip(edges, EDGE_ROWS, strict=True):
+        row[: len(values)] = values
+    return np.concatenate([scaled, any_bits, ties, edges])
+
+
+@pytest.mark.parametrize("given_as", DTYPES)
+@pytest.mark.parametrize("dim", [8, 24, 64, 128, 256])
+def test_rows_of_int8_are_what_the_reference_makes_of_them(kernel, dim, given_as, rng):
+    with np.errstate(all="ignore"):
+        values = int8_rows(rng, dim).astype(DTYPES[given_as])
+    k = np.stack([values, values[::-1]], axis=1)
+    with make_cache(num_layers=1, dtype="int8", head_dim=dim, num_pages=40) as cache:
+        seq = cache.sequence()
+        with cache.step([seq], [len(k)]) as step:
+            step.write(0, k, k)
+        for side in seq.gather(0):
+            expected = reference.int8_values(k.astype(np.float32))
+            np.testing.assert_array_equal(side, expected)
+            assert np.isnan(side[-1, 0]).all() and np.isnan(side[0, 1]).all()
+
+
+@settings(max_examples=200)
+@given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=8, max_size=8))
+def test_a_row_of_int8_is_off_by_half_a_step_at_most(values):
+    row = np.array(values, np.float32)
+    codes, scale = reference.quantise_int8(row)
+    largest = float(np.abs(row).max())
+    if largest < 127 * 2.0**-100:
+        assert scale == 0 and not codes.any()
+        return
+    assert largest / 127 <= float(scale) * (1 + 2.0**-23) <= largest / 127 * (1 + 2.0**-7 + 2.0**-20)
+    assert np.abs(codes).max() <= 127
+    error = np.abs(codes.astype(np.float64) * float(scale) - row.astype(np.float64))
+    assert (error <= 0.5001 * float(scale)).all()
+
+
 def test_each_layer_and_head_keeps_its_own(rng):
     cache = make_cache(num_layers=3, num_kv_heads=3, head_dim=40)
     a, b = cache.sequence(), cache.sequence()
@@ -61,14 +125,14 @@ def test_each_layer_and_head_keeps_its_own(rng):
 
 
 @pytest.mark.parametrize("head_dim", [32, 40, 128])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("given", DTYPES)
-def test_much_at_once_is_stored_like_little_at_a_time(kernel, given, dtype, head_dim, rng):
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("given_as", DTYPES)
+def test_much_at_once_is_stored_like_little_at_a_time(kernel, given_as, dtype, head_dim, rng):
     """Much is written past the caches where rows are whole lines."""
     shape = {"num_layers": 1, "head_dim": head_dim, "dtype": dtype, "num_pages": 160, "page_size": 16}
     cache = make_cache(**shape)
     one, many = cache.sequence(), cache.sequence()
-    k, v = (rows(rng, 1200, 2, head_dim).astype(DTYPES[given]) for _ in "kv")
+    k, v = (rows(rng, 1200, 2, head_dim).astype(DTYPES[given_as]) for _ in "kv")
     with cache.step([many], [1200]) as step:
         step.write(0, k, v)
     for begin in range(0, 1200, 10):

@@ -90,7 +90,7 @@ def test_memory_counts_pages_only_and_is_rounded_down():
         {"max_sequences": 0},
         {"max_seq_len": 0},
         {"num_threads": 0},
-        {"dtype": "int8"},
+        {"dtype": "int16"},
         {"dtype": np.float64},
         {"dtype": 3},
         {"dtype": None},

@@ -3,6 +3,7 @@ import pytest
 from conftest import fill, make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import STORED
 
 from paged_kv import ArgumentError, CacheClosed, StaleSequence
 
@@ -22,7 +23,7 @@ def filled_cache(rng, lengths, **options):
 @settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(0, 60), max_size=4),
-    stored=st.sampled_from(DTYPES),
+    stored=st.sampled_from(STORED),
     dtype=st.sampled_from(DTYPES),
     window=st.sampled_from([None, 20]),
     seed=st.integers(0, 2**32),

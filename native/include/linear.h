@@ -8,7 +8,7 @@
 
 #include "paged_kv.h"
 
-typedef enum { PKV_TERNARY = 0, PKV_INT8, PKV_BFLOAT16_WEIGHTS } pkv_matrix_kind;
+typedef enum { PKV_TERNARY = 0, PKV_INT8_WEIGHTS, PKV_BFLOAT16_WEIGHTS } pkv_matrix_kind;
 
 /* Weights in blocks of 16 outputs, num_out and num_in rounded up to multiples of 16 with zeros: ternary as
  * [out / 16][in / 16][64 bytes], where byte b of group g holds the codes (value + 1) of output b / 4 for the

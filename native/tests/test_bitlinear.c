@@ -80,7 +80,7 @@ static void weights_of_8_bits(pkv_threads *threads, int64_t num_rows, int64_t nu
                        .scales = scales,
                        .num_out = NUM_OUT,
                        .num_in = num_in,
-                       .kind = PKV_INT8,
+                       .kind = PKV_INT8_WEIGHTS,
                        .bits = 8};
   pkv_linear call = {.x = x, .x_stride = num_in, .num_rows = num_rows, .out = out, .out_stride = NUM_OUT};
   assert(pkv_multiply(threads, &matrix, &call) == PKV_OK);

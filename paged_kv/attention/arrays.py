@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from .._binding import DTYPE_CODES, ffi
 from ..errors import ArgumentError
 
-_CODES: dict[Any, int] = {np.dtype(name): DTYPE_CODES[name] for name in ("float32", "float16")}
-_ITEM_BYTES = {DTYPE_CODES["float32"]: 4, DTYPE_CODES["float16"]: 2, DTYPE_CODES["bfloat16"]: 2}
-_NAMES = {code: name for name, code in DTYPE_CODES.items()}
+#: pkv_dtype by the name of an array's dtype; pages may store others.
+_NAMED = {name: DTYPE_CODES[name] for name in ("float32", "float16", "bfloat16")}
+_CODES: dict[Any, int] = {np.dtype(name): _NAMED[name] for name in ("float32", "float16")}
+_ITEM_BYTES = {_NAMED["float32"]: 4, _NAMED["float16"]: 2, _NAMED["bfloat16"]: 2}
+_NAMES = {code: name for name, code in _NAMED.items()}
 
 
 class Array(NamedTuple):
@@ -85,12 +87,12 @@ def _numpy_array(name: str, array: NDArray[Any]) -> Array:
         # ml_dtypes registers bfloat16; compare its name, so that ml_dtypes need not be imported.
         if array.dtype.name != "bfloat16" or array.dtype.itemsize != 2:
             raise ArgumentError(f"{name} is {array.dtype}; it must be float32, float16 or bfloat16")
-        dtype = _CODES[array.dtype] = DTYPE_CODES["bfloat16"]
+        dtype = _CODES[array.dtype] = _NAMED["bfloat16"]
     if array.size == 0:
         data = ffi.NULL  # cffi refuses to take the address of no bytes
     elif array.flags.c_contiguous:
         # The buffer protocol has no bfloat16.
-        bits = array if dtype != DTYPE_CODES["bfloat16"] else array.view(np.uint16)
+        bits = array if dtype != _NAMED["bfloat16"] else array.view(np.uint16)
         data = ffi.from_buffer(bits)
     else:
         data = ffi.cast("char *", array.__array_interface__["data"][0])
@@ -99,7 +101,7 @@ def _numpy_array(name: str, array: NDArray[Any]) -> Array:
 
 def _tensor(name: str, tensor: Any) -> Array:
     torch = sys.modules["torch"]
-    dtype = DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."))
+    dtype = _NAMED.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise ArgumentError(f"{name} is {tensor.dtype}; it must be float32, float16 or bfloat16")
     if tensor.requires_grad and torch.is_grad_enabled():

@@ -25,7 +25,7 @@ INT8_GROUP, INT8_GROUP_BYTES = 32, 34
 #: From this size on, weights have a mapping of their own, in huge pages.
 HUGE_BYTES = 1 << 20
 
-KINDS = {"ternary": lib.PKV_TERNARY, "int8": lib.PKV_INT8, "bfloat16": lib.PKV_BFLOAT16_WEIGHTS}
+KINDS = {"ternary": lib.PKV_TERNARY, "int8": lib.PKV_INT8_WEIGHTS, "bfloat16": lib.PKV_BFLOAT16_WEIGHTS}
 BITS = {"ternary": 2, "int8": 8, "bfloat16": 16}
 STORE, ADD = lib.PKV_STORE, lib.PKV_ADD
 RELU2_GATE, SILU_GATE = lib.PKV_RELU2_GATE, lib.PKV_SILU_GATE

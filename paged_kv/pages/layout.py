@@ -1,6 +1,6 @@
 """The layout of pages in the pool's memory.
 
-    [layer][page][kv head][k or v][token][dim]
+    [layer][page][kv head][k or v][token][dim]      and, of int8, then [token] scales, a bfloat16 each
 
 A page's share of one layer is contiguous, and a thread that walks its heads reads it in address order, K
 before V.  Kernels take strides and know nothing of this.
@@ -8,6 +8,7 @@ before V.  Kernels take strides and know nothing of this.
 Imports errors.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,41 @@ import numpy as np
 from ..errors import ArgumentError
 
 #: What pages may store, and the bytes of one value.
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+#: Dtypes whose rows have a scale each, in bytes.
+SCALE_BYTES = {"int8": 2}
+#: Dtypes that arrays have, too.
+ARRAY_DTYPES = ("float32", "float16", "bfloat16")
+
+LINE_BYTES = 64
 
 #: Tokens per page unless the caller chooses: 16 reads 13 to 20 % slower, 128 wastes more of the last page.
 DEFAULT_PAGE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Side:
+    """The keys, or the values, of one head in a page: rows, then their scales where the dtype has some."""
+
+    dtype: str
+    dim: int
+    page_size: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token, without its scale."""
+        return self.dim * DTYPES[self.dtype]
+
+    @property
+    def rows_bytes(self) -> int:
+        """Of all tokens; a multiple of 64, since page_size is one of 16 and dim one of 8."""
+        return self.page_size * self.row_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Rows and scales, these padded to whole cache lines."""
+        scales = self.page_size * SCALE_BYTES.get(self.dtype, 0)
+        return self.rows_bytes + -(-scales // LINE_BYTES) * LINE_BYTES
 
 
 @dataclass(frozen=True)
@@ -29,23 +61,23 @@ class PageLayout:
     num_kv_heads: int
     head_dim: int
     head_dim_v: int
-    dtype: str
+    dtypes: tuple[str, str]  # of keys and of values
     page_size: int
 
     @property
-    def key_bytes(self) -> int:
-        """One head's key of one token."""
-        return self.head_dim * DTYPES[self.dtype]
+    def keys(self) -> Side:
+        """One head's keys in a page."""
+        return Side(self.dtypes[0], self.head_dim, self.page_size)
 
     @property
-    def value_bytes(self) -> int:
-        """One head's value of one token."""
-        return self.head_dim_v * DTYPES[self.dtype]
+    def values(self) -> Side:
+        """One head's values in a page."""
+        return Side(self.dtypes[1], self.head_dim_v, self.page_size)
 
     @property
     def head_bytes(self) -> int:
         """One head's keys and values in a page."""
-        return self.page_size * (self.key_bytes + self.value_bytes)
+        return self.keys.num_bytes + self.values.num_bytes
 
     @property
     def page_share_bytes(self) -> int:
@@ -63,15 +95,25 @@ def num_pages(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
-def dtype_name(dtype: object) -> str:
-    """The name of a dtype that pages can store: from a string, torch's dtype, or what numpy takes for one."""
+def dtype_name(dtype: object, among: Iterable[str] = ARRAY_DTYPES) -> str:
+    """The name of one of some dtypes: from a string, torch's dtype, or what numpy takes for one."""
     try:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name  # type: ignore[call-overload]
     except TypeError:
         name = repr(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ArgumentError(f"dtype is {name}; pages store {', '.join(DTYPES)}")
+    if name not in among:
+        raise ArgumentError(f"dtype is {name}; it may be {', '.join(among)}")
     return str(name)
+
+
+def stored_dtypes(dtype: object) -> tuple[str, str]:
+    """The names of the dtypes that pages store, of keys and of values: from one for both, or from two."""
+    if isinstance(dtype, (tuple, list)):
+        if len(dtype) != 2:
+            raise ArgumentError(f"dtype is {dtype!r:.60}; give one dtype, or two, of keys and of values")
+        return dtype_name(dtype[0], DTYPES), dtype_name(dtype[1], DTYPES)
+    name = dtype_name(dtype, DTYPES)
+    return name, name
 
 
 def parse_memory(memory: object) -> object:

@@ -7,17 +7,12 @@ import pytest
 from conftest import KERNELS, fill, make_cache, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, EPS, tolerances
+from support import DTYPES, EPS, STORED, pair_of, stored, tolerances
 
 import paged_kv
 from paged_kv import ArgumentError, _binding, reference
 
 BFLOAT16 = DTYPES["bfloat16"]
-
-
-def stored(array, dtype):
-    """The float32 values that pages of this dtype hold."""
-    return array.astype(DTYPES[dtype]).astype(np.float32)
 
 
 @st.composite
@@ -26,7 +21,7 @@ def cases(draw):
     shape = {
         "num_kv_heads": draw(st.sampled_from([1, 2, 3])),
         "head_dim": draw(st.sampled_from([8, 16, 40, 64, 72, 128, 256])),
-        "dtype": draw(st.sampled_from(list(DTYPES))),
+        "dtype": draw(st.sampled_from(STORED)),
         "page_size": draw(st.sampled_from([16, 48, 64, 80, 272])),
     }
     if draw(st.booleans()):
@@ -65,11 +60,11 @@ def test_options_together_give_what_the_reference_gives(case):
     pages = sum(-(-length // shape["page_size"]) + 1 for length in lengths)
     before = paged_kv.kernels().active
     num_kv_heads, dtype = shape["num_kv_heads"], shape["dtype"]
-    tokens = [[stored(rows(rng, n, num_kv_heads, dim), dtype) for dim in dims] for n in lengths]
+    # What is appended is representable in the arrays' dtype.
+    given = [[stored(rows(rng, n, num_kv_heads, dim), kv_dtype) for dim in dims] for n in lengths]
+    kept = [[stored(side, kind) for side, kind in zip(pair, pair_of(dtype), strict=True)] for pair in given]
     new = np.concatenate([np.arange(length) >= length - n for length, n in zip(lengths, news, strict=True)])
-    k, v = (np.concatenate([pair[i] for pair in tokens]) for i in range(2))
-    # What is appended is representable in the pages' dtype, so that reference and pages hold the same.
-    kv_dtype = kv_dtype if kv_dtype == dtype else "float32"
+    k, v = (np.concatenate([pair[i] for pair in given]) for i in range(2))
     given_k, given_v = (array[new].astype(DTYPES[kv_dtype]) for array in (k, v))
     q = rows(rng, sum(news), num_q_heads, dims[0]).astype(DTYPES[q_dtype])
     try:
@@ -77,7 +72,7 @@ def test_options_together_give_what_the_reference_gives(case):
             _binding.select_kernel(kernel)
             with make_cache(num_layers=1, num_pages=pages, num_threads=2, **shape) as cache:
                 seqs = [cache.sequence() for _ in lengths]
-                for seq, pair, length, n in zip(seqs, tokens, lengths, news, strict=True):
+                for seq, pair, length, n in zip(seqs, given, lengths, news, strict=True):
                     if length > n:
                         with cache.step([seq], [length - n]) as step:
                             step.write(0, *(array[: length - n] for array in pair))
@@ -89,11 +84,11 @@ def test_options_together_give_what_the_reference_gives(case):
                 np.testing.assert_array_equal(again.view(np.uint8), out.view(np.uint8))
                 cache.check()
             ends = np.cumsum(news)
-            for pair, end, n in zip(tokens, ends, news, strict=True):
+            for pair, end, n in zip(kept, ends, news, strict=True):
                 own = slice(end - n, end)
                 wide_q = q[own].astype(np.float64)
                 expected, expected_lse = reference.attend(wide_q, *pair, **seen, **options, return_lse=True)
-                atol, lse_atol = tolerances(wide_q, *pair, dtype=q_dtype, **options)
+                atol, lse_atol = tolerances(wide_q, *pair, dtype=q_dtype, stored=dtype, **options)
                 np.testing.assert_allclose(out[own].astype(np.float64), expected, rtol=0, atol=atol)
                 np.testing.assert_allclose(lse[own], expected_lse, rtol=4 * EPS["float32"], atol=lse_atol)
     finally:
@@ -133,16 +128,17 @@ OPTIONS = {
     head_dim=st.sampled_from([40, 64]),
     head_dim_v=st.sampled_from([None, 24]),
     q_dtype=st.sampled_from(["float32", "bfloat16"]),
+    dtype=st.sampled_from(["bfloat16", "int8", ("int8", "bfloat16"), ("bfloat16", "int8")]),
     num_threads=st.integers(1, 4),
     cuts=st.sets(st.integers(1, 599), max_size=5),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_bits_are_the_same_for_any_chunks_and_threads(
-    chosen, window, head_dim, head_dim_v, q_dtype, num_threads, cuts, seed
+    chosen, window, head_dim, head_dim_v, q_dtype, dtype, num_threads, cuts, seed
 ):
     rng = np.random.default_rng(seed)
     shape = {"num_layers": 1, "head_dim": head_dim, "head_dim_v": head_dim_v, "num_pages": 60}
-    shape |= {"window": window, "num_sink_tokens": 3, "dtype": "bfloat16", "page_size": 16}
+    shape |= {"window": window, "num_sink_tokens": 3, "dtype": dtype, "page_size": 16}
     options = {name: OPTIONS[name] for name in chosen}
     dims = (4, head_dim), (2, head_dim), (2, head_dim_v or head_dim)
     q, k, v = (rows(rng, 600, *heads_and_dim) for heads_and_dim in dims)
@@ -163,12 +159,12 @@ def test_bits_are_the_same_for_any_chunks_and_threads(
         np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("head_dim", [8, 24, 72, 96, 128])
 def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
     """Many rows have loops of their own: another order of steps, not of sums."""
     q, k, v = (rows(rng, 150, heads, head_dim) for heads in (6, 2, 2))
-    q = q.astype(DTYPES[dtype])
+    q = q.astype(DTYPES.get(dtype, "f4"))
     shape = {"num_layers": 1, "head_dim": head_dim, "dtype": dtype, "num_threads": 1}
     with make_cache(**shape) as cache:
         with cache.step([cache.sequence()], [150]) as step:
@@ -183,10 +179,11 @@ def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
 
 @pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize("what", ["k", "v"])
-def test_a_nan_touches_the_rows_that_see_it_and_no_other(kernel, what, group, rng):
-    """Rows of a prompt meet a run together, also those that see less of it."""
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_nan_touches_the_rows_that_see_it_and_no_other(kernel, dtype, what, group, rng):
+    """Rows of a prompt are folded together, also those that see less of a run."""
     q, k, v = rows(rng, 130, 2 * group, 32), rows(rng, 130, 2, 32), rows(rng, 130, 2, 32)
-    with make_cache(num_layers=1, num_pages=32) as cache:
+    with make_cache(num_layers=1, num_pages=32, dtype=dtype) as cache:
         with cache.step([cache.sequence()], [130]) as step:
             expected = step.attend(0, q, k, v)
         (k if what == "k" else v)[100, 0, 5] = np.nan

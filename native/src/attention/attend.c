@@ -7,6 +7,7 @@
 
 #include "items.h"
 #include "memory/append.h"
+#include "memory/chores.h"
 #include "memory/gate.h"
 
 enum {
@@ -22,9 +23,9 @@ static const float LOG2_E = 0x1.715476p+0f;
 
 /* Keys and values of all heads. */
 static int64_t bytes_of_token(const pkv_pages *pages) {
-  int64_t k_bytes = (int64_t)pages->head_dim * (pages->k_dtype == PKV_FLOAT32 ? 4 : 2);
-  int64_t v_bytes = (int64_t)pages->head_dim_v * (pages->v_dtype == PKV_FLOAT32 ? 4 : 2);
-  return pages->num_kv_heads * (k_bytes + v_bytes);
+  int64_t bytes =
+      pkv_stored_bytes(pages->head_dim, pages->k_dtype) + pkv_stored_bytes(pages->head_dim_v, pages->v_dtype);
+  return pages->num_kv_heads * bytes;
 }
 
 static size_t aligned(size_t num_bytes) { return (num_bytes + 63) & ~(size_t)63; }
@@ -160,11 +161,12 @@ static bool are_cached(const pkv_pages *pages, const pkv_batch *batch) {
 }
 
 static pkv_layer layer_of(const pkv_kernel *kernel, const pkv_pages *pages, const pkv_attention *attention) {
-  pkv_layer layer = {.k = {pages->k_dtype, pages->head_dim, pages->k_head_stride},
-                     .v = {pages->v_dtype, pages->head_dim_v, pages->v_head_stride},
-                     .group = attention->num_q_heads / pages->num_kv_heads,
-                     .scale = 1.0f,
-                     .soft_cap = attention->logits_soft_cap * LOG2_E};
+  pkv_layer layer = {
+      .k = {pages->k_dtype, pages->head_dim, pages->k_head_stride, pages->k_scales.head_stride},
+      .v = {pages->v_dtype, pages->head_dim_v, pages->v_head_stride, pages->v_scales.head_stride},
+      .group = attention->num_q_heads / pages->num_kv_heads,
+      .scale = 1.0f,
+      .soft_cap = attention->logits_soft_cap * LOG2_E};
   if (kernel->multiplies_pairs && attention->q.dtype == PKV_BFLOAT16 && pages->k_dtype == PKV_BFLOAT16 &&
       pages->head_dim % 32 == 0) {
     layer.k.dtype = PKV_BFLOAT16_PAIRS;

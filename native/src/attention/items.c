@@ -53,9 +53,12 @@ static void prepare_rows(const pkv_job *job, const work_item *item, float *prepa
     for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
       const char *from = q->data + q_row_of(item, (int32_t)row) * q->token_stride +
                          (first_q_head(job, item) + i) * q->head_stride;
-      float *to = prepared + row * item->shape->q_floats + i * pkv_padded(job->call.layer.k.dim);
-      if (job->call.layer.k.dtype == PKV_BFLOAT16_PAIRS)
+      const pkv_format *k = &job->call.layer.k;
+      float *to = prepared + row * item->shape->q_floats + i * pkv_prepared_floats(k->dim, k->dtype);
+      if (k->dtype == PKV_BFLOAT16_PAIRS)
         memcpy(to, from, (size_t)head_dim * sizeof(uint16_t));
+      else if (k->dtype == PKV_INT8)
+        job->call.kernel->prepare_q8((pkv_q8 *)to, from, q->dtype, job->scale, head_dim);
       else
         job->call.kernel->prepare_q(to, from, q->dtype, job->scale, head_dim);
     }
@@ -71,6 +74,8 @@ static void write_rows_of(const pkv_job *job, const work_item *item, int32_t fir
   v.data += item->first_row * v.token_stride + first_head * v.head_stride;
   pages.k += first_head * pages.k_head_stride;
   pages.v += first_head * pages.v_head_stride;
+  if (pages.k_dtype == PKV_INT8) pages.k_scales.data += first_head * pages.k_scales.head_stride;
+  if (pages.v_dtype == PKV_INT8) pages.v_scales.data += first_head * pages.v_scales.head_stride;
   pages.num_kv_heads = num_kv_heads;
   pkv_write_rows(job->call.kernel, &pages, item->num_rows, job->slots + item->first_row, &k, &v, false);
 }

@@ -32,9 +32,23 @@ static bool are_in_page(const pkv_call *call, int32_t start, int32_t end) {
 /* The number of ones from bit 0 up to the first zero. */
 static int num_low_ones(uint64_t bits) { return ~bits ? __builtin_ctzll(~bits) : 64; }
 
+/* Addresses of a run's tokens, a token per bit of a mask; of scales only where there are some. */
+typedef struct {
+  const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
+  const char *k_scales[PKV_RUN_TOKENS], *v_scales[PKV_RUN_TOKENS];
+} token_addresses;
+
+/* Scales of the tokens from bit `begin` to `end` - 1; bit page_start is the page's first token. */
+static void locate_scales(const pkv_scales *scales, int64_t page_id, int64_t page_start, int begin, int end,
+                          const char **addresses) {
+  const char *address =
+      scales->data + page_id * scales->page_stride + (begin - page_start) * scales->token_stride;
+  for (int t = begin; t < end; t++, address += scales->token_stride) addresses[t] = address;
+}
+
 /* The addresses of the tokens of `mask`; bit 0 is token `start`. */
-static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint64_t mask, const char **k,
-                          const char **v) {
+static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint64_t mask,
+                          token_addresses *to) {
   const pkv_pages *pages = call->pages;
   const pkv_batch *batch = call->batch;
   const int32_t *page_ids = batch->kv_indices + batch->kv_indptr[seq];
@@ -53,9 +67,13 @@ static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint
       in_page &= ~bits_between(t, end);
       const char *k_row = k_page + (t - page_start) * pages->k_token_stride;
       const char *v_row = v_page + (t - page_start) * pages->v_token_stride;
+      if (pages->k_dtype == PKV_INT8)
+        locate_scales(&pages->k_scales, page_id, page_start, t, end, to->k_scales);
+      if (pages->v_dtype == PKV_INT8)
+        locate_scales(&pages->v_scales, page_id, page_start, t, end, to->v_scales);
       for (; t < end; t++, k_row += pages->k_token_stride, v_row += pages->v_token_stride) {
-        k[t] = k_row;
-        if (v) v[t] = v_row;
+        to->k[t] = k_row;
+        to->v[t] = v_row;
       }
     }
   }
@@ -63,30 +81,43 @@ static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint
 
 /* Arrays that only some runs need: compacted addresses, and distances. */
 typedef struct {
-  const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
+  token_addresses addresses;
   float distances[PKV_RUN_TOKENS];
 } own_tokens;
 
-/* Set the run's tokens to those of `mask`; k and v hold the address of each bit, all in one page or not.
- * The first row's own token is at bit to_own. */
-static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const char *const *k,
-                       const char *const *v, bool is_in_page, int32_t to_own, own_tokens *own) {
+static void set_addresses(const pkv_call *call, pkv_run *run, const token_addresses *all, int first,
+                          bool is_evenly_spaced) {
+  const pkv_pages *pages = call->pages;
+  run->k = all->k + first;
+  run->v = all->v + first;
+  run->k_scales = all->k_scales + first;
+  run->v_scales = all->v_scales + first;
+  run->k_stride = is_evenly_spaced ? pages->k_token_stride : 0;
+  run->v_stride = is_evenly_spaced ? pages->v_token_stride : 0;
+  run->k_scale_stride = is_evenly_spaced ? pages->k_scales.token_stride : 0;
+  run->v_scale_stride = is_evenly_spaced ? pages->v_scales.token_stride : 0;
+}
+
+/* Set the run's tokens to those of `mask`, all in one page or not.  The first row's own token is at bit
+ * to_own. */
+static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const token_addresses *all,
+                       bool is_in_page, int32_t to_own, own_tokens *own) {
+  const pkv_pages *pages = call->pages;
   int first = __builtin_ctzll(mask);
   uint64_t shifted = mask >> first;
   run->num_tokens = __builtin_popcountll(mask);
-  run->k = k + first;
-  run->v = v + first;
-  run->k_stride = is_in_page ? call->pages->k_token_stride : 0;
-  run->v_stride = is_in_page ? call->pages->v_token_stride : 0;
-  if (shifted & (shifted + 1)) { /* a gap between sinks and window: compact */
+  bool has_gap = (shifted & (shifted + 1)) != 0; /* between sinks and window: compact */
+  if (has_gap) {
+    token_addresses *to = &own->addresses;
     for (int32_t i = 0; mask; mask &= mask - 1, i++) {
-      own->k[i] = k[__builtin_ctzll(mask)];
-      own->v[i] = v[__builtin_ctzll(mask)];
+      int t = __builtin_ctzll(mask);
+      to->k[i] = all->k[t];
+      to->v[i] = all->v[t];
+      if (pages->k_dtype == PKV_INT8) to->k_scales[i] = all->k_scales[t];
+      if (pages->v_dtype == PKV_INT8) to->v_scales[i] = all->v_scales[t];
     }
-    run->k = own->k;
-    run->v = own->v;
-    run->k_stride = run->v_stride = 0;
   }
+  set_addresses(call, run, has_gap ? &own->addresses : all, has_gap ? 0 : first, is_in_page && !has_gap);
   if (!call->layer.alibi_slopes) return;
   memset(own->distances, 0, sizeof own->distances);
   int32_t i = 0;
@@ -102,7 +133,8 @@ static void fold_heads(const pkv_call *call, const work_item *item, pkv_run *run
   int32_t own_head = (head - item->first_head) * layer->group; /* within the item's q and state */
   run->first_head = head;
   pkv_fold *fold = pkv_choose_fold(call->kernel, layer, item->num_rows * layer->group, call->is_cached);
-  fold(layer, run, q + (int64_t)own_head * pkv_padded(layer->k.dim), state_of_head(call, state, own_head));
+  fold(layer, run, q + (int64_t)own_head * pkv_prepared_floats(layer->k.dim, layer->k.dtype),
+       state_of_head(call, state, own_head));
 }
 
 /* True when `mask` is `before` plus later tokens only, so that both rows can share one fold, in which
@@ -121,19 +153,20 @@ static bool follows(const work_item *item, int32_t row) {
 
 /* The keys of the run that begins at `start`, up to the first gap, to be prefetched.  Returns their
  * number. */
-static int32_t locate_next_keys(const pkv_call *call, const work_item *item, int32_t start, const char **k) {
+static int32_t locate_next_keys(const pkv_call *call, const work_item *item, int32_t start,
+                                token_addresses *to) {
   int32_t last = item->num_rows - 1, row = q_row_of(item, last), seq = seq_of_row(item, last);
   int32_t end = num_seen(call->batch, seq, row);
   if (start >= end) return 0;
   uint64_t mask = visible(call->batch, seq, row, start, end_of_run(call, start, end));
   if (mask & (mask + 1)) return 0; /* a gap between sinks and window: not prefetched */
-  locate_tokens(call, seq, start, mask, k, NULL);
+  locate_tokens(call, seq, start, mask, to);
   return __builtin_popcountll(mask);
 }
 
 static void fold_run_into_rows(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
                                const float *q, float *states) {
-  const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
+  token_addresses tokens, next;
   uint64_t masks[MAX_ROWS_PER_ITEM], all = 0;
   int32_t num_seen_of[MAX_ROWS_PER_ITEM];
   for (int32_t row = 0; row < item->num_rows; row++) {
@@ -142,9 +175,8 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
     all |= masks[row];
   }
   if (!all) return;
-  locate_tokens(call, item->seq, start, all, k, v);
-  const char *next_k[PKV_RUN_TOKENS];
-  int32_t num_next = locate_next_keys(call, item, end, next_k);
+  locate_tokens(call, item->seq, start, all, &tokens);
+  int32_t num_next = locate_next_keys(call, item, end, &next);
   bool is_in_page = are_in_page(call, start, end);
   pkv_run run = {.q_stride = item->shape->q_floats, .state_stride = item->shape->state_floats};
   own_tokens own;
@@ -163,9 +195,9 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
       uint64_t mask = masks[row + run.num_rows - 1];
       run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
       int32_t to_own = num_seen(call->batch, seq_of_row(item, row), q_row_of(item, row)) - 1 - start;
-      set_tokens(call, &run, mask, k, v, is_in_page, to_own, &own);
+      set_tokens(call, &run, mask, &tokens, is_in_page, to_own, &own);
       bool is_last = head + run.num_kv_heads == end_head;
-      run.k_next = is_last ? next_k : run.k; /* the same tokens of the next head */
+      run.k_next = is_last ? next.k : run.k; /* the same tokens of the next head */
       run.num_next = is_last ? num_next : run.num_tokens;
       run.next_head = is_last ? item->first_head : head + 1;
       fold_heads(call, item, &run, head, q + row * run.q_stride, state_at(item->shape, states, row));

@@ -11,6 +11,8 @@
 #define PKV_KERNEL_H
 #include <stdint.h>
 
+#include "paged_kv.h"
+
 enum { PKV_RUN_TOKENS = 64, PKV_SPAN_TOKENS = 256, PKV_MAX_HEAD_DIM = 256 };
 
 static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
@@ -19,11 +21,30 @@ static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
  * multiplied two dims at a time.  A pair is one element then, and q is not scaled. */
 enum { PKV_BFLOAT16_PAIRS = 16 };
 
+/* Bytes of a head of this dtype. */
+static inline int32_t pkv_stored_bytes(int32_t dim, int32_t dtype) {
+  return dtype == PKV_INT8 ? dim : dtype == PKV_FLOAT32 || dtype == PKV_BFLOAT16_PAIRS ? 4 * dim : 2 * dim;
+}
+
+/* A prepared head of q that reads keys of PKV_INT8: q = scale * words.  The words lie behind, padded with
+ * zeros to whole cache lines. */
+typedef struct {
+  float scale; /* NaN when q has NaN or infinity */
+  int32_t sum; /* of the words */
+  int32_t unused[14];
+} pkv_q8;
+
+/* Floats of a prepared head of q. */
+static inline int32_t pkv_prepared_floats(int32_t dim, int32_t k_dtype) {
+  return k_dtype == PKV_INT8 ? (int32_t)(sizeof(pkv_q8) / 4) + (dim + 31) / 32 * 16 : pkv_padded(dim);
+}
+
 /* How the heads of a token's K or V are stored. */
 typedef struct {
-  int32_t dtype;       /* pkv_dtype, or PKV_BFLOAT16_PAIRS */
-  int32_t dim;         /* elements of a head, a multiple of 8 */
-  int64_t head_stride; /* bytes between kv heads */
+  int32_t dtype;             /* pkv_dtype, or PKV_BFLOAT16_PAIRS */
+  int32_t dim;               /* elements of a head, a multiple of 8 */
+  int64_t head_stride;       /* bytes between kv heads */
+  int64_t scale_head_stride; /* and between their scales, of PKV_INT8 */
 } pkv_format;
 
 /* What all runs of a call share. */
@@ -42,6 +63,10 @@ typedef struct {
   const char *const *v;
   int64_t k_stride; /* bytes between tokens; 0: tokens are not evenly spaced */
   int64_t v_stride;
+  const char *const *k_scales; /* [num_tokens]: address of the token's scale; of PKV_INT8 */
+  const char *const *v_scales;
+  int64_t k_scale_stride; /* bytes between these; 0: not evenly spaced */
+  int64_t v_scale_stride;
   int32_t first_head; /* kv heads first_head .. first_head + num_kv_heads - 1 */
   int32_t num_kv_heads;
   int32_t is_resident;       /* other rows have just read these tokens: prefetch nothing */
@@ -74,13 +99,18 @@ typedef struct {
   int32_t multiplies_pairs;       /* runs may hold keys in pairs, a multiple of 16 of them */
   /* One head of q, times scale, padded with zeros. */
   void (*prepare_q)(float *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim);
+  /* The same for keys of PKV_INT8. */
+  void (*prepare_q8)(pkv_q8 *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim);
   /* Merge `later`, the state over tokens that come after, into `state`. */
   void (*merge)(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v);
   /* One head: out = accumulated / (sum + the sink's weight), as dtype; 0 where the sum is 0.  `sink` may
    * be NULL, and so may `lse`, which takes the natural logarithm of the sum. */
   void (*finish)(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v,
                  float *lse);
-  /* float32 to a stored dtype and back; count is a multiple of 8. */
+  /* float32 to bytes and a scale, and back (PKV_INT8); count is a multiple of 8. */
+  void (*quantise)(uint8_t *bytes, uint16_t *scale, const float *values, int64_t count);
+  void (*dequantise)(float *values, const uint8_t *bytes, const uint16_t *scale, int64_t count);
+  /* float32 to another stored dtype and back; count is a multiple of 8. */
   void (*narrow)(char *stored, const float *values, int64_t count, int32_t dtype);
   void (*widen)(float *values, const char *stored, int64_t count, int32_t dtype);
   /* Copy whole cache lines to an aligned address with streaming stores, where the CPU has them. */
@@ -102,6 +132,13 @@ pkv_fold pkv_compute_avx512;
 #ifdef PKV_HAVE_AVX512BF16
 extern const pkv_kernel pkv_kernel_avx512bf16;
 pkv_fold pkv_compute_avx512bf16;
+#endif
+/* Of both AVX-512 kernels, for keys or values of PKV_INT8. */
+#ifdef PKV_HAVE_VNNI
+pkv_fold pkv_fold_int8_vnni;
+#endif
+#ifdef PKV_HAVE_VBMI
+pkv_fold pkv_fold_int8_vbmi;
 #endif
 
 /* The kernel in use, NULL when PAGED_KV_KERNEL names none that is available. */

@@ -61,11 +61,11 @@ static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 static int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
 /* Inputs are padded to a multiple of this. */
-static int64_t group_inputs(int32_t kind) { return kind == PKV_INT8 ? PKV_INT8_GROUP : PKV_IN_GROUP; }
+static int64_t group_inputs(int32_t kind) { return kind == PKV_INT8_WEIGHTS ? PKV_INT8_GROUP : PKV_IN_GROUP; }
 
 /* Of an activation, as the product reads it. */
 static int64_t value_bytes(const job *job) {
-  return job->matrix->kind == PKV_TERNARY ? 1 : job->matrix->kind == PKV_INT8 ? 2 : 4;
+  return job->matrix->kind == PKV_TERNARY ? 1 : job->matrix->kind == PKV_INT8_WEIGHTS ? 2 : 4;
 }
 
 /* Bytes from a row of activations to the next.  Rows that are a multiple of 2 KiB apart would share the sets

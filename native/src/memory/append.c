@@ -12,6 +12,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "chores.h"
 #include "gate.h"
 
 enum {
@@ -19,60 +20,26 @@ enum {
   BYTES_PAST_CACHES = 128 << 10,
 };
 
-static int64_t row_bytes(int32_t dim, int32_t dtype) { return dim * (dtype == PKV_FLOAT32 ? 4 : 2); }
-
 typedef struct {
   char *k;
   char *v;
+  char *k_scale; /* of PKV_INT8 */
+  char *v_scale;
 } slot_address;
 
 static slot_address address_of(const pkv_pages *pages, int64_t slot) {
   int64_t page = slot / pages->page_size, offset = slot % pages->page_size;
-  return (slot_address){pages->k + page * pages->k_page_stride + offset * pages->k_token_stride,
-                        pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
+  const pkv_scales *k = &pages->k_scales, *v = &pages->v_scales;
+  slot_address address = {.k = pages->k + page * pages->k_page_stride + offset * pages->k_token_stride,
+                          .v = pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
+  if (pages->k_dtype == PKV_INT8)
+    address.k_scale = k->data + page * k->page_stride + offset * k->token_stride;
+  if (pages->v_dtype == PKV_INT8)
+    address.v_scale = v->data + page * v->page_stride + offset * v->token_stride;
+  return address;
 }
 
-/* One side of each head, of the first tokens of a page: those that the row sees, and no others. */
-static void copy_tokens(char *side, int64_t page_stride, int64_t head_stride, int64_t token_stride,
-                        int32_t num_heads, int64_t token_bytes, const pkv_plan *plan, int64_t i) {
-  char *to = side + plan->copied_to[i] * page_stride, *from = side + plan->copied_from[i] * page_stride;
-  bool is_dense = token_stride == token_bytes;
-  int64_t num_tokens = plan->copied_tokens[i], num_rows = is_dense ? 1 : num_tokens;
-  size_t num_bytes = (size_t)(is_dense ? num_tokens * token_bytes : token_bytes);
-  for (int32_t head = 0; head < num_heads; head++)
-    for (int64_t row = 0; row < num_rows; row++) {
-      int64_t offset = head * head_stride + row * token_stride;
-      memcpy(to + offset, from + offset, num_bytes);
-    }
-}
-
-/* One side of each head, of all tokens of a page. */
-static void clear_tokens(char *page, int64_t head_stride, int64_t token_stride, int32_t num_heads,
-                         int32_t num_tokens, int64_t token_bytes) {
-  for (int32_t head = 0; head < num_heads; head++)
-    for (int32_t token = 0; token < num_tokens; token++)
-      memset(page + head * head_stride + token * token_stride, 0, (size_t)token_bytes);
-}
-
-void pkv_prepare_pages(const pkv_pages *pages, const pkv_plan *plan) {
-  if (plan->is_written[pages->layer]) return;
-  int64_t k_bytes = row_bytes(pages->head_dim, pages->k_dtype);
-  int64_t v_bytes = row_bytes(pages->head_dim_v, pages->v_dtype);
-  for (int64_t i = 0; i < plan->num_scrubs; i++) {
-    clear_tokens(pages->k + plan->scrubbed[i] * pages->k_page_stride, pages->k_head_stride,
-                 pages->k_token_stride, pages->num_kv_heads, pages->page_size, k_bytes);
-    clear_tokens(pages->v + plan->scrubbed[i] * pages->v_page_stride, pages->v_head_stride,
-                 pages->v_token_stride, pages->num_kv_heads, pages->page_size, v_bytes);
-  }
-  for (int64_t i = 0; i < plan->num_copies; i++) {
-    copy_tokens(pages->k, pages->k_page_stride, pages->k_head_stride, pages->k_token_stride,
-                pages->num_kv_heads, k_bytes, plan, i);
-    copy_tokens(pages->v, pages->v_page_stride, pages->v_head_stride, pages->v_token_stride,
-                pages->num_kv_heads, v_bytes, plan, i);
-  }
-}
-
-/* One head's values from any dtype to any other, rounded and saturated. */
+/* One head's values from any dtype to another of 16 or 32 bits, rounded and saturated. */
 static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
                     int32_t from_dtype, int32_t count) {
   if (from_dtype == PKV_FLOAT32) {
@@ -88,7 +55,26 @@ static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const 
   }
 }
 
-/* The same with streaming stores, for whole cache lines. */
+/* One head's values as bytes and a scale. */
+static void quantise(const pkv_kernel *kernel, char *to, char *scale, const char *from, int32_t from_dtype,
+                     int32_t count) {
+  float values[PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+  if (from_dtype != PKV_FLOAT32) {
+    kernel->widen(values, from, count, from_dtype);
+    from = (const char *)values;
+  }
+  kernel->quantise((uint8_t *)to, (uint16_t *)scale, (const float *)from, count);
+}
+
+/* And back, from bytes and a scale. */
+static void dequantise(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
+                       const char *scale, int32_t count) {
+  float values[PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+  kernel->dequantise(values, (const uint8_t *)from, (const uint16_t *)scale, count);
+  kernel->narrow(to, values, count, to_dtype);
+}
+
+/* The same as `convert` with streaming stores, for whole cache lines. */
 static void convert_past_caches(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
                                 int32_t from_dtype, int32_t count) {
   char row[PKV_MAX_HEAD_DIM * sizeof(float)] __attribute__((aligned(64)));
@@ -96,7 +82,7 @@ static void convert_past_caches(const pkv_kernel *kernel, char *to, int32_t to_d
     convert(kernel, row, to_dtype, from, from_dtype, count);
     from = row;
   }
-  kernel->copy_past_caches(to, from, row_bytes(count, to_dtype));
+  kernel->copy_past_caches(to, from, pkv_stored_bytes(count, to_dtype));
 }
 
 /* Walks the heads of the tokens, one after the other. */
@@ -110,6 +96,8 @@ static void move(cursor *at, const pkv_pages *pages, int64_t num_tokens, const i
   at->head++;
   at->address.k += pages->k_head_stride;
   at->address.v += pages->v_head_stride;
+  if (pages->k_dtype == PKV_INT8) at->address.k_scale += pages->k_scales.head_stride;
+  if (pages->v_dtype == PKV_INT8) at->address.v_scale += pages->v_scales.head_stride;
   if (at->head < pages->num_kv_heads) return;
   at->head = 0;
   at->token++;
@@ -118,10 +106,23 @@ static void move(cursor *at, const pkv_pages *pages, int64_t num_tokens, const i
 
 /* Rows are scattered over memory, and a store needs its cache line: prefetch a few rows ahead. */
 static void prefetch_slot(const cursor *at, const pkv_pages *pages) {
-  int64_t k_bytes = row_bytes(pages->head_dim, pages->k_dtype);
-  int64_t v_bytes = row_bytes(pages->head_dim_v, pages->v_dtype);
+  int64_t k_bytes = pkv_stored_bytes(pages->head_dim, pages->k_dtype);
+  int64_t v_bytes = pkv_stored_bytes(pages->head_dim_v, pages->v_dtype);
   for (int64_t i = 0; i < k_bytes; i += 64) __builtin_prefetch(at->address.k + i, 1);
   for (int64_t i = 0; i < v_bytes; i += 64) __builtin_prefetch(at->address.v + i, 1);
+  if (pages->k_dtype == PKV_INT8) __builtin_prefetch(at->address.k_scale, 1);
+  if (pages->v_dtype == PKV_INT8) __builtin_prefetch(at->address.v_scale, 1);
+}
+
+/* A row of one side. */
+static void write_row(const pkv_kernel *kernel, char *to, char *scale, int32_t to_dtype, const char *from,
+                      int32_t from_dtype, int32_t dim, bool past_caches) {
+  if (to_dtype == PKV_INT8)
+    quantise(kernel, to, scale, from, from_dtype, dim);
+  else if (past_caches)
+    convert_past_caches(kernel, to, to_dtype, from, from_dtype, dim);
+  else
+    convert(kernel, to, to_dtype, from, from_dtype, dim);
 }
 
 void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
@@ -132,17 +133,17 @@ void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t nu
     prefetch_slot(&ahead, pages);
     move(&ahead, pages, num_tokens, slots);
   }
-  void (*write)(const pkv_kernel *, char *, int32_t, const char *, int32_t, int32_t) =
-      past_caches ? convert_past_caches : convert;
   for (; at.token < num_tokens; move(&at, pages, num_tokens, slots)) {
     if (ahead.token < num_tokens && !past_caches) {
       prefetch_slot(&ahead, pages);
       move(&ahead, pages, num_tokens, slots);
     }
-    write(kernel, at.address.k, pages->k_dtype,
-          k->data + at.token * k->token_stride + at.head * k->head_stride, k->dtype, pages->head_dim);
-    write(kernel, at.address.v, pages->v_dtype,
-          v->data + at.token * v->token_stride + at.head * v->head_stride, v->dtype, pages->head_dim_v);
+    write_row(kernel, at.address.k, at.address.k_scale, pages->k_dtype,
+              k->data + at.token * k->token_stride + at.head * k->head_stride, k->dtype, pages->head_dim,
+              past_caches);
+    write_row(kernel, at.address.v, at.address.v_scale, pages->v_dtype,
+              v->data + at.token * v->token_stride + at.head * v->head_stride, v->dtype, pages->head_dim_v,
+              past_caches);
   }
   if (past_caches) atomic_thread_fence(memory_order_seq_cst);
 }
@@ -153,14 +154,14 @@ static bool has_whole_lines(const pkv_pages *pages) {
   return is_whole_lines((uintptr_t)pages->k) && is_whole_lines((uintptr_t)pages->v) &&
          is_whole_lines((uint64_t)(pages->k_page_stride | pages->k_head_stride | pages->k_token_stride)) &&
          is_whole_lines((uint64_t)(pages->v_page_stride | pages->v_head_stride | pages->v_token_stride)) &&
-         is_whole_lines((uint64_t)row_bytes(pages->head_dim, pages->k_dtype)) &&
-         is_whole_lines((uint64_t)row_bytes(pages->head_dim_v, pages->v_dtype));
+         is_whole_lines((uint64_t)pkv_stored_bytes(pages->head_dim, pages->k_dtype)) &&
+         is_whole_lines((uint64_t)pkv_stored_bytes(pages->head_dim_v, pages->v_dtype));
 }
 
 static void append(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens, const int64_t *slots,
                    const pkv_tensor *k, const pkv_tensor *v) {
-  int64_t token_bytes = pages->num_kv_heads * (row_bytes(pages->head_dim, pages->k_dtype) +
-                                               row_bytes(pages->head_dim_v, pages->v_dtype));
+  int64_t token_bytes = pages->num_kv_heads * (pkv_stored_bytes(pages->head_dim, pages->k_dtype) +
+                                               pkv_stored_bytes(pages->head_dim_v, pages->v_dtype));
   bool is_much = num_tokens * token_bytes >= BYTES_PAST_CACHES;
   pkv_write_rows(kernel, pages, num_tokens, slots, k, v, is_much && has_whole_lines(pages));
 }
@@ -197,13 +198,16 @@ pkv_status pkv_append_to_ring(const pkv_pages *pages, const int32_t *page_ids, i
 
 /* One side of a token, from a slot or, from NULL, zeros. */
 static void gather_heads(const pkv_kernel *kernel, const pkv_tensor *to, int64_t token, const char *from,
-                         int64_t head_stride, int32_t dtype, int32_t num_heads, int32_t dim) {
+                         int64_t head_stride, const char *scale, int64_t scale_stride, int32_t dtype,
+                         int32_t num_heads, int32_t dim) {
   char *row = to->data + token * to->token_stride;
   for (int32_t head = 0; head < num_heads; head++, row += to->head_stride)
-    if (from)
-      convert(kernel, row, to->dtype, from + head * head_stride, dtype, dim);
+    if (!from)
+      memset(row, 0, (size_t)pkv_stored_bytes(dim, to->dtype));
+    else if (dtype == PKV_INT8)
+      dequantise(kernel, row, to->dtype, from + head * head_stride, scale + head * scale_stride, dim);
     else
-      memset(row, 0, (size_t)row_bytes(dim, to->dtype));
+      convert(kernel, row, to->dtype, from + head * head_stride, dtype, dim);
 }
 
 pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const pkv_tensor *k,
@@ -212,12 +216,12 @@ pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t 
   if (!kernel) return PKV_BAD_ARGUMENT;
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   for (int64_t token = 0; token < num_tokens; token++) {
-    slot_address from = {NULL, NULL};
+    slot_address from = {NULL, NULL, NULL, NULL};
     if (slots[token] >= 0) from = address_of(pages, slots[token]);
-    gather_heads(kernel, k, token, from.k, pages->k_head_stride, pages->k_dtype, pages->num_kv_heads,
-                 pages->head_dim);
-    gather_heads(kernel, v, token, from.v, pages->v_head_stride, pages->v_dtype, pages->num_kv_heads,
-                 pages->head_dim_v);
+    gather_heads(kernel, k, token, from.k, pages->k_head_stride, from.k_scale, pages->k_scales.head_stride,
+                 pages->k_dtype, pages->num_kv_heads, pages->head_dim);
+    gather_heads(kernel, v, token, from.v, pages->v_head_stride, from.v_scale, pages->v_scales.head_stride,
+                 pages->v_dtype, pages->num_kv_heads, pages->head_dim_v);
   }
   pkv_gate_leave(pages->gate);
   return PKV_OK;

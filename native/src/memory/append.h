@@ -10,8 +10,4 @@
 void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
                     const int64_t *slots, const pkv_tensor *k, const pkv_tensor *v, bool past_caches);
 
-/* Before a layer's first write: clear pages that held another salt, and copy the tokens that the plan names,
- * each row's own. */
-void pkv_prepare_pages(const pkv_pages *pages, const pkv_plan *plan);
-
 #endif

@@ -57,6 +57,16 @@ static int has_vnni(void) {
 }
 #endif
 
+#ifdef PKV_HAVE_VBMI
+static int has_vbmi(void) {
+#ifdef PKV_EMULATED
+  return 1;
+#else
+  return has_vnni() && __builtin_cpu_supports("avx512vbmi");
+#endif
+}
+#endif
+
 #ifdef PKV_HAVE_VNNI
 /* AMD's CPUs run vpermw on a port that multiply-adds leave free, Intel's do not. */
 static int looks_up_beside(void) {
@@ -133,8 +143,26 @@ static int32_t least_queries_to_compute(int32_t k_dtype) {
   }
 }
 
+static bool is_avx512(const pkv_kernel *kernel) { return strncmp(kernel->name, "avx512", 6) == 0; }
+
+/* A fold for keys or values of 8 bits; NULL: the kernel's own.  Bfloat16 in pairs only the kernel's own
+ * reads. */
+static pkv_fold *int8_fold(const pkv_kernel *kernel, const pkv_layer *layer) {
+  bool is_int8 = layer->k.dtype == PKV_INT8 || layer->v.dtype == PKV_INT8;
+  if (!is_int8 || layer->k.dtype == PKV_BFLOAT16_PAIRS || !is_avx512(kernel)) return NULL;
+#ifdef PKV_HAVE_VBMI
+  if (has_vbmi()) return pkv_fold_int8_vbmi;
+#endif
+#ifdef PKV_HAVE_VNNI
+  if (has_vnni()) return pkv_fold_int8_vnni;
+#endif
+  return NULL;
+}
+
 pkv_fold *pkv_choose_fold(const pkv_kernel *kernel, const pkv_layer *layer, int32_t num_queries,
                           int32_t is_cached) {
+  pkv_fold *fold = int8_fold(kernel, layer);
+  if (fold) return fold;
   bool is_stream = !is_cached && num_queries < least_queries_to_compute(layer->k.dtype);
   return is_stream && kernel->folds[PKV_STREAM] ? kernel->folds[PKV_STREAM] : kernel->folds[PKV_COMPUTE];
 }
@@ -144,7 +172,7 @@ const pkv_product *pkv_active_product(void) {
   if (index < 0) return NULL;
 #ifdef PKV_HAVE_VNNI
   /* Skylake's AVX-512 lacks VNNI. */
-  if (strncmp(kernels[index].kernel->name, "avx512", 6) == 0 && has_vnni())
+  if (is_avx512(kernels[index].kernel) && has_vnni())
     return looks_up_beside() ? &pkv_product_vnni_lookups : &pkv_product_vnni;
 #endif
   return kernels[index].product;

@@ -1,6 +1,7 @@
 /* Vector functions of AVX2 with FMA and F16C. */
 #include <immintrin.h>
 #include <math.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -82,6 +83,51 @@ static inline vec vec_from_float16(halves x) { return (vec)_mm256_cvtph_ps((__m1
 
 static inline halves vec_to_float16(vec x) {
   return (halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* ---- integers (int8.h) */
+
+enum { VALUE_SUMS = 2 };
+typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
+
+/* sum + a * b, of two words a lane. */
+static inline ivec words_dot(ivec sum, words a, words b) {
+  return sum + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+}
+
+/* `count` bytes, 16 or 8; zeros behind. */
+static inline words words_from_bytes(const char *from, int count) {
+  __m128i x =
+      count == 2 * WIDTH ? _mm_loadu_si128((const __m128i *)from) : _mm_loadl_epi64((const void *)from);
+  return (words)_mm256_cvtepu8_epi16(x);
+}
+
+/* `count` bytes of two tokens, 16 or 8, side by side. */
+static inline void pair_bytes(const char *row, const char *next, int count, words pairs[VALUE_SUMS]) {
+  bool is_whole = count == VALUE_SUMS * WIDTH;
+  __m128i a = is_whole ? _mm_loadu_si128((const __m128i *)row) : _mm_loadl_epi64((const void *)row);
+  __m128i b = is_whole ? _mm_loadu_si128((const __m128i *)next) : _mm_loadl_epi64((const void *)next);
+  pairs[0] = (words)_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b));
+  pairs[1] = (words)_mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b));
+}
+
+/* Sums of a tile, as vec_sums. */
+static inline void ivec_sums(const ivec x[TILE_SUMS], int32_t sums[TILE_SUMS]) {
+  __m256i halves[4];
+  for (int i = 0; i < 4; i++) {
+    __m256i a = (__m256i)x[i], b = (__m256i)x[4 + i];
+    halves[i] = _mm256_add_epi32(_mm256_blend_epi32(a, b, 0xf0), _mm256_permute2x128_si256(a, b, 0x21));
+  }
+  __m256i even = _mm256_hadd_epi32(halves[0], halves[1]), odd = _mm256_hadd_epi32(halves[2], halves[3]);
+  _mm256_storeu_si256((__m256i *)sums, _mm256_hadd_epi32(even, odd));
+}
+
+/* The low byte of each lane. */
+static inline void store_low_bytes(uint8_t *to, ivec x) {
+  const __m256i low = _mm256_set1_epi32(0x0c080400);
+  __m256i four = _mm256_shuffle_epi8((__m256i)x, low);
+  __m128i eight = _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+  _mm_storel_epi64((__m128i *)to, eight);
 }
 
 /* The low 16 bits of each lane, whose high bits are zero. */

@@ -118,6 +118,106 @@ static inline halves vec_to_float16(vec x) {
   return (halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+/* ---- integers (int8.h) */
+
+enum { VALUE_SUMS = 4 };
+typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
+
+/* sum + a * b, of two words a lane. */
+static inline ivec words_dot(ivec sum, words a, words b) {
+#ifdef HAS_VNNI
+  return (ivec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  return sum + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+
+/* `count` bytes, a multiple of 8 up to 32; zeros behind. */
+static inline words words_from_bytes(const char *from, int count) {
+  __m256i x = count == 2 * WIDTH ? _mm256_loadu_si256((const __m256i *)from)
+                                 : _mm256_maskz_loadu_epi8(0xffffffffu >> (32 - count), from);
+  return (words)_mm512_cvtepu8_epi16(x);
+}
+
+static inline __m512i bytes_load(const char *from, int count) {
+  return count == 4 * WIDTH ? _mm512_loadu_si512(from)
+                            : _mm512_maskz_loadu_epi8(0xffffffffffffffffu >> (64 - count), from);
+}
+
+#ifdef HAS_VBMI
+/* `count` bytes of two tokens, a multiple of 8 up to 64, side by side: one shuffle for each sixteen dims. */
+static inline void pair_bytes(const char *row, const char *next, int count, words pairs[VALUE_SUMS]) {
+  const __m512i first =
+      _mm512_setr_epi32(0x400000, 0x410001, 0x420002, 0x430003, 0x440004, 0x450005, 0x460006, 0x470007,
+                        0x480008, 0x490009, 0x4a000a, 0x4b000b, 0x4c000c, 0x4d000d, 0x4e000e, 0x4f000f);
+  __m512i a = bytes_load(row, count), b = bytes_load(next, count);
+  for (int i = 0; i < VALUE_SUMS; i++) {
+    __m512i which = _mm512_add_epi32(first, _mm512_set1_epi32(0x100010 * i));
+    pairs[i] = (words)_mm512_maskz_permutex2var_epi8(0x5555555555555555u, a, which, b);
+  }
+}
+#else
+/* `count` bytes of two tokens, a multiple of 8 up to 64, side by side: dims 16 i + 0, 2, 4 and 6 of each
+ * quarter i, 1, 3, 5 and 7, 8, 10, ... and 9, 11, ... */
+static inline void pair_bytes(const char *row, const char *next, int count, words pairs[VALUE_SUMS]) {
+  const __m512i low = _mm512_set1_epi16(0xff);
+  __m512i a = bytes_load(row, count), b = bytes_load(next, count);
+  __m512i first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b);
+  pairs[0] = (words)_mm512_and_si512(first, low);
+  pairs[1] = (words)_mm512_srli_epi16(first, 8);
+  pairs[2] = (words)_mm512_and_si512(second, low);
+  pairs[3] = (words)_mm512_srli_epi16(second, 8);
+}
+
+/* Sums over such pairs, in the order of the dims. */
+#define HAS_PAIR_ORDER
+static inline void pairs_in_order(ivec sums[VALUE_SUMS]) {
+  __m512i fours[4], a[4];
+  for (int i = 0; i < 2; i++) { /* four dims in each quarter */
+    fours[2 * i] = _mm512_unpacklo_epi32((__m512i)sums[2 * i], (__m512i)sums[2 * i + 1]);
+    fours[2 * i + 1] = _mm512_unpackhi_epi32((__m512i)sums[2 * i], (__m512i)sums[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++) { /* transpose the quarters */
+    a[2 * i] = _mm512_shuffle_i32x4(fours[2 * i], fours[2 * i + 1], 0x44);
+    a[2 * i + 1] = _mm512_shuffle_i32x4(fours[2 * i], fours[2 * i + 1], 0xee);
+  }
+  for (int i = 0; i < 2; i++) {
+    sums[2 * i] = (ivec)_mm512_shuffle_i32x4(a[i], a[2 + i], 0x88);
+    sums[2 * i + 1] = (ivec)_mm512_shuffle_i32x4(a[i], a[2 + i], 0xdd);
+  }
+}
+#endif
+
+/* Sums of a tile, as vec_sums. */
+static inline void ivec_sums(const ivec x[TILE_SUMS], int32_t sums[TILE_SUMS]) {
+  const __m512i quarters_swapped =
+      _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+  __m512i halves[8], quarters[4], eighths[2];
+  for (int i = 0; i < 8; i++) {
+    __m512i a = (__m512i)x[i], b = (__m512i)x[8 + i];
+    halves[i] = _mm512_add_epi32(_mm512_mask_blend_epi32(0xff00, a, b), _mm512_shuffle_i32x4(a, b, 0x4e));
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512i a = halves[i], b = halves[4 + i];
+    quarters[i] = _mm512_add_epi32(_mm512_mask_blend_epi32(0xf0f0, a, b),
+                                   _mm512_permutex2var_epi32(a, quarters_swapped, b));
+  }
+  for (int i = 0; i < 2; i++) {
+    __m512 a = _mm512_castsi512_ps(quarters[2 * i]), b = _mm512_castsi512_ps(quarters[2 * i + 1]);
+    eighths[i] = _mm512_add_epi32(_mm512_castps_si512(_mm512_mask_blend_ps(0xcccc, a, b)),
+                                  _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x4e)));
+  }
+  __m512 a = _mm512_castsi512_ps(eighths[0]), b = _mm512_castsi512_ps(eighths[1]);
+  __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88));
+  __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
+  _mm512_storeu_si512(sums, _mm512_add_epi32(even, odd));
+}
+
+/* The low byte of each lane. */
+static inline void store_low_bytes(uint8_t *to, ivec x) {
+  _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)x));
+}
+
 /* The high 16 bits of each lane: every second of 32 halves, in one shuffle. */
 #define HAS_HIGH_HALVES
 static inline halves vec_high_halves(ivec bits) {

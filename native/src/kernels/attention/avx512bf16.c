@@ -7,11 +7,14 @@
 
 #include "vec.h"
 #include "rows.h"
+#include "ahead.h"
+#include "int8.h"
 #include "stream.h"
 #include "softmax.h"
 #include "fold.h"
 #include "state.h"
 #include "convert.h"
+#include "quantise.h"
 #include "finish.h"
 
 const pkv_kernel pkv_kernel_avx512bf16 = {

@@ -5,6 +5,8 @@
 
 #include "vec.h"
 #include "rows.h"
+#include "ahead.h"
+#include "int8.h"
 #include "compute.h"
 #include "softmax.h"
 #include "fold.h"

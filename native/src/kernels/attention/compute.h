@@ -122,6 +122,7 @@ ALWAYS_INLINE void score(const head_rows *keys, const head_rows *ahead, const fl
   if (ahead && !ahead->count) ahead = NULL;
   switch (keys->dtype) {
     case PKV_FLOAT32: CALL_SCORE(score_float32); break;
+    case PKV_INT8: OF_INT8(score_bytes, num_queries)(keys, ahead, q, scores); break;
     case PKV_FLOAT16: CALL_SCORE(score_float16); break;
     case PKV_BFLOAT16: CALL_SCORE(score_bfloat16); break;
 #ifdef HAS_PAIRS
@@ -196,11 +197,14 @@ ACCUMULATE_FUNCTIONS_OF(accumulate_bfloat16, PKV_BFLOAT16)
   ahead ? OF_PREFETCHING(name, num_queries)(values, ahead, weights, rescale, accumulated) \
         : OF(name, num_queries)(values, weights, rescale, accumulated)
 
-ALWAYS_INLINE void accumulate(const head_rows *values, const head_rows *ahead,
+ALWAYS_INLINE void accumulate(const head_rows *values, const head_rows *ahead, const int32_t *num_seen,
                               float weights[][PKV_RUN_TOKENS], const float *rescale, int num_queries,
                               float *const *accumulated) {
   if (ahead && !ahead->count) ahead = NULL;
   switch (values->dtype) {
+    case PKV_INT8:
+      OF_INT8(accumulate_bytes, num_queries)(values, ahead, num_seen, weights, rescale, accumulated);
+      break;
     case PKV_FLOAT32: CALL_ACCUMULATE(accumulate_float32); break;
     case PKV_FLOAT16: CALL_ACCUMULATE(accumulate_float16); break;
     case PKV_BFLOAT16: CALL_ACCUMULATE(accumulate_bfloat16); break;

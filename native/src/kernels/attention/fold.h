@@ -21,21 +21,27 @@ static void accumulate_rest(const head_rows *values, int32_t begin, int32_t end,
                             float *accumulated) {
   const float as_it_is = 1.0f;
   head_rows rest = part_of(values, begin, end);
-  accumulate(&rest, NULL, (float (*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
+  int32_t count = end - begin;
+  accumulate(&rest, NULL, &count, (float (*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
 }
 
 static void accumulate_queries(const head_rows *values, const head_rows *ahead, const queries *queries,
                                float weights[][PKV_RUN_TOKENS], const float *rescale) {
   for (int i = 0; i < queries->count; ahead = NULL) {
     int tile = tile_size(queries->count - i);
-    int32_t least = values->count; /* visible to all queries of the tile */
-    for (int j = i; j < i + tile; j++)
+    int32_t least = values->count, most = 0; /* visible to all queries of the tile, and to any */
+    for (int j = i; j < i + tile; j++) {
       if (queries->num_seen[j] < least) least = queries->num_seen[j];
-    head_rows shared = part_of(values, 0, least);
+      if (queries->num_seen[j] > most) most = queries->num_seen[j];
+    }
+    /* Integer weights of tokens that a query does not see are 0, whatever the value. */
+    head_rows shared = part_of(values, 0, values->dtype == PKV_INT8 ? most : least);
+    const int32_t *seen = queries->num_seen + i;
+    float *const *accumulated = queries->accumulated + i;
     switch (tile) {
-      case 4: accumulate(&shared, ahead, weights + i, rescale + i, 4, queries->accumulated + i); break;
-      case 2: accumulate(&shared, ahead, weights + i, rescale + i, 2, queries->accumulated + i); break;
-      case 1: accumulate(&shared, ahead, weights + i, rescale + i, 1, queries->accumulated + i); break;
+      case 4: accumulate(&shared, ahead, seen, weights + i, rescale + i, 4, accumulated); break;
+      case 2: accumulate(&shared, ahead, seen, weights + i, rescale + i, 2, accumulated); break;
+      case 1: accumulate(&shared, ahead, seen, weights + i, rescale + i, 1, accumulated); break;
     }
     for (int j = i; j < i + tile; j++)
       if (queries->num_seen[j] > shared.count)
@@ -67,7 +73,7 @@ static void fold_queries(const pkv_layer *layer, const pkv_run *run, const head_
 /* Fold one kv head's tokens into the states of its group, of each row. */
 static void fold_head(const pkv_layer *layer, const pkv_run *run, int32_t kv_head, const head_rows *keys,
                       const head_rows *values, const head_rows *next_keys, const float *q, pkv_state state) {
-  int64_t q_step = pkv_padded(layer->k.dim), value_step = pkv_padded(layer->v.dim);
+  int64_t q_step = pkv_prepared_floats(layer->k.dim, layer->k.dtype), value_step = pkv_padded(layer->v.dim);
   queries queries;
   int count = 0;
   for (int32_t row = 0; row < run->num_rows; row++, q += run->q_stride) {
@@ -106,7 +112,7 @@ ALWAYS_INLINE void fold_heads(const pkv_layer *layer, const pkv_run *run, int32_
   if (num_own < num_heads) spare_begin(&spare, values->dim);
   EACH (i, num_heads) {
     bool is_own = i < num_own;
-    queries[i] = q + (is_own ? i : i - 1) * pkv_padded(keys->dim);
+    queries[i] = q + (is_own ? i : i - 1) * pkv_prepared_floats(keys->dim, keys->dtype);
     maximum[i] = is_own ? state.maximum + i : &spare.maximum;
     sum[i] = is_own ? state.sum + i : &spare.sum;
     accumulated[i] = is_own ? state.accumulated + i * pkv_padded(values->dim) : spare.accumulated;
@@ -116,7 +122,7 @@ ALWAYS_INLINE void fold_heads(const pkv_layer *layer, const pkv_run *run, int32_
   }
   score(keys, now, queries, num_heads, scores);
   softmax(layer, run, heads, rows, num_seen, num_heads, scores, maximum, sum, rescale);
-  accumulate(values, next, scores, rescale, num_heads, accumulated);
+  accumulate(values, next, num_seen, scores, rescale, num_heads, accumulated);
 }
 
 /* A kv head's group of q heads, without looking at what each row sees. */
@@ -125,7 +131,7 @@ static void fold_row(const pkv_layer *layer, const pkv_run *run, int32_t kv_head
   for (int32_t i = 0, tile; i < layer->group; i += tile) {
     int32_t head = kv_head * layer->group + i;
     pkv_state own = {state.maximum + i, state.sum + i, state.accumulated + i * pkv_padded(values->dim)};
-    const float *own_q = q + i * pkv_padded(keys->dim);
+    const float *own_q = q + i * pkv_prepared_floats(keys->dim, keys->dtype);
     bool is_resident = i || run->is_resident;
     const head_rows *now = is_resident ? NULL : values, *next = is_resident ? NULL : next_keys;
     tile = tile_size(layer->group - i);
@@ -143,18 +149,18 @@ static void fold_run(const pkv_layer *layer, const pkv_run *run, const float *q,
   const pkv_format *k = &layer->k, *v = &layer->v;
   int32_t num_tokens = run->num_tokens, end_head = run->first_head + run->num_kv_heads;
   for (int32_t head = run->first_head; head < end_head; head++) {
-    head_rows keys = head_rows_of(run->k, head * k->head_stride, run->k_stride, num_tokens, k->dim, k->dtype);
+    head_rows keys =
+        head_rows_of(run->k, run->k_scales, k, head, run->k_stride, run->k_scale_stride, num_tokens);
     head_rows values =
-        head_rows_of(run->v, head * v->head_stride, run->v_stride, num_tokens, v->dim, v->dtype);
-    head_rows next_keys =
-        head + 1 < end_head
-            ? head_rows_of(run->k, (head + 1) * k->head_stride, 0, num_tokens, k->dim, k->dtype)
-            : head_rows_of(run->k_next, run->next_head * k->head_stride, 0, run->num_next, k->dim, k->dtype);
+        head_rows_of(run->v, run->v_scales, v, head, run->v_stride, run->v_scale_stride, num_tokens);
+    head_rows next_keys = head + 1 < end_head
+                              ? head_rows_of(run->k, NULL, k, head + 1, 0, 0, num_tokens)
+                              : head_rows_of(run->k_next, NULL, k, run->next_head, 0, 0, run->num_next);
     if (FOLDS_SINGLE_ROWS && run->num_rows == 1)
       fold_row(layer, run, head, &keys, &values, &next_keys, q, state);
     else
       fold_head(layer, run, head, &keys, &values, &next_keys, q, state);
-    q += layer->group * pkv_padded(k->dim);
+    q += layer->group * pkv_prepared_floats(k->dim, k->dtype);
     state.maximum += layer->group;
     state.sum += layer->group;
     state.accumulated += layer->group * pkv_padded(v->dim);

@@ -22,3 +22,39 @@ static inline float vec_maximum(vec x) {
 static inline int vec_any(ivec mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
 
 static inline vec vec_from_bits(ivec bits) { return (vec)bits; }
+
+/* ---- integers (int8.h) */
+
+enum { VALUE_SUMS = 2 };
+typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
+typedef uint8_t four_bytes __attribute__((vector_size(WIDTH)));
+typedef uint8_t eight_bytes __attribute__((vector_size(2 * WIDTH)));
+
+/* Eight bytes; the count of all parts. */
+static inline words words_from_bytes(const char *from, int count) {
+  (void)count;
+  eight_bytes x;
+  memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(x, words);
+}
+
+/* Eight bytes of two tokens, side by side. */
+static inline void pair_bytes(const char *row, const char *next, int count, words pairs[VALUE_SUMS]) {
+  (void)count;
+  for (int i = 0; i < VALUE_SUMS; i++) {
+    four_bytes a, b;
+    memcpy(&a, row + i * WIDTH, sizeof a);
+    memcpy(&b, next + i * WIDTH, sizeof b);
+    pairs[i] = (words)(__builtin_convertvector(a, ivec) | __builtin_convertvector(b, ivec) << 16);
+  }
+}
+
+static inline void ivec_sums(const ivec x[TILE_SUMS], int32_t sums[TILE_SUMS]) {
+  for (int i = 0; i < TILE_SUMS; i++) sums[i] = x[i][0] + x[i][1] + x[i][2] + x[i][3];
+}
+
+/* The low byte of each lane. */
+static inline void store_low_bytes(uint8_t *to, ivec x) {
+  four_bytes bytes = __builtin_convertvector(x & 0xff, four_bytes);
+  memcpy(to, &bytes, sizeof bytes);
+}

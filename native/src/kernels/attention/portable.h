@@ -36,5 +36,11 @@ static inline halves vec_to_float16(vec x) {
   return __builtin_convertvector(((is_special & special) | (~is_special & finite)) | sign, halves);
 }
 
+/* sum + a * b, of two words a lane. */
+static inline ivec words_dot(ivec sum, words a, words b) {
+  ivec low = ((ivec)a << 16 >> 16) * ((ivec)b << 16 >> 16), high = ((ivec)a >> 16) * ((ivec)b >> 16);
+  return sum + low + high;
+}
+
 /* The low 16 bits of each lane, whose high bits are zero. */
 static inline halves vec_low_halves(ivec bits) { return __builtin_convertvector(bits, halves); }

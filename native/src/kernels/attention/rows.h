@@ -14,7 +14,7 @@ enum {
 }; /* that share a run; a tile takes up to four of them, and TILE_SUMS / 4 tokens or vectors */
 
 ALWAYS_INLINE int32_t stored_bytes(int32_t head_dim, int32_t dtype) {
-  return head_dim * (dtype == PKV_FLOAT32 || dtype == PKV_BFLOAT16_PAIRS ? 4 : 2);
+  return pkv_stored_bytes(head_dim, dtype);
 }
 
 /* Keys or values of one kv head: their addresses and format. */
@@ -26,16 +26,35 @@ typedef struct {
   int32_t count;
   int32_t dim;
   int32_t dtype;
+  const char *const *scales; /* [count], of PKV_INT8 */
+  int64_t scale_offset;      /* added to each of their addresses */
+  int64_t scale_stride;      /* bytes between them; 0: not evenly spaced */
 } head_rows;
 
-static head_rows head_rows_of(const char *const *rows, int64_t offset, int64_t stride, int32_t count,
-                              int32_t dim, int32_t dtype) {
-  return (head_rows){rows, offset, count ? rows[0] + offset : NULL, stride, count, dim, dtype};
+/* Rows of kv head `head`. */
+static head_rows head_rows_of(const char *const *rows, const char *const *scales, const pkv_format *format,
+                              int32_t head, int64_t stride, int64_t scale_stride, int32_t count) {
+  int64_t offset = head * format->head_stride;
+  return (head_rows){.rows = rows,
+                     .offset = offset,
+                     .first = count ? rows[0] + offset : NULL,
+                     .stride = stride,
+                     .count = count,
+                     .dim = format->dim,
+                     .dtype = format->dtype,
+                     .scales = scales,
+                     .scale_offset = head * format->scale_head_stride,
+                     .scale_stride = scale_stride};
 }
 
 /* Rows `begin` to `end` - 1. */
 static head_rows part_of(const head_rows *all, int32_t begin, int32_t end) {
-  return head_rows_of(all->rows + begin, all->offset, all->stride, end - begin, all->dim, all->dtype);
+  head_rows part = *all;
+  part.rows += begin;
+  if (all->dtype == PKV_INT8) part.scales += begin;
+  part.count = end - begin;
+  part.first = part.count ? part.rows[0] + part.offset : NULL;
+  return part;
 }
 
 /* sum + q * key, of one dim per lane or, in kernels with pairs, of two, one after the other. */

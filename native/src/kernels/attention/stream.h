@@ -22,40 +22,6 @@ ALWAYS_INLINE void touch_row(const char *row, int32_t num_bytes, int at_once) {
   for (; at_once && i < num_bytes; i += 64) bytes[i];
 }
 
-/* Prefetches rows that come next: V while K is scored, and the next K (of the next head or run) while V
- * is summed.
- *
- * A few lines at each step of the computation: all at once, they would queue behind each other, and the
- * loads of now behind them.  Into the L2 cache, because L1 has few line fill buffers. */
-typedef struct {
-  const head_rows *rows;
-  const char *row; /* NULL: nothing is left to prefetch */
-  int32_t next;    /* row */
-  int32_t offset;
-  int32_t row_bytes;
-  int32_t step_bytes;
-} cursor;
-
-/* A cursor over num_rows of `rows` (NULL: none) in num_steps steps. */
-ALWAYS_INLINE cursor cursor_over(const head_rows *rows, int32_t num_rows, int32_t num_steps) {
-  if (!rows || !rows->count || num_steps < 1) return (cursor){.row = NULL};
-  int32_t row_bytes = stored_bytes(rows->dim, rows->dtype);
-  cursor at = {.rows = rows, .next = 1, .row_bytes = row_bytes};
-  at.row = row_bytes ? rows->rows[0] + rows->offset : NULL;
-  at.step_bytes = (row_bytes * num_rows + num_steps - 1) / num_steps;
-  return at;
-}
-
-ALWAYS_INLINE void prefetch_ahead(cursor *at) {
-  if (!at->row) return;
-  for (int32_t end = at->offset + at->step_bytes; at->offset < end; at->offset += 64)
-    __builtin_prefetch(at->row + at->offset, 0, 2);
-  if (at->offset < at->row_bytes) return;
-  at->offset = 0;
-  at->row = at->next < at->rows->count ? at->rows->rows[at->next] + at->rows->offset : NULL;
-  at->next++;
-}
-
 /* Does bandwidth alone decide how long rows of this dtype take?  Then the hardware prefetcher does best. */
 ALWAYS_INLINE bool is_bound_by_memory(int32_t dtype, int num_queries) {
   return dtype == PKV_FLOAT32 && num_queries == 1;
@@ -157,6 +123,7 @@ ALWAYS_INLINE void score(const head_rows *keys, const head_rows *ahead, const fl
                          int num_queries, float scores[][PKV_RUN_TOKENS]) {
   switch (keys->dtype) {
     case PKV_FLOAT32: score_keys(keys, PKV_FLOAT32, ahead, q, num_queries, scores); break;
+    case PKV_INT8: OF_INT8(score_bytes, num_queries)(keys, ahead, q, scores); break;
     case PKV_FLOAT16: score_keys(keys, PKV_FLOAT16, ahead, q, num_queries, scores); break;
     case PKV_BFLOAT16: score_keys(keys, PKV_BFLOAT16, ahead, q, num_queries, scores); break;
 #ifdef HAS_PAIRS
@@ -216,10 +183,13 @@ ALWAYS_INLINE void accumulate_values(const head_rows *values, int32_t dtype, con
     value_tile(values, dtype, 0, &at, weights, rescale, num_queries, d, 1, PART, accumulated);
 }
 
-ALWAYS_INLINE void accumulate(const head_rows *values, const head_rows *ahead,
+ALWAYS_INLINE void accumulate(const head_rows *values, const head_rows *ahead, const int32_t *num_seen,
                               float weights[][PKV_RUN_TOKENS], const float *rescale, int num_queries,
                               float *const *accumulated) {
   switch (values->dtype) {
+    case PKV_INT8:
+      OF_INT8(accumulate_bytes, num_queries)(values, ahead, num_seen, weights, rescale, accumulated);
+      break;
     case PKV_FLOAT32:
       accumulate_values(values, PKV_FLOAT32, ahead, weights, rescale, num_queries, accumulated);
       break;

@@ -5,12 +5,15 @@
  *
  *   vec.h         loads, exp2, tanh
  *   rows.h        the rows of one kv head, and the queries that read them
+ *   ahead.h       what is read next, prefetched
+ *   int8.h        scores and weighted sums of rows of 8 bits
  *   stream.h      scores and weighted sums when bandwidth is the limit
  *   compute.h     or when arithmetic is
  *   softmax.h     scores to weights
  *   fold.h        one run of tokens into the states of its q rows
  *   state.h       two states merged
  *   convert.h     stored values to float32 and back
+ *   quantise.h    8-bit integers and scales to float32 and back
  *   finish.h      a state to a row of the output
  *
  * Everything is static: a function that is compiled for a newer CPU must not be the copy that the linker

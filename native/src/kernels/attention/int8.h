@@ -1,0 +1,229 @@
+/* Scores and weighted sums of keys and values of 8 bits (PKV_INT8), in integers.
+ *
+ *   scores   s = (sum of q words * (bytes - 128)) * q's scale * the key's scale
+ *   values   a = a * rescale + (sum of w words * (bytes - 128)) * unit
+ *
+ * q has words of 16 bits (pkv_q8).  The weights of a run, times the scales of its values, are rounded to
+ * words of a unit: the largest of a row's is 32,639.  Sums of products are exact, so neither the tile nor the
+ * instruction set changes a bit of them.
+ *
+ * Nothing overflows 32 bits: a score is 256 dims * 32,512 * 255 at most, 2.12e9; a weighted sum 64 tokens *
+ * 32,639 * 255.  Sums that begin below 0 may wrap and come back.
+ *
+ * A row that cannot be stored has the scale NaN, which makes its score NaN, or the unit. */
+
+enum { ZERO_BYTE = 128, LARGEST_WEIGHT = 32639 };
+
+static const int32_t lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+ALWAYS_INLINE ivec ivec_load(const int32_t *from) {
+  ivec x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+ALWAYS_INLINE words words_load(const int16_t *from) {
+  words x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+/* The scales of the tokens, as floats; zeros up to a whole vector. */
+ALWAYS_INLINE void load_scales(const head_rows *rows, float scales[PKV_RUN_TOKENS]) {
+  int32_t t = 0;
+  for (; rows->scale_stride == 2 && t + WIDTH <= rows->count; t += WIDTH) {
+    halves x;
+    memcpy(&x, rows->scales[t] + rows->scale_offset, sizeof x);
+    vec_store(scales + t, vec_from_bfloat16(x));
+  }
+  for (; t < rows->count; t++) {
+    uint16_t half;
+    memcpy(&half, rows->scales[t] + rows->scale_offset, sizeof half);
+    uint32_t bits = (uint32_t)half << 16;
+    memcpy(scales + t, &bits, sizeof bits);
+  }
+  for (; t % WIDTH; t++) scales[t] = 0;
+}
+
+/* ---- scores */
+
+#ifdef HAS_VNNI
+#include "int8_vnni.h"
+#else
+/* Sums of products of num_tokens keys with num_queries. */
+ALWAYS_INLINE void sum_keys_tile(const char *const *rows, int64_t offset, int32_t dim,
+                                 const int16_t *const *q, int num_queries, int num_tokens,
+                                 int32_t sums_of[][PKV_RUN_TOKENS]) {
+  ivec sums[TILE_SUMS] = {};
+  const char *k[TILE_SUMS];
+  EACH (t, num_tokens) k[t] = rows[t] + offset;
+  for (int32_t d = 0; d < dim; d += 2 * WIDTH) {
+    int count = dim - d < 2 * WIDTH ? dim - d : 2 * WIDTH;
+    words some[4];
+    EACH (i, num_queries) some[i] = words_load(q[i] + d);
+    EACH (t, num_tokens) {
+      words key = words_from_bytes(k[t] + d, count);
+      EACH (i, num_queries) sums[i * num_tokens + t] = words_dot(sums[i * num_tokens + t], key, some[i]);
+    }
+  }
+  int32_t added[TILE_SUMS];
+  ivec_sums(sums, added);
+  EACH (i, num_queries) memcpy(sums_of[i], added + i * num_tokens, (size_t)num_tokens * sizeof *added);
+}
+
+/* Sums of products of all keys with num_queries. */
+ALWAYS_INLINE void sum_keys(const head_rows *keys, const head_rows *ahead, const int16_t *const *q,
+                            int num_queries, int32_t sums[][PKV_RUN_TOKENS]) {
+  const int step = TILE_SUMS / num_queries;
+  int32_t t = 0;
+  for (; t + step <= keys->count; t += step) {
+    for (int i = 0; i < step; i++) prefetch_row(ahead, t + i);
+    sum_keys_tile(keys->rows + t, keys->offset, keys->dim, q, num_queries, step,
+                  (int32_t (*)[PKV_RUN_TOKENS])(sums[0] + t));
+  }
+  for (; t < keys->count; t++) {
+    prefetch_row(ahead, t);
+    sum_keys_tile(keys->rows + t, keys->offset, keys->dim, q, num_queries, 1,
+                  (int32_t (*)[PKV_RUN_TOKENS])(sums[0] + t));
+  }
+}
+#endif
+
+/* Sums to scores. */
+ALWAYS_INLINE void scale_scores(const pkv_q8 *q, const float *scales, int32_t num_tokens, const int32_t *sums,
+                                float *scores) {
+  int32_t zero = ZERO_BYTE * q->sum;
+  for (int32_t t = 0; t < num_tokens; t += WIDTH) {
+    vec sum = __builtin_convertvector(ivec_load(sums + t) - zero, vec);
+    vec_store(scores + t, sum * q->scale * vec_load(scales + t));
+  }
+}
+
+/* Score all keys for num_queries (1, 2 or 4), and prefetch the rows of `ahead`. */
+ALWAYS_INLINE void score_bytes(const head_rows *keys, const head_rows *ahead, const float *const *queries,
+                               int num_queries, float scores[][PKV_RUN_TOKENS]) {
+  const pkv_q8 *q[4];
+  const int16_t *q_words[4];
+  float scales[PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  int32_t sums[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  EACH (i, num_queries) {
+    q[i] = (const pkv_q8 *)queries[i];
+    q_words[i] = (const int16_t *)(q[i] + 1);
+  }
+  load_scales(keys, scales);
+  sum_keys(keys, ahead, q_words, num_queries, sums);
+  for (int32_t t = keys->count; t % WIDTH; t++)
+    EACH (i, num_queries) sums[i][t] = 0;
+  EACH (i, num_queries) scale_scores(q[i], scales, keys->count, sums[i], scores[i]);
+}
+
+/* ---- values */
+
+/* The weights of a row, as words of a unit. */
+typedef struct {
+  float unit; /* NaN where a weight or its scale is */
+  int32_t sum;
+  int16_t words[PKV_RUN_TOKENS];
+} rounded_weights;
+
+/* Round num_seen weights times scales; those behind are 0, up to a whole vector of `count`.  Scales of
+ * tokens that the row does not see may be anything. */
+ALWAYS_INLINE void round_weights(const float *weights, const float *scales, int32_t num_seen, int32_t count,
+                                 rounded_weights *to) {
+  float products[PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  const float least = 0x1p-112f; /* so that LARGEST_WEIGHT / least is finite */
+  const float to_integer = 0x1.8p23f;
+  vec most = (vec){} + least, total = {};
+  for (int32_t t = 0; t < count; t += WIDTH) {
+    vec product = vec_load(weights + t) * vec_load(scales + t);
+    if (t + WIDTH > num_seen) product = vec_select(ivec_load(lane_numbers) < num_seen - t, product, (vec){});
+    most = vec_max(product, most);
+    total += product;
+    vec_store(products + t, product);
+  }
+  float largest = vec_maximum(most), added = vec_sum(total);
+  vec inverse = (vec){} + LARGEST_WEIGHT / largest;
+  ivec sum = {};
+  for (int32_t t = 0; t < count; t += WIDTH) {
+    ivec word = (ivec)(vec_load(products + t) * inverse + to_integer) - 0x4b400000;
+    halves low = vec_high_halves(word << 16);
+    memcpy(to->words + t, &low, sizeof low);
+    sum += word;
+  }
+  uint32_t sum_of_words = 0;
+  for (int i = 0; i < WIDTH; i++) sum_of_words += (uint32_t)sum[i];
+  to->sum = (int32_t)sum_of_words;
+  to->unit = added == added ? largest / LARGEST_WEIGHT : added;
+}
+
+/* Accumulate VALUE_SUMS vectors, or what a row of num_dims left has of them, for num_queries. */
+ALWAYS_INLINE void value_bytes_tile(const head_rows *values, const rounded_weights *weights,
+                                    const float *rescale, int num_queries, int32_t d, int num_dims,
+                                    const head_rows *ahead, float *const *accumulated) {
+  ivec sums[4 * VALUE_SUMS];
+  EACH (i, num_queries)
+    EACH (j, VALUE_SUMS)
+      sums[i * VALUE_SUMS + j] = (ivec){} + (int32_t)(-(uint32_t)ZERO_BYTE * (uint32_t)weights[i].sum);
+  int64_t offset = values->offset + d;
+  int32_t last = values->count - 1;
+  /* Each tile prefetches its share of the rows of `ahead`. */
+  const int step = VALUE_SUMS * WIDTH;
+  int32_t num_tiles = (values->dim + step - 1) / step, next = d / step;
+  for (int32_t t = 0; t <= last; t += 2) {
+    words pairs[VALUE_SUMS];
+    /* The word behind the last of an odd number is 0. */
+    pair_bytes(values->rows[t] + offset, values->rows[t < last ? t + 1 : t] + offset, num_dims, pairs);
+    for (; next < t + 2; next += num_tiles) prefetch_row(ahead, next);
+    EACH (i, num_queries) {
+      int32_t both;
+      memcpy(&both, weights[i].words + t, sizeof both);
+      words weight = (words)((ivec){} + both);
+      EACH (j, VALUE_SUMS) sums[i * VALUE_SUMS + j] = words_dot(sums[i * VALUE_SUMS + j], pairs[j], weight);
+    }
+  }
+  EACH (i, num_queries) {
+    ivec *own = sums + i * VALUE_SUMS;
+#ifdef HAS_PAIR_ORDER
+    pairs_in_order(own);
+#endif
+    EACH (j, VALUE_SUMS) {
+      if (j * WIDTH >= num_dims) break;
+      float *to = accumulated[i] + d + j * WIDTH;
+      vec before = vec_load(to) * rescale[i];
+      vec_store(to, vec_fma(__builtin_convertvector(own[j], vec), (vec){} + weights[i].unit, before));
+    }
+  }
+}
+
+/* Accumulate all values for num_queries (1, 2 or 4), each of which sees the first num_seen of them, and
+ * prefetch the rows of `ahead`. */
+ALWAYS_INLINE void accumulate_bytes(const head_rows *values, const head_rows *ahead, const int32_t *num_seen,
+                                    float weights[][PKV_RUN_TOKENS], const float *rescale, int num_queries,
+                                    float *const *accumulated) {
+  const int step = VALUE_SUMS * WIDTH;
+  const int32_t dim = values->dim;
+  float scales[PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  rounded_weights rounded[4] __attribute__((aligned(64)));
+  load_scales(values, scales);
+  EACH (i, num_queries) round_weights(weights[i], scales, num_seen[i], values->count, rounded + i);
+  int32_t d = 0;
+  for (; d + step <= dim; d += step)
+    value_bytes_tile(values, rounded, rescale, num_queries, d, step, ahead, accumulated);
+  if (d < dim) value_bytes_tile(values, rounded, rescale, num_queries, d, dim - d, ahead, accumulated);
+}
+
+#define INT8_FUNCTIONS(num_queries)                                                                         \
+  NOINLINE void score_bytes_of_##num_queries(const head_rows *keys, const head_rows *ahead,                 \
+                                             const float *const *q, float scores[][PKV_RUN_TOKENS]) {       \
+    score_bytes(keys, ahead, q, num_queries, scores);                                                       \
+  }                                                                                                         \
+  NOINLINE void accumulate_bytes_of_##num_queries(const head_rows *values, const head_rows *ahead,          \
+                                                  const int32_t *num_seen, float weights[][PKV_RUN_TOKENS], \
+                                                  const float *rescale, float *const *accumulated) {        \
+    accumulate_bytes(values, ahead, num_seen, weights, rescale, num_queries, accumulated);                  \
+  }
+#define OF_INT8(name, num_queries) \
+  ((num_queries) == 4 ? name##_of_4 : (num_queries) == 2 ? name##_of_2 : name##_of_1)
+INT8_FUNCTIONS(1)
+INT8_FUNCTIONS(2)
+INT8_FUNCTIONS(4)
