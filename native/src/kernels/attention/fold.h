@@ -22,7 +22,7 @@ static void accumulate_rest(const head_rows *values, int32_t begin, int32_t end,
   const float as_it_is = 1.0f;
   head_rows rest = part_of(values, begin, end);
   int32_t count = end - begin;
-  accumulate(&rest, NULL, &count, (float (*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
+  accumulate(&rest, NULL, &count, (float(*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
 }
 
 static void accumulate_queries(const head_rows *values, const head_rows *ahead, const queries *queries,
@@ -156,6 +156,8 @@ static void fold_run(const pkv_layer *layer, const pkv_run *run, const float *q,
     head_rows next_keys = head + 1 < end_head
                               ? head_rows_of(run->k, NULL, k, head + 1, 0, 0, num_tokens)
                               : head_rows_of(run->k_next, NULL, k, run->next_head, 0, 0, run->num_next);
+    prefetch_scales(&keys);
+    prefetch_scales(&values);
     if (FOLDS_SINGLE_ROWS && run->num_rows == 1)
       fold_row(layer, run, head, &keys, &values, &next_keys, q, state);
     else

@@ -45,11 +45,29 @@ ALWAYS_INLINE void load_scales(const head_rows *rows, float scales[PKV_RUN_TOKEN
   for (; t % WIDTH; t++) scales[t] = 0;
 }
 
+/* They lie apart from the rows: prefetch them while rows are read. */
+ALWAYS_INLINE void prefetch_scales(const head_rows *rows) {
+  if (rows->dtype != PKV_INT8) return;
+  for (int32_t t = 0; t < rows->count; t += 16)
+    __builtin_prefetch(rows->scales[t] + rows->scale_offset, 0, 3);
+}
+
 /* ---- scores */
 
 #ifdef HAS_VNNI
 #include "int8_vnni.h"
 #else
+/* sums += q * keys, over `count` dims from d on. */
+ALWAYS_INLINE void dot_words(const char *const *k, const int16_t *const *q, int num_queries, int num_tokens,
+                             int32_t d, int count, ivec *sums) {
+  words some[4];
+  EACH (i, num_queries) some[i] = words_load(q[i] + d);
+  EACH (t, num_tokens) {
+    words key = words_from_bytes(k[t] + d, count);
+    EACH (i, num_queries) sums[i * num_tokens + t] = words_dot(sums[i * num_tokens + t], key, some[i]);
+  }
+}
+
 /* Sums of products of num_tokens keys with num_queries. */
 ALWAYS_INLINE void sum_keys_tile(const char *const *rows, int64_t offset, int32_t dim,
                                  const int16_t *const *q, int num_queries, int num_tokens,
@@ -57,15 +75,9 @@ ALWAYS_INLINE void sum_keys_tile(const char *const *rows, int64_t offset, int32_
   ivec sums[TILE_SUMS] = {};
   const char *k[TILE_SUMS];
   EACH (t, num_tokens) k[t] = rows[t] + offset;
-  for (int32_t d = 0; d < dim; d += 2 * WIDTH) {
-    int count = dim - d < 2 * WIDTH ? dim - d : 2 * WIDTH;
-    words some[4];
-    EACH (i, num_queries) some[i] = words_load(q[i] + d);
-    EACH (t, num_tokens) {
-      words key = words_from_bytes(k[t] + d, count);
-      EACH (i, num_queries) sums[i * num_tokens + t] = words_dot(sums[i * num_tokens + t], key, some[i]);
-    }
-  }
+  int32_t d = 0;
+  for (; d + 2 * WIDTH <= dim; d += 2 * WIDTH) dot_words(k, q, num_queries, num_tokens, d, 2 * WIDTH, sums);
+  if (d < dim) dot_words(k, q, num_queries, num_tokens, d, dim - d, sums);
   int32_t added[TILE_SUMS];
   ivec_sums(sums, added);
   EACH (i, num_queries) memcpy(sums_of[i], added + i * num_tokens, (size_t)num_tokens * sizeof *added);
@@ -79,12 +91,12 @@ ALWAYS_INLINE void sum_keys(const head_rows *keys, const head_rows *ahead, const
   for (; t + step <= keys->count; t += step) {
     for (int i = 0; i < step; i++) prefetch_row(ahead, t + i);
     sum_keys_tile(keys->rows + t, keys->offset, keys->dim, q, num_queries, step,
-                  (int32_t (*)[PKV_RUN_TOKENS])(sums[0] + t));
+                  (int32_t(*)[PKV_RUN_TOKENS])(sums[0] + t));
   }
   for (; t < keys->count; t++) {
     prefetch_row(ahead, t);
     sum_keys_tile(keys->rows + t, keys->offset, keys->dim, q, num_queries, 1,
-                  (int32_t (*)[PKV_RUN_TOKENS])(sums[0] + t));
+                  (int32_t(*)[PKV_RUN_TOKENS])(sums[0] + t));
   }
 }
 #endif
@@ -110,8 +122,8 @@ ALWAYS_INLINE void score_bytes(const head_rows *keys, const head_rows *ahead, co
     q[i] = (const pkv_q8 *)queries[i];
     q_words[i] = (const int16_t *)(q[i] + 1);
   }
-  load_scales(keys, scales);
   sum_keys(keys, ahead, q_words, num_queries, sums);
+  load_scales(keys, scales);
   for (int32_t t = keys->count; t % WIDTH; t++)
     EACH (i, num_queries) sums[i][t] = 0;
   EACH (i, num_queries) scale_scores(q[i], scales, keys->count, sums[i], scores[i]);
@@ -169,16 +181,19 @@ ALWAYS_INLINE void value_bytes_tile(const head_rows *values, const rounded_weigh
   /* Each tile prefetches its share of the rows of `ahead`. */
   const int step = VALUE_SUMS * WIDTH;
   int32_t num_tiles = (values->dim + step - 1) / step, next = d / step;
-  for (int32_t t = 0; t <= last; t += 2) {
-    words pairs[VALUE_SUMS];
-    /* The word behind the last of an odd number is 0. */
-    pair_bytes(values->rows[t] + offset, values->rows[t < last ? t + 1 : t] + offset, num_dims, pairs);
-    for (; next < t + 2; next += num_tiles) prefetch_row(ahead, next);
-    EACH (i, num_queries) {
-      int32_t both;
-      memcpy(&both, weights[i].words + t, sizeof both);
-      words weight = (words)((ivec){} + both);
-      EACH (j, VALUE_SUMS) sums[i * VALUE_SUMS + j] = words_dot(sums[i * VALUE_SUMS + j], pairs[j], weight);
+  for (int32_t begin = 0; begin <= last; begin += 8) {
+    for (; next < begin + 8; next += num_tiles) prefetch_row(ahead, next);
+    int32_t end = begin + 8 <= last ? begin + 8 : last + 1;
+    for (int32_t t = begin; t < end; t += 2) {
+      words pairs[VALUE_SUMS];
+      /* The word behind the last of an odd number is 0. */
+      pair_bytes(values->rows[t] + offset, values->rows[t < last ? t + 1 : t] + offset, num_dims, pairs);
+      EACH (i, num_queries) {
+        int32_t both;
+        memcpy(&both, weights[i].words + t, sizeof both);
+        words weight = (words)((ivec){} + both);
+        EACH (j, VALUE_SUMS) sums[i * VALUE_SUMS + j] = words_dot(sums[i * VALUE_SUMS + j], pairs[j], weight);
+      }
     }
   }
   EACH (i, num_queries) {
