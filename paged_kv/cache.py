@@ -68,8 +68,9 @@ class PagedKVCache(Uncopyable):
     ----------
     num_layers, num_kv_heads : int
     head_dim, head_dim_v : of keys and values, multiples of 8 from 8 to 256; None: values are as wide as keys
-    dtype : what pages store: float32, float16, bfloat16 or int8, or a pair, of keys and of values.  int8: a
-        token's head is 8-bit integers and one bfloat16 scale, half the memory of bfloat16
+    dtype : what pages store: float32, float16, bfloat16 or int8, or a pair, of keys and of values; values may
+        be int4, too.  int8: a token's head is 8-bit integers and one bfloat16 scale, half the memory of
+        bfloat16; int4: 4-bit integers, a scale and a minimum
     num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), rounded down to whole pages
     page_size : tokens per page, a multiple of 16
     max_sequences : int, sequences at a time

@@ -1,5 +1,6 @@
 """Attention in plain numpy, float64: the definition to read first, and what tests compare every kernel with;
-and what pages of 8 bits make of keys and values.
+and what pages of 8 and 4 bits make of keys and
+values.
 
 Imported by tests.  Imports numpy alone.
 """
@@ -80,6 +81,12 @@ def attend(
     return (out, lse) if return_lse else out
 
 
+def _saturated(x: ArrayLike, limit: float) -> NDArray[np.float32]:
+    """float32, finite values within +-limit."""
+    x = np.asarray(x, np.float32)
+    return np.where(np.isfinite(x), np.clip(x, np.float32(-limit), np.float32(limit)), x)
+
+
 @np.errstate(all="ignore")
 def quantise_int8(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Rows as pages of int8 store them.
@@ -89,8 +96,9 @@ def quantise_int8(x: ArrayLike) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     Returns: codes int8 [..., dim] from -127 to 127, and scales float32 [...], exact in bfloat16.  A row's
     scale is its largest magnitude / 127, rounded up to bfloat16; codes are x / scale rounded to nearest even.
     Where that scale is below 2^-100, scale and codes are 0.  A row with NaN or infinity has the scale NaN.
+    Finite values beyond 2^127 saturate.
     """
-    x = np.asarray(x, np.float32)
+    x = _saturated(x, 2.0**127)
     exact = np.abs(x).max(axis=-1) / np.float32(127)
     scales = ((exact.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
     scales = np.where(exact < np.float32(2.0**-100), np.float32(0), scales)
@@ -104,3 +112,34 @@ def int8_values(x: ArrayLike) -> NDArray[np.float32]:
     """What is read of rows that pages of int8 store: codes times scales, exact in float32."""
     codes, scales = quantise_int8(x)
     return codes.astype(np.float32) * scales[..., None]
+
+
+@np.errstate(all="ignore")
+def quantise_int4(x: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """Rows as values of int4 are stored.
+
+    x : [..., dim], float32; a row is a token's head
+
+    Returns: codes uint8 [..., dim] from 0 to 15, scales and minima float32 [...], exact in bfloat16.  The
+    minimum of a row is rounded down; its scale is (largest - minimum) / 15, rounded up; codes are
+    (x - minimum) / scale rounded to nearest even.  Where that scale is below 2^-100, scale and codes are 0.
+    A row with NaN or infinity has the scale and the minimum NaN.  Finite values beyond 2^126 saturate.
+    """
+    x = _saturated(x, 2.0**126)
+    flaws = np.abs(x).max(axis=-1) * np.float32(0)  # 0, or NaN
+    x = np.where(np.isnan(flaws)[..., None], np.float32(0), x)
+    least, largest = x.min(axis=-1), x.max(axis=-1)
+    up = np.where(least < 0, np.uint32(0xFFFF), np.uint32(0))
+    minima = ((least.view(np.uint32) + up) & np.uint32(0xFFFF0000)).view(np.float32)
+    exact = largest / np.float32(15) - minima / np.float32(15)
+    scales = ((exact.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+    scales = np.where(scales < np.float32(2.0**-100), np.float32(0), scales)
+    inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
+    codes = np.rint(np.clip((x - minima[..., None]) * inverse[..., None], 0, 15))
+    return codes.astype(np.uint8), scales + flaws, minima + flaws
+
+
+def int4_values(x: ArrayLike) -> NDArray[np.float32]:
+    """What is read of rows of values that pages of int4 store."""
+    codes, scales, minima = quantise_int4(x)
+    return codes.astype(np.float32) * scales[..., None] + minima[..., None]

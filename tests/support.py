@@ -11,7 +11,7 @@ from paged_kv import reference
 DTYPES = {"float32": np.dtype("f4"), "float16": np.dtype("f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 #: What pages may store, of keys and of values.
-STORED = [*DTYPES, "int8", ("int8", "bfloat16"), ("float16", "int8")]
+STORED = [*DTYPES, "int8", ("int8", "bfloat16"), ("float16", "int8"), ("int8", "int4"), ("float32", "int4")]
 
 
 def pair_of(dtype):
@@ -21,7 +21,9 @@ def pair_of(dtype):
 
 def stored(array, dtype):
     """The float32 values that pages of this dtype hold, of values within its range."""
-    return reference.int8_values(array) if dtype == "int8" else array.astype(DTYPES[dtype]).astype(np.float32)
+    if dtype in ("int8", "int4"):
+        return reference.int8_values(array) if dtype == "int8" else reference.int4_values(array)
+    return array.astype(DTYPES[dtype]).astype(np.float32)
 
 
 def resident_bytes():
@@ -50,7 +52,8 @@ def tolerances(q, k, v, dtype="float32", stored="float32", sm_scale=None, alibi_
     rounded = 0.0 if dtype == "float32" else EPS[dtype]
     k_dtype, v_dtype = pair_of(stored)
     q_error = 6 * 12**-0.5 / 32512 * score if k_dtype == "int8" else 0.0
-    v_error = 6 * 12**-0.5 / 32639 * len(k) ** 0.5 if v_dtype == "int8" else 0.0
+    # Codes of int4 count from a row's minimum: up to twice its largest magnitude.
+    v_error = 6 * 12**-0.5 / 32639 * len(k) ** 0.5 * {"int8": 1, "int4": 2}.get(v_dtype, 0)
     out = largest * (EPS["float32"] * loss + rounded + 2 * q_error + v_error)
     return float(out), float(EPS["float32"] * 2 * loss + q_error)
 

@@ -57,8 +57,8 @@ SIGNATURES = {
     paged_kv.paged_attention: (
         ["q", "k_pages", "v_pages"],
         [
-            *("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len", "k", "v", "slots", "window"),
-            *("num_sink_tokens", "causal", *ATTEND, "num_threads"),
+            *("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len", "k", "v", "slots"),
+            *("k_scales", "v_scales", "window", "num_sink_tokens", "causal", *ATTEND, "num_threads"),
         ],
     ),
     paged_kv.PagedBatch: (
@@ -70,7 +70,7 @@ SIGNATURES = {
     ),
     paged_kv.PagedBatch.attend: (
         ["q", "k_pages", "v_pages", "k", "v"],
-        ["window", "num_sink_tokens", *ATTEND],
+        ["k_scales", "v_scales", "window", "num_sink_tokens", *ATTEND],
     ),
     paged_kv.merge_states: (["outputs", "lses"], []),
     paged_kv.reference.attend: (
@@ -80,6 +80,8 @@ SIGNATURES = {
             *("alibi_slopes", "return_lse"),
         ],
     ),
+    paged_kv.reference.quantise_int8: (["x"], []),
+    paged_kv.reference.quantise_int4: (["x"], []),
     paged_kv.kernels: ([], []),
     paged_kv.use_threads: (["which"], []),
     paged_kv.threads_in_use: ([], []),

@@ -52,8 +52,8 @@ def test_values_round_to_nearest_even_and_saturate(kernel, dtype):
     np.testing.assert_array_equal(np.signbit(got[numbers]), np.signbit(want[numbers]))
 
 
-#: Rows with edges of int8: no magnitude, the least that has a scale and the one below, subnormals, the
-#: largest, values that are no numbers.
+#: Rows with edges of int8 and int4: no magnitude, the least that has a scale and the one below, subnormals,
+#: constants, the largest, values that are no numbers.
 EDGE_ROWS = [
     [0.0, -0.0],
     [127 * 2.0**-100, 1e-30],
@@ -62,6 +62,12 @@ EDGE_ROWS = [
     [3.4028235e38, -3.4028235e38],
     [3.4e38, 1e-30],
     [1.0, 1.0],
+    [1.0] * 8,
+    [1.01] * 8,
+    [-1.01] * 8,
+    [3.4028235e38] * 8,
+    [-3.4028235e38] * 8,
+    [1e30, *[1e30 + 1e24] * 7],
     [-127.0, 63.5, 62.5, 0.5, 1.5],
     [np.nan, 1.0],
     [np.inf, 1.0],
@@ -69,7 +75,7 @@ EDGE_ROWS = [
 ]
 
 
-def int8_rows(rng, dim):
+def rows_with_edges(rng, dim):
     """Rows of many magnitudes, of any bits, of ties, and the edges."""
     with np.errstate(all="ignore"):
         scaled = rows(rng, 300, dim) * np.float32(10) ** rng.integers(-37, 38, (300, 1)).astype(np.float32)
@@ -83,18 +89,20 @@ def int8_rows(rng, dim):
 
 @pytest.mark.parametrize("given_as", DTYPES)
 @pytest.mark.parametrize("dim", [8, 24, 64, 128, 256])
-def test_rows_of_int8_are_what_the_reference_makes_of_them(kernel, dim, given_as, rng):
+def test_rows_of_integers_are_what_the_reference_makes_of_them(kernel, dim, given_as, rng):
     with np.errstate(all="ignore"):
-        values = int8_rows(rng, dim).astype(DTYPES[given_as])
+        values = rows_with_edges(rng, dim).astype(DTYPES[given_as])
     k = np.stack([values, values[::-1]], axis=1)
-    with make_cache(num_layers=1, dtype="int8", head_dim=dim, num_pages=40) as cache:
-        seq = cache.sequence()
-        with cache.step([seq], [len(k)]) as step:
-            step.write(0, k, k)
-        for side in seq.gather(0):
-            expected = reference.int8_values(k.astype(np.float32))
-            np.testing.assert_array_equal(side, expected)
-            assert np.isnan(side[-1, 0]).all() and np.isnan(side[0, 1]).all()
+    as_floats = k.astype(np.float32)
+    sides = {"int8": reference.int8_values(as_floats), "int4": reference.int4_values(as_floats)}
+    for v_dtype in sides:
+        with make_cache(num_layers=1, dtype=("int8", v_dtype), head_dim=dim, num_pages=40) as cache:
+            seq = cache.sequence()
+            with cache.step([seq], [len(k)]) as step:
+                step.write(0, k, k)
+            for side, dtype in zip(seq.gather(0), ("int8", v_dtype), strict=True):
+                np.testing.assert_array_equal(side, sides[dtype])
+                assert np.isnan(side[-1, 0]).all() and np.isnan(side[0, 1]).all()
 
 
 @settings(max_examples=200)
@@ -112,6 +120,22 @@ def test_a_row_of_int8_is_off_by_half_a_step_at_most(values):
     assert (error <= 0.5001 * float(scale)).all()
 
 
+@settings(max_examples=200)
+@given(st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=8, max_size=8))
+def test_a_row_of_int4_is_off_by_half_a_step_at_most(values):
+    row = np.array(values, np.float32)
+    codes, scale, minimum = (np.asarray(x, np.float64) for x in reference.quantise_int4(row))
+    least, largest = float(row.min()), float(row.max())
+    magnitude = max(abs(least), abs(largest))
+    assert 0 <= least - minimum <= 2.0**-7 * abs(least) or abs(least) < 2.0**-126
+    assert codes.min() >= 0 and codes.max() <= 15
+    step = max(scale, 2.0**-100)
+    assert scale == 0 or scale * 15 <= (largest - minimum) * (1 + 2.0**-7 + 2.0**-20)
+    error = np.abs(codes * scale + minimum - row.astype(np.float64))
+    # Beside half a step, the rounding of float32 in the difference of value and minimum.
+    assert (error <= 0.5001 * step + 15 * 2.0**-100 * (scale == 0) + 2.0**-22 * magnitude).all()
+
+
 def test_each_layer_and_head_keeps_its_own(rng):
     cache = make_cache(num_layers=3, num_kv_heads=3, head_dim=40)
     a, b = cache.sequence(), cache.sequence()
@@ -125,7 +149,7 @@ def test_each_layer_and_head_keeps_its_own(rng):
 
 
 @pytest.mark.parametrize("head_dim", [32, 40, 128])
-@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8", ("int8", "int4")], ids=str)
 @pytest.mark.parametrize("given_as", DTYPES)
 def test_much_at_once_is_stored_like_little_at_a_time(kernel, given_as, dtype, head_dim, rng):
     """Much is written past the caches where rows are whole lines."""

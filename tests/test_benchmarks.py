@@ -36,7 +36,7 @@ def test_every_benchmark_is_among_them():
     scripts = {path.name for path in FOLDER.glob("*.py") if "def main" in path.read_text()}
     need_more = {"compare.py", "plot_rivals.py"}  # rivals, a model, transformers
     need_more |= {"real_model.py", "real_model_quality.py", "transformers_cache.py"}
-    need_more |= {"serving.py"}
+    need_more |= {"serving.py", "quality.py"}
     assert scripts == {*SCRIPTS, *need_more, "run_all.py"}
 
 

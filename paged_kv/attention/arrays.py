@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 #: pkv_dtype by the name of an array's dtype; pages may store others.
 _NAMED = {name: DTYPE_CODES[name] for name in ("float32", "float16", "bfloat16")}
 _CODES: dict[Any, int] = {np.dtype(name): _NAMED[name] for name in ("float32", "float16")}
-_ITEM_BYTES = {_NAMED["float32"]: 4, _NAMED["float16"]: 2, _NAMED["bfloat16"]: 2}
+_ITEM_BYTES = {_NAMED["float32"]: 4, _NAMED["float16"]: 2, _NAMED["bfloat16"]: 2, DTYPE_CODES["int8"]: 1}
 _NAMES = {code: name for name, code in _NAMED.items()}
 
 
@@ -77,6 +77,25 @@ def array_of(name: str, array: object) -> Array:
     shape = described.shape
     is_dense = 0 in shape or shape[-1:] in ((), (1,)) or described.strides[-1] == _ITEM_BYTES[described.dtype]
     if not is_dense:
+        raise ArgumentError(f"{name} has gaps along its last axis; pass a contiguous copy")
+    return described
+
+
+def quantised_pages(name: str, array: Any) -> Array | None:
+    """Describe pages of uint8, which are PKV_INT8; None where they are of another dtype."""
+    if str(getattr(array, "dtype", "")).removeprefix("torch.") != "uint8":
+        return None
+    # Of the bytes, only the address and the strides count.
+    if isinstance(array, np.ndarray):
+        data = ffi.cast("char *", array.__array_interface__["data"][0])
+        described = Array(data, array.shape, array.strides, DTYPE_CODES["int8"])
+    elif is_tensor(array):
+        address = _address_of_values(name, array)
+        strides = tuple(array.stride())
+        described = Array(ffi.cast("char *", address), tuple(array.shape), strides, DTYPE_CODES["int8"])
+    else:
+        return None
+    if 0 not in described.shape and described.strides[-1:] != (1,):
         raise ArgumentError(f"{name} has gaps along its last axis; pass a contiguous copy")
     return described
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._binding import ffi, integer, lib, shared_threads
+from .._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
 from ..errors import ArgumentError
 from ..lifetime import Uncopyable
 from .array_template import template_of
-from .arrays import Array, array_of, index_vector, require_target
+from .arrays import Array, array_of, index_vector, quantised_pages, require_target
 from .prepared import Options, PreparedAttention
+
+INT8 = DTYPE_CODES["int8"]
 
 
 def paged_attention(
@@ -32,6 +34,8 @@ def paged_attention(
     k: Any = None,
     v: Any = None,
     slots: Any = None,
+    k_scales: Any = None,
+    v_scales: Any = None,
     window: int | None = None,
     num_sink_tokens: int = 0,
     causal: bool = True,
@@ -60,6 +64,8 @@ def paged_attention(
         written into the pages first; neither: they are there already
     slots : int32 or int64 [num_tokens], ``page_id * page_size + offset`` of each of them, no two alike; None:
         those of the last tokens of each sequence
+    k_scales, v_scales : bfloat16 [num_pages, page_size, num_kv_heads], of any strides, where k_pages or
+        v_pages are uint8: a value is (byte - 128) * its token's and head's scale
     window, num_sink_tokens : a row at position i sees j <= i where j > i - window or j < num_sink_tokens
     causal : False: every row sees every token of its sequence, of which there may be none; no window then,
         and no slopes, since a row has no position.  So parts of a context can be attended to, and merged
@@ -69,7 +75,7 @@ def paged_attention(
     Raises: ArgumentError.
     Cost: reads the keys and values of each sequence once for every block of its rows.
     """
-    pages = _Pages(k_pages, v_pages)
+    pages = _Pages(k_pages, v_pages, k_scales, v_scales)
     q_shape = array_of("q", q).shape
     options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens)
     batch = PagedBatch(
@@ -159,6 +165,8 @@ class PagedBatch(Uncopyable):
         k: Any = None,
         v: Any = None,
         *,
+        k_scales: Any = None,
+        v_scales: Any = None,
         window: int | None = None,
         num_sink_tokens: int = 0,
         sm_scale: float | None = None,
@@ -170,17 +178,20 @@ class PagedBatch(Uncopyable):
     ) -> Any:
         """Attention of one layer: as `paged_attention`, with the lists of this batch.
 
-        Calls whose arrays look like those of the call before take a fraction of its preparation.
+        Calls whose arrays look like those of the call before take a fraction of its preparation; those with
+        scales are validated in full.
         Raises: ArgumentError.
         """
         options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens)
         self._require_sense(k, v, options)
         is_read_only = k is None
         known, result = self._calls.pop(is_read_only, None), None
-        if known is not None and out is None and known[1].bind(k_pages, v_pages, is_read_only):
+        has_scales = k_scales is not None or v_scales is not None
+        can_repeat = known is not None and out is None and not has_scales
+        if can_repeat and known is not None and known[1].bind(k_pages, v_pages, is_read_only):
             result = known[0].repeat(self._threads, known[1].handle, self._plan, q, k, v, None, options)
         if result is None:
-            pages = _Pages(k_pages, v_pages)
+            pages = _Pages(k_pages, v_pages, k_scales, v_scales)
             result, new = self._attend_first(pages, q, k_pages, v_pages, k, v, out, options)
             known = new or known
         self._calls[is_read_only] = known
@@ -210,7 +221,7 @@ class PagedBatch(Uncopyable):
                 f"{self._shape[0]} of {self._shape[1]}"
             )
         if k is not None:
-            pages.require_writable(k_pages, v_pages)
+            pages.require_writable()
             places = self._kept[2]
             if self.num_tokens and not len(places):
                 raise ArgumentError("k has rows of sequences with fewer tokens than rows; give slots")
@@ -225,23 +236,33 @@ class PagedBatch(Uncopyable):
 class _Pages:
     """A layer's pages, as C takes them."""
 
-    __slots__ = ("_bound", "_templates", "handle", "shape", "sides")
+    __slots__ = ("_arrays", "_bound", "_templates", "handle", "shape", "sides")
 
-    def __init__(self, k_pages: Any, v_pages: Any) -> None:
-        keys, values = array_of("k_pages", k_pages), array_of("v_pages", v_pages)
+    def __init__(self, k_pages: Any, v_pages: Any, k_scales: Any = None, v_scales: Any = None) -> None:
+        keys, values = _side_of("k_pages", k_pages), _side_of("v_pages", v_pages)
+        self._arrays = {"k_pages": k_pages, "v_pages": v_pages}
         self.sides = {"k_pages": keys, "v_pages": values}
         self.handle = _foreign_pages(keys, values)
         self.shape = keys.shape[:2]
-        self._templates = template_of(k_pages, keys), template_of(v_pages, values)
+        for name, scales, rows in (("k_scales", k_scales, keys), ("v_scales", v_scales, values)):
+            described = _scales_of(name, scales, rows)
+            if described is not None:
+                self._arrays[name], self.sides[name] = scales, described
+                page, token, head, _ = described.strides
+                setattr(self.handle, name, (described.data, page, head, token))
+        can_bind = len(self.sides) == 2
+        self._templates = (
+            (template_of(k_pages, keys), template_of(v_pages, values)) if can_bind else (None, None)
+        )
         self._bound = ffi.new("pkv_tensor *"), ffi.new("pkv_tensor *")
 
     @property
     def can_bind(self) -> bool:
         return None not in self._templates
 
-    def require_writable(self, k_pages: Any, v_pages: Any) -> None:
-        for (name, side), array in zip(self.sides.items(), (k_pages, v_pages), strict=True):
-            require_target(name, array, side)
+    def require_writable(self) -> None:
+        for name, side in self.sides.items():
+            require_target(name, self._arrays[name], side)
 
     def bind(self, k_pages: Any, v_pages: Any, is_read_only: bool) -> bool:
         """Take the addresses of pages that look the same; False when they do not, or cannot be written."""
@@ -252,6 +273,27 @@ class _Pages:
                 return False
         self.handle.k, self.handle.v = self._bound[0].data, self._bound[1].data
         return True
+
+
+def _side_of(name: str, array: Any) -> Array:
+    return quantised_pages(name, array) or array_of(name, array)
+
+
+def _scales_of(name: str, scales: Any, rows: Array) -> Array | None:
+    """Describe [num_pages, page_size, num_kv_heads, 1] scales of the rows, where these are of 8 bits."""
+    pages = name.replace("scales", "pages")
+    if rows.dtype != INT8:
+        if scales is not None:
+            raise ArgumentError(f"{name} is given, but {pages} is not uint8; leave it out")
+        return None
+    if scales is None:
+        raise ArgumentError(f"{pages} is uint8; give {name}, a bfloat16 for each token and head")
+    described = array_of(name, scales[..., None])
+    if described.dtype != DTYPE_CODES["bfloat16"] or described.shape[:-1] != rows.shape[:3]:
+        raise ArgumentError(
+            f"{name} is {scales.dtype} {list(scales.shape)}; it must be bfloat16 {list(rows.shape[:3])}"
+        )
+    return described
 
 
 def _require_alike(k: Array, v: Array) -> None:

@@ -29,6 +29,7 @@ from ..sequence import Sequence
 from .baselines import RecomputeStep
 from .info import read_gb_per_s
 from .live_line import LiveLine
+from .model_options import page_bytes
 from .timing import StepTimes, timed_step
 
 #: Prompt tokens that are timed, of one sequence and in one step.
@@ -124,7 +125,7 @@ class ModelBench:
         self,
         shape: str,
         model: BitNetModel,
-        kv_dtype: str,
+        kv_dtype: str | tuple[str, str],
         num_steps: int,
         live: LiveLine,
         recompute: bool = False,
@@ -137,9 +138,7 @@ class ModelBench:
     @property
     def token_bytes(self) -> int:
         """Of a token's keys and values in all layers."""
-        config = self.model.config
-        itemsize = 4 if self.kv_dtype == "float32" else 2
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+        return page_bytes(self.model.config, self.kv_dtype, PAGE_SIZE) // PAGE_SIZE
 
     def measure(self, batch: int, context: int) -> Row:
         """Raises: MemoryError when there is too little of it."""

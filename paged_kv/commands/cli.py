@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import PagedKVError
 from ..models.bitnet import SHAPES
 from . import bench_model, chat, demo, generate, info, perplexity, replay, serve, top
-from .model_options import add_model_options, add_sampling_options
+from .model_options import add_model_options, add_sampling_options, kv_dtype
 from .texts import show_everything
 
 
@@ -89,7 +89,7 @@ def _add_bench_model(commands: Any) -> None:
     command.add_argument("--batch", default="1", help="sequences at once, as 1,8; or auto (default 1)")
     command.add_argument("--context", default="128", help="tokens that they hold, as 512,2048 (default 128)")
     command.add_argument("--memory", help="bytes that auto may give the cache, as 4GiB (default: half)")
-    command.add_argument("--kv-dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    command.add_argument("--kv-dtype", default="bfloat16", type=kv_dtype, metavar="DTYPE", help="of pages")
     command.add_argument("--steps", type=int, default=12, help="decode steps that are timed (default 12)")
     command.add_argument("--recompute", action="store_true", help="also against no cache, at batch 1")
     command.add_argument("--json", action="store_true", help="one line of JSON: a list of rows")

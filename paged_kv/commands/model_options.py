@@ -9,12 +9,28 @@ from functools import partial
 from typing import Any
 
 from ..models.bitnet import TINY_BITNET, BitNetModel
+from ..models.config import DecoderConfig
 from ..models.decoder import HEADS, DecoderModel
 from ..models.model_files import PACKAGED, ModelFiles
+from ..pages.layout import DTYPES, VALUE_DTYPES, PageLayout, stored_dtypes
 from ..text.tokenizer import ModelTokenizer, open_tokenizer
 from .live_line import LiveLine
 
-KV_DTYPES = ("float32", "float16", "bfloat16")
+
+def kv_dtype(text: str) -> str | tuple[str, str]:
+    """What pages store, as PagedKVCache takes it: a dtype, or two with a comma, of keys and of values."""
+    names = tuple(text.split(","))
+    if len(names) > 2 or names[0] not in DTYPES or names[-1] not in (VALUE_DTYPES if names[1:] else DTYPES):
+        raise argparse.ArgumentTypeError(
+            f'"{text}"; give one of {", ".join(DTYPES)}, or two, of keys and values: int8,int4'
+        )
+    return names[0] if len(names) == 1 else (names[0], names[1])
+
+
+def page_bytes(config: DecoderConfig, dtype: str | tuple[str, str], page_size: int) -> int:
+    """Of a page of a model's cache, all layers."""
+    shape = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.head_dim)
+    return PageLayout(*shape, stored_dtypes(dtype), page_size).page_bytes
 
 
 def add_model_options(command: Any, *, default: str | None = None, has_cache: bool = True) -> None:
@@ -31,7 +47,12 @@ def add_model_options(command: Any, *, default: str | None = None, has_cache: bo
     command.add_argument("--head", default="int8", choices=HEADS, help="of the output (default int8)")
     if has_cache:
         usual = "default: bfloat16; a BitNet's: float32"
-        command.add_argument("--kv-dtype", choices=KV_DTYPES, help=f"of pages ({usual})")
+        command.add_argument(
+            "--kv-dtype",
+            type=kv_dtype,
+            metavar="DTYPE",
+            help=f"of pages: {', '.join(DTYPES)}, or int8,int4 ({usual})",
+        )
     else:
         command.set_defaults(kv_dtype=None)
 

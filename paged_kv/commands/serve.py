@@ -24,7 +24,7 @@ from ..serving.engine import Engine
 from ..serving.generate import PAGE_SIZE
 from ..text.chat_template import ChatTemplate
 from .live_line import LiveLine
-from .model_options import Opened, opened
+from .model_options import Opened, opened, page_bytes
 
 #: For models that continue texts and were trained on no conversations.
 PLAIN_TEMPLATE = (
@@ -155,10 +155,8 @@ def _usual_pages(found: Opened, context: int, kept: dict[str, Any]) -> int:
     pages, available = CONTEXTS * num_pages(context, PAGE_SIZE), available_memory()
     config = found.model.config
     usual = "float32" if config.model_type == "bitnet" else "bfloat16"
-    item_bytes = 4 if kept.get("dtype", usual) == "float32" else 2
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item_bytes
     if available is not None:
-        pages = min(pages, available // 2 // (PAGE_SIZE * token_bytes))
+        pages = min(pages, available // 2 // page_bytes(config, kept.get("dtype", usual), PAGE_SIZE))
     return max(1, pages)
 
 

@@ -1,6 +1,6 @@
 """The layout of pages in the pool's memory.
 
-    [layer][page][kv head][k or v][token][dim]      and, of int8, then [token] scales, a bfloat16 each
+    [layer][page][kv head][k or v][token][dim]      and then, of int8 and int4, [token] scales
 
 A page's share of one layer is contiguous, and a thread that walks its heads reads it in address order, K
 before V.  Kernels take strides and know nothing of this.
@@ -17,8 +17,10 @@ from ..errors import ArgumentError
 
 #: What pages may store, and the bytes of one value.
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-#: Dtypes whose rows have a scale each, in bytes.
-SCALE_BYTES = {"int8": 2}
+#: And of values only.
+VALUE_DTYPES = {**DTYPES, "int4": 0.5}
+#: Dtypes whose rows have scales, in bytes.
+SCALE_BYTES = {"int8": 2, "int4": 4}
 #: Dtypes that arrays have, too.
 ARRAY_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -39,7 +41,7 @@ class Side:
     @property
     def row_bytes(self) -> int:
         """Of one token, without its scale."""
-        return self.dim * DTYPES[self.dtype]
+        return int(self.dim * VALUE_DTYPES[self.dtype])
 
     @property
     def rows_bytes(self) -> int:
@@ -111,7 +113,7 @@ def stored_dtypes(dtype: object) -> tuple[str, str]:
     if isinstance(dtype, (tuple, list)):
         if len(dtype) != 2:
             raise ArgumentError(f"dtype is {dtype!r:.60}; give one dtype, or two, of keys and of values")
-        return dtype_name(dtype[0], DTYPES), dtype_name(dtype[1], DTYPES)
+        return dtype_name(dtype[0], DTYPES), dtype_name(dtype[1], VALUE_DTYPES)
     name = dtype_name(dtype, DTYPES)
     return name, name
 

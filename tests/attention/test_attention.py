@@ -128,7 +128,7 @@ OPTIONS = {
     head_dim=st.sampled_from([40, 64]),
     head_dim_v=st.sampled_from([None, 24]),
     q_dtype=st.sampled_from(["float32", "bfloat16"]),
-    dtype=st.sampled_from(["bfloat16", "int8", ("int8", "bfloat16"), ("bfloat16", "int8")]),
+    dtype=st.sampled_from(["bfloat16", "int8", ("int8", "int4"), ("bfloat16", "int8")]),
     num_threads=st.integers(1, 4),
     cuts=st.sets(st.integers(1, 599), max_size=5),
     seed=st.integers(0, 2**32 - 1),
@@ -159,7 +159,7 @@ def test_bits_are_the_same_for_any_chunks_and_threads(
         np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", ("int8", "int4")], ids=str)
 @pytest.mark.parametrize("head_dim", [8, 24, 72, 96, 128])
 def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
     """Many rows have loops of their own: another order of steps, not of sums."""
@@ -179,7 +179,7 @@ def test_many_rows_at_once_have_the_bits_of_one(kernel, head_dim, dtype, rng):
 
 @pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize("what", ["k", "v"])
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", ("int8", "int4")], ids=str)
 def test_a_nan_touches_the_rows_that_see_it_and_no_other(kernel, dtype, what, group, rng):
     """Rows of a prompt are folded together, also those that see less of a run."""
     q, k, v = rows(rng, 130, 2 * group, 32), rows(rng, 130, 2, 32), rows(rng, 130, 2, 32)

@@ -6,10 +6,17 @@ import pytest
 from conftest import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, EPS, tolerances
+from support import DTYPES, EPS, stored, tolerances
 
 import paged_kv
 from paged_kv import ArgumentError, reference
+
+KINDS = [*DTYPES, "int8"]
+
+
+def unwritten(dtype):
+    """What fills pages where no token lies, and their dtype."""
+    return (255, np.uint8) if dtype == "int8" else (np.nan, DTYPES[dtype])
 
 
 class Batch:
@@ -18,12 +25,24 @@ class Batch:
     def __init__(self, rng, lengths, news, page_size, num_kv_heads, dims, dtypes=("float32", "float32")):
         counts = [-(-length // page_size) for length in lengths]
         num_pages = sum(counts) + 3
+        self.dtypes, self.scales = dtypes, {}
+        shape = (num_pages, page_size, num_kv_heads)
         self.pages = [
-            np.full((num_pages, page_size, num_kv_heads, dim), np.nan, DTYPES[dtype])
-            for dim, dtype in zip(dims, dtypes, strict=True)
+            np.full((*shape, dim), *unwritten(kind)) for dim, kind in zip(dims, dtypes, strict=True)
+        ]
+        for name, dtype in zip(("k_scales", "v_scales"), dtypes, strict=True):
+            if dtype == "int8":
+                self.scales[name] = np.full(shape, np.nan, DTYPES["bfloat16"])
+        #: As they are given, and as pages hold them.
+        self.given = [
+            [
+                rows(rng, n, num_kv_heads, dim).astype(DTYPES.get(kind, "f4"))
+                for dim, kind in zip(dims, dtypes, strict=True)
+            ]
+            for n in lengths
         ]
         self.tokens = [
-            [rows(rng, n, num_kv_heads, dims[i]).astype(DTYPES[dtypes[i]]) for i in range(2)] for n in lengths
+            [stored(side, kind) for side, kind in zip(pair, dtypes, strict=True)] for pair in self.given
         ]
         ids = rng.permutation(num_pages)[: sum(counts)]
         self.lists = {
@@ -32,19 +51,25 @@ class Batch:
             "kv_indices": ids,
             "kv_last_page_len": np.array([(n - 1) % page_size + 1 if n else 0 for n in lengths], np.int64),
         }
-        for pair, begin, count in zip(self.tokens, self.lists["kv_indptr"], counts, strict=False):
-            for pages, tokens in zip(self.pages, pair, strict=True):
+        for pair, begin, count in zip(self.given, self.lists["kv_indptr"], counts, strict=False):
+            for side, name, tokens in zip(range(2), ("k_scales", "v_scales"), pair, strict=True):
                 for i in range(count):
-                    here = tokens[i * page_size : (i + 1) * page_size]
-                    pages[ids[begin + i], : len(here)] = here
+                    self._place(side, name, ids[begin + i], tokens[i * page_size : (i + 1) * page_size])
+
+    def _place(self, side, name, page, tokens):
+        if name in self.scales:
+            codes, scales = reference.quantise_int8(tokens)
+            self.scales[name][page, : len(tokens)] = scales
+            tokens = codes.astype(np.int16) + 128
+        self.pages[side][page, : len(tokens)] = tokens
 
     def move_to(self, lists):
         """Put the pages where another batch of the same lengths has them."""
         own, ids = self.lists["kv_indices"], lists["kv_indices"]
-        for pages in self.pages:
-            moved = np.full_like(pages, np.nan)
-            moved[ids] = pages[own]
-            pages[:] = moved
+        for array in (*self.pages, *self.scales.values()):
+            moved = np.full_like(array, 255 if array.dtype == np.uint8 else np.nan)
+            moved[ids] = array[own]
+            array[:] = moved
         self.lists = self.lists | {"kv_indices": ids}
 
     def check(self, q, out, lse, **options):
@@ -54,7 +79,7 @@ class Batch:
             k, v = (array.astype(np.float64) for array in pair)
             own = q[begin:end].astype(np.float64)
             expected, expected_lse = reference.attend(own, k, v, **options, return_lse=True)
-            atol, lse_atol = tolerances(own, k, v, **options)
+            atol, lse_atol = tolerances(own, k, v, stored=self.dtypes, **options)
             np.testing.assert_allclose(out[begin:end], expected, rtol=0, atol=atol)
             np.testing.assert_allclose(lse[begin:end], expected_lse, rtol=4 * EPS["float32"], atol=lse_atol)
 
@@ -66,7 +91,7 @@ class Batch:
     num_kv_heads=st.sampled_from([1, 2, 3]),
     group=st.sampled_from([1, 2, 7]),
     dims=st.tuples(st.sampled_from([8, 40, 64, 128]), st.sampled_from([8, 24, 64, 128])),
-    dtypes=st.tuples(st.sampled_from(list(DTYPES)), st.sampled_from(list(DTYPES))),
+    dtypes=st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)),
     sequences=st.lists(st.tuples(st.integers(1, 600), st.integers(1, 80)), max_size=4),
     window=st.sampled_from([None, 1, 50, 200]),
     causal=st.booleans(),
@@ -86,7 +111,10 @@ def test_foreign_pages_give_what_the_reference_gives(
     if order == "HND":
         pages = [np.ascontiguousarray(p.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for p in pages]
     elif order == "gaps":
-        wide = [np.full((*p.shape[:2], 2 * num_kv_heads, 2 * p.shape[3]), np.nan, p.dtype) for p in pages]
+        wide = [
+            np.full((*p.shape[:2], 2 * num_kv_heads, 2 * p.shape[3]), *unwritten(kind))
+            for p, kind in zip(pages, dtypes, strict=True)
+        ]
         for w, p in zip(wide, pages, strict=True):
             w[:, :, ::2, : p.shape[3]] = p
         pages = [w[:, :, ::2, : p.shape[3]] for w, p in zip(wide, pages, strict=True)]
@@ -96,11 +124,35 @@ def test_foreign_pages_give_what_the_reference_gives(
     lists = {name: array.astype(index_dtype) for name, array in batch.lists.items()}
     q = rows(rng, sum(news), num_kv_heads * group, dims[0])
     out = np.full((*q.shape[:2], dims[1]), np.nan, np.float32)
-    result, lse = paged_kv.paged_attention(q, *pages, **lists, **options, out=out, return_lse=True)
+    scales = batch.scales
+    if order == "HND":
+        scales = {
+            name: np.ascontiguousarray(s.transpose(0, 2, 1)).transpose(0, 2, 1) for name, s in scales.items()
+        }
+    result, lse = paged_kv.paged_attention(q, *pages, **scales, **lists, **options, out=out, return_lse=True)
     assert result is out
     batch.check(q, out, lse, **options)
-    alone = paged_kv.paged_attention(q, *pages, **lists, **options, num_threads=1)
+    alone = paged_kv.paged_attention(q, *pages, **scales, **lists, **options, num_threads=1)
     np.testing.assert_array_equal(alone, out)
+
+
+def test_scales_belong_to_pages_of_uint8(rng):
+    batch = Batch(rng, [20, 5], [2, 1], 4, 2, (16, 16), ("int8", "float32"))
+    q, (k, v), lists = rows(rng, 3, 4, 16), batch.pages, batch.lists
+    scales = batch.scales["k_scales"]
+    paged_kv.paged_attention(q, k, v, k_scales=scales, **lists)
+    for options, reason in (
+        ({}, "k_pages is uint8; give k_scales"),
+        ({"k_scales": scales.astype("f4")}, r"k_scales is float32 \[.*it must be bfloat16"),
+        ({"k_scales": scales[:, :3]}, "it must be bfloat16"),
+        ({"k_scales": scales, "v_scales": scales}, "v_pages is not uint8"),
+    ):
+        with pytest.raises(ArgumentError, match=reason):
+            paged_kv.paged_attention(q, k, v, **options, **lists)
+    with pytest.raises(ArgumentError, match="gaps along its last axis"):
+        paged_kv.paged_attention(rows(rng, 3, 4, 8), k[..., ::2], v, k_scales=scales, **lists)
+    with pytest.raises(ArgumentError, match="q is uint8"):
+        paged_kv.paged_attention(np.zeros((3, 4, 16), np.uint8), k, v, k_scales=scales, **lists)
 
 
 def test_pages_of_a_cache_and_of_somebody_else_give_the_same_bits(kernel, rng):
@@ -146,7 +198,7 @@ def test_no_sequences_and_no_pages_give_nothing():
     page_size=st.sampled_from([1, 3, 16, 64, 100]),
     group=st.sampled_from([1, 3]),
     dims=st.tuples(st.sampled_from([8, 64]), st.sampled_from([8, 24])),
-    dtypes=st.tuples(st.sampled_from(list(DTYPES)), st.sampled_from(list(DTYPES))),
+    dtypes=st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)),
     sequences=st.lists(st.tuples(st.integers(1, 300), st.integers(0, 80)), min_size=1, max_size=4),
     window=st.sampled_from([None, 50]),
     gives_slots=st.booleans(),
@@ -164,17 +216,18 @@ def test_layers_of_a_batch_write_their_rows_and_attend_as_one_call_does(
         if made is not None:
             batch.move_to(first)
         q = rows(rng, sum(news), 2 * group, dims[0])
-        expected = paged_kv.paged_attention(q, *batch.pages, **batch.lists, window=window)
+        expected = paged_kv.paged_attention(q, *batch.pages, **batch.scales, **batch.lists, window=window)
         new = [
             np.concatenate(
-                [pair[side][n - count :] for pair, n, count in zip(batch.tokens, lengths, news, strict=True)]
+                [pair[side][n - count :] for pair, n, count in zip(batch.given, lengths, news, strict=True)]
             )
             for side in range(2)
         ]
         slots = slots_of(batch, lengths, news, page_size)
         pages = [p.copy() for p in batch.pages]
-        for p in pages:
-            p.reshape(-1, *p.shape[2:])[slots] = np.nan
+        scales = {name: s.copy() for name, s in batch.scales.items()}
+        for p in (*pages, *scales.values()):
+            p.reshape(-1, *p.shape[2:])[slots] = 255 if p.dtype == np.uint8 else np.nan
         if order == "HND":
             pages = [np.ascontiguousarray(p.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for p in pages]
         lists = batch.lists | ({"slots": slots} if gives_slots else {})
@@ -182,14 +235,20 @@ def test_layers_of_a_batch_write_their_rows_and_attend_as_one_call_does(
             first = batch.lists
             made = paged_kv.PagedBatch(num_pages=len(pages[0]), page_size=page_size, **lists)
         copies = [p.copy() for p in pages]
-        once = paged_kv.paged_attention(q, *copies, **lists, k=new[0], v=new[1], window=window)
-        out = made.attend(q, *pages, *new, window=window)
+        other_scales = {name: s.copy() for name, s in scales.items()}
+        once = paged_kv.paged_attention(
+            q, *copies, **other_scales, **lists, k=new[0], v=new[1], window=window
+        )
+        out = made.attend(q, *pages, *new, **scales, window=window)
         for result in (once, out):
             np.testing.assert_array_equal(result, expected)
         for p, copy, whole in zip(pages, copies, batch.pages, strict=True):
             np.testing.assert_array_equal(p.astype("f4"), whole.astype("f4"))
             np.testing.assert_array_equal(copy.astype("f4"), whole.astype("f4"))
-        np.testing.assert_array_equal(made.attend(q, *pages, window=window), expected)
+        for name, whole in batch.scales.items():
+            for s in (scales, other_scales):
+                np.testing.assert_array_equal(s[name].astype("f4"), whole.astype("f4"))
+        np.testing.assert_array_equal(made.attend(q, *pages, **scales, window=window), expected)
 
 
 def slots_of(batch, lengths, news, page_size):

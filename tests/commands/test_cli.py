@@ -70,6 +70,8 @@ REFUSED = [
     ("generate", ["--prompt", "a", "--temperature", "-1"], "temperature"),
     ("generate", ["--prompt", "a", "--stop-id", HUGE], "stop id"),
     ("generate", ["--prompt", "a\udcff"], "prompt"),
+    ("generate", ["--prompt", "a", "--kv-dtype", "int8,float"], "int8,float"),
+    ("generate", ["--prompt", "a", "--kv-dtype", "int8,int8,int8"], "kv-dtype"),
     ("generate", ["--prompt", "a", "--model", "/nowhere"], "nowhere"),
     ("generate", ["--prompt", "a", "--model", ""], "config.json"),
     ("generate", ["--prompt", "a", "--model", "a\0b"], ""),

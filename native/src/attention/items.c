@@ -74,8 +74,8 @@ static void write_rows_of(const pkv_job *job, const work_item *item, int32_t fir
   v.data += item->first_row * v.token_stride + first_head * v.head_stride;
   pages.k += first_head * pages.k_head_stride;
   pages.v += first_head * pages.v_head_stride;
-  if (pages.k_dtype == PKV_INT8) pages.k_scales.data += first_head * pages.k_scales.head_stride;
-  if (pages.v_dtype == PKV_INT8) pages.v_scales.data += first_head * pages.v_scales.head_stride;
+  if (pkv_scale_bytes(pages.k_dtype)) pages.k_scales.data += first_head * pages.k_scales.head_stride;
+  if (pkv_scale_bytes(pages.v_dtype)) pages.v_scales.data += first_head * pages.v_scales.head_stride;
   pages.num_kv_heads = num_kv_heads;
   pkv_write_rows(job->call.kernel, &pages, item->num_rows, job->slots + item->first_row, &k, &v, false);
 }

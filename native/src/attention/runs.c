@@ -67,9 +67,9 @@ static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint
       in_page &= ~bits_between(t, end);
       const char *k_row = k_page + (t - page_start) * pages->k_token_stride;
       const char *v_row = v_page + (t - page_start) * pages->v_token_stride;
-      if (pages->k_dtype == PKV_INT8)
+      if (pkv_scale_bytes(pages->k_dtype))
         locate_scales(&pages->k_scales, page_id, page_start, t, end, to->k_scales);
-      if (pages->v_dtype == PKV_INT8)
+      if (pkv_scale_bytes(pages->v_dtype))
         locate_scales(&pages->v_scales, page_id, page_start, t, end, to->v_scales);
       for (; t < end; t++, k_row += pages->k_token_stride, v_row += pages->v_token_stride) {
         to->k[t] = k_row;
@@ -113,8 +113,8 @@ static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const 
       int t = __builtin_ctzll(mask);
       to->k[i] = all->k[t];
       to->v[i] = all->v[t];
-      if (pages->k_dtype == PKV_INT8) to->k_scales[i] = all->k_scales[t];
-      if (pages->v_dtype == PKV_INT8) to->v_scales[i] = all->v_scales[t];
+      if (pkv_scale_bytes(pages->k_dtype)) to->k_scales[i] = all->k_scales[t];
+      if (pkv_scale_bytes(pages->v_dtype)) to->v_scales[i] = all->v_scales[t];
     }
   }
   set_addresses(call, run, has_gap ? &own->addresses : all, has_gap ? 0 : first, is_in_page && !has_gap);

@@ -21,9 +21,18 @@ static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
  * multiplied two dims at a time.  A pair is one element then, and q is not scaled. */
 enum { PKV_BFLOAT16_PAIRS = 16 };
 
-/* Bytes of a head of this dtype. */
+/* Bytes of a head of this dtype, and of its scales. */
 static inline int32_t pkv_stored_bytes(int32_t dim, int32_t dtype) {
-  return dtype == PKV_INT8 ? dim : dtype == PKV_FLOAT32 || dtype == PKV_BFLOAT16_PAIRS ? 4 * dim : 2 * dim;
+  switch (dtype) {
+    case PKV_INT4: return dim / 2;
+    case PKV_INT8: return dim;
+    case PKV_FLOAT32:
+    case PKV_BFLOAT16_PAIRS: return 4 * dim;
+    default: return 2 * dim;
+  }
+}
+static inline int32_t pkv_scale_bytes(int32_t dtype) {
+  return dtype == PKV_INT4 ? 4 : dtype == PKV_INT8 ? 2 : 0;
 }
 
 /* A prepared head of q that reads keys of PKV_INT8: q = scale * words.  The words lie behind, padded with
@@ -44,7 +53,7 @@ typedef struct {
   int32_t dtype;             /* pkv_dtype, or PKV_BFLOAT16_PAIRS */
   int32_t dim;               /* elements of a head, a multiple of 8 */
   int64_t head_stride;       /* bytes between kv heads */
-  int64_t scale_head_stride; /* and between their scales, of PKV_INT8 */
+  int64_t scale_head_stride; /* and between their scales */
 } pkv_format;
 
 /* What all runs of a call share. */
@@ -63,7 +72,7 @@ typedef struct {
   const char *const *v;
   int64_t k_stride; /* bytes between tokens; 0: tokens are not evenly spaced */
   int64_t v_stride;
-  const char *const *k_scales; /* [num_tokens]: address of the token's scale; of PKV_INT8 */
+  const char *const *k_scales; /* [num_tokens]: address of the token's scales, where there are some */
   const char *const *v_scales;
   int64_t k_scale_stride; /* bytes between these; 0: not evenly spaced */
   int64_t v_scale_stride;
@@ -107,9 +116,10 @@ typedef struct {
    * be NULL, and so may `lse`, which takes the natural logarithm of the sum. */
   void (*finish)(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v,
                  float *lse);
-  /* float32 to bytes and a scale, and back (PKV_INT8); count is a multiple of 8. */
-  void (*quantise)(uint8_t *bytes, uint16_t *scale, const float *values, int64_t count);
-  void (*dequantise)(float *values, const uint8_t *bytes, const uint16_t *scale, int64_t count);
+  /* float32 to a dtype with scales, and back; count is a multiple of 8. */
+  void (*quantise)(uint8_t *bytes, uint16_t *scales, const float *values, int64_t count, int32_t dtype);
+  void (*dequantise)(float *values, const uint8_t *bytes, const uint16_t *scales, int64_t count,
+                     int32_t dtype);
   /* float32 to another stored dtype and back; count is a multiple of 8. */
   void (*narrow)(char *stored, const float *values, int64_t count, int32_t dtype);
   void (*widen)(float *values, const char *stored, int64_t count, int32_t dtype);
@@ -133,7 +143,7 @@ pkv_fold pkv_compute_avx512;
 extern const pkv_kernel pkv_kernel_avx512bf16;
 pkv_fold pkv_compute_avx512bf16;
 #endif
-/* Of both AVX-512 kernels, for keys or values of PKV_INT8. */
+/* Of both AVX-512 kernels, for keys or values with scales. */
 #ifdef PKV_HAVE_VNNI
 pkv_fold pkv_fold_int8_vnni;
 #endif

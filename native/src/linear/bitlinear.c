@@ -189,7 +189,7 @@ static void multiply_many(const job *job, int64_t item, rounded from, char *scra
   int64_t end = job->call->num_rows - row < job->chunk_rows ? job->call->num_rows : row + job->chunk_rows;
   int64_t num_rows = (end - row) / PKV_MAX_ROWS * PKV_MAX_ROWS, num_blocks = (past - first) / 2 * 2;
   int64_t num_groups = job->in_padded / PKV_IN_GROUP;
-  int32_t(*sums)[PKV_OUT_BLOCK] = (int32_t(*)[PKV_OUT_BLOCK])scratch;
+  int32_t (*sums)[PKV_OUT_BLOCK] = (int32_t (*)[PKV_OUT_BLOCK])scratch;
   job->product->ternary_many((const uint8_t *)matrix->weights + first * num_groups * PKV_GROUP_BYTES,
                              num_groups, num_blocks, (const int8_t *)from.values + row * job->in_padded,
                              job->in_padded, num_rows, sums, sums + num_blocks * num_rows);

@@ -23,7 +23,7 @@ enum {
 typedef struct {
   char *k;
   char *v;
-  char *k_scale; /* of PKV_INT8 */
+  char *k_scale; /* of dtypes that have some */
   char *v_scale;
 } slot_address;
 
@@ -32,9 +32,9 @@ static slot_address address_of(const pkv_pages *pages, int64_t slot) {
   const pkv_scales *k = &pages->k_scales, *v = &pages->v_scales;
   slot_address address = {.k = pages->k + page * pages->k_page_stride + offset * pages->k_token_stride,
                           .v = pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
-  if (pages->k_dtype == PKV_INT8)
+  if (pkv_scale_bytes(pages->k_dtype))
     address.k_scale = k->data + page * k->page_stride + offset * k->token_stride;
-  if (pages->v_dtype == PKV_INT8)
+  if (pkv_scale_bytes(pages->v_dtype))
     address.v_scale = v->data + page * v->page_stride + offset * v->token_stride;
   return address;
 }
@@ -55,22 +55,22 @@ static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const 
   }
 }
 
-/* One head's values as bytes and a scale. */
-static void quantise(const pkv_kernel *kernel, char *to, char *scale, const char *from, int32_t from_dtype,
-                     int32_t count) {
+/* One head's values, of a dtype with scales. */
+static void quantise(const pkv_kernel *kernel, char *to, char *scale, int32_t to_dtype, const char *from,
+                     int32_t from_dtype, int32_t count) {
   float values[PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
   if (from_dtype != PKV_FLOAT32) {
     kernel->widen(values, from, count, from_dtype);
     from = (const char *)values;
   }
-  kernel->quantise((uint8_t *)to, (uint16_t *)scale, (const float *)from, count);
+  kernel->quantise((uint8_t *)to, (uint16_t *)scale, (const float *)from, count, to_dtype);
 }
 
-/* And back, from bytes and a scale. */
+/* And back. */
 static void dequantise(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
-                       const char *scale, int32_t count) {
+                       const char *scale, int32_t from_dtype, int32_t count) {
   float values[PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
-  kernel->dequantise(values, (const uint8_t *)from, (const uint16_t *)scale, count);
+  kernel->dequantise(values, (const uint8_t *)from, (const uint16_t *)scale, count, from_dtype);
   kernel->narrow(to, values, count, to_dtype);
 }
 
@@ -96,8 +96,8 @@ static void move(cursor *at, const pkv_pages *pages, int64_t num_tokens, const i
   at->head++;
   at->address.k += pages->k_head_stride;
   at->address.v += pages->v_head_stride;
-  if (pages->k_dtype == PKV_INT8) at->address.k_scale += pages->k_scales.head_stride;
-  if (pages->v_dtype == PKV_INT8) at->address.v_scale += pages->v_scales.head_stride;
+  if (pkv_scale_bytes(pages->k_dtype)) at->address.k_scale += pages->k_scales.head_stride;
+  if (pkv_scale_bytes(pages->v_dtype)) at->address.v_scale += pages->v_scales.head_stride;
   if (at->head < pages->num_kv_heads) return;
   at->head = 0;
   at->token++;
@@ -110,15 +110,15 @@ static void prefetch_slot(const cursor *at, const pkv_pages *pages) {
   int64_t v_bytes = pkv_stored_bytes(pages->head_dim_v, pages->v_dtype);
   for (int64_t i = 0; i < k_bytes; i += 64) __builtin_prefetch(at->address.k + i, 1);
   for (int64_t i = 0; i < v_bytes; i += 64) __builtin_prefetch(at->address.v + i, 1);
-  if (pages->k_dtype == PKV_INT8) __builtin_prefetch(at->address.k_scale, 1);
-  if (pages->v_dtype == PKV_INT8) __builtin_prefetch(at->address.v_scale, 1);
+  if (pkv_scale_bytes(pages->k_dtype)) __builtin_prefetch(at->address.k_scale, 1);
+  if (pkv_scale_bytes(pages->v_dtype)) __builtin_prefetch(at->address.v_scale, 1);
 }
 
 /* A row of one side. */
 static void write_row(const pkv_kernel *kernel, char *to, char *scale, int32_t to_dtype, const char *from,
                       int32_t from_dtype, int32_t dim, bool past_caches) {
-  if (to_dtype == PKV_INT8)
-    quantise(kernel, to, scale, from, from_dtype, dim);
+  if (pkv_scale_bytes(to_dtype))
+    quantise(kernel, to, scale, to_dtype, from, from_dtype, dim);
   else if (past_caches)
     convert_past_caches(kernel, to, to_dtype, from, from_dtype, dim);
   else
@@ -204,8 +204,8 @@ static void gather_heads(const pkv_kernel *kernel, const pkv_tensor *to, int64_t
   for (int32_t head = 0; head < num_heads; head++, row += to->head_stride)
     if (!from)
       memset(row, 0, (size_t)pkv_stored_bytes(dim, to->dtype));
-    else if (dtype == PKV_INT8)
-      dequantise(kernel, row, to->dtype, from + head * head_stride, scale + head * scale_stride, dim);
+    else if (pkv_scale_bytes(dtype))
+      dequantise(kernel, row, to->dtype, from + head * head_stride, scale + head * scale_stride, dtype, dim);
     else
       convert(kernel, row, to->dtype, from + head * head_stride, dtype, dim);
 }

@@ -24,10 +24,12 @@ static int sides_of(const pkv_pages *pages, side sides[4]) {
                           pkv_stored_bytes(pages->head_dim, pages->k_dtype)};
   sides[count++] = (side){pages->v, pages->v_page_stride, pages->v_head_stride, pages->v_token_stride,
                           pkv_stored_bytes(pages->head_dim_v, pages->v_dtype)};
-  if (pages->k_dtype == PKV_INT8)
-    sides[count++] = (side){k->data, k->page_stride, k->head_stride, k->token_stride, sizeof(uint16_t)};
-  if (pages->v_dtype == PKV_INT8)
-    sides[count++] = (side){v->data, v->page_stride, v->head_stride, v->token_stride, sizeof(uint16_t)};
+  if (pkv_scale_bytes(pages->k_dtype))
+    sides[count++] =
+        (side){k->data, k->page_stride, k->head_stride, k->token_stride, pkv_scale_bytes(pages->k_dtype)};
+  if (pkv_scale_bytes(pages->v_dtype))
+    sides[count++] =
+        (side){v->data, v->page_stride, v->head_stride, v->token_stride, pkv_scale_bytes(pages->v_dtype)};
   return count;
 }
 

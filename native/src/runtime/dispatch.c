@@ -145,10 +145,10 @@ static int32_t least_queries_to_compute(int32_t k_dtype) {
 
 static bool is_avx512(const pkv_kernel *kernel) { return strncmp(kernel->name, "avx512", 6) == 0; }
 
-/* A fold for keys or values of 8 bits; NULL: the kernel's own.  Bfloat16 in pairs only the kernel's own
+/* A fold for keys or values with scales; NULL: the kernel's own.  Bfloat16 in pairs only the kernel's own
  * reads. */
 static pkv_fold *int8_fold(const pkv_kernel *kernel, const pkv_layer *layer) {
-  bool is_int8 = layer->k.dtype == PKV_INT8 || layer->v.dtype == PKV_INT8;
+  bool is_int8 = pkv_scale_bytes(layer->k.dtype) || pkv_scale_bytes(layer->v.dtype);
   if (!is_int8 || layer->k.dtype == PKV_BFLOAT16_PAIRS || !is_avx512(kernel)) return NULL;
 #ifdef PKV_HAVE_VBMI
   if (has_vbmi()) return pkv_fold_int8_vbmi;

@@ -205,6 +205,9 @@ ALWAYS_INLINE void accumulate(const head_rows *values, const head_rows *ahead, c
     case PKV_INT8:
       OF_INT8(accumulate_bytes, num_queries)(values, ahead, num_seen, weights, rescale, accumulated);
       break;
+    case PKV_INT4:
+      OF_INT8(accumulate_nibbles, num_queries)(values, ahead, num_seen, weights, rescale, accumulated);
+      break;
     case PKV_FLOAT32: CALL_ACCUMULATE(accumulate_float32); break;
     case PKV_FLOAT16: CALL_ACCUMULATE(accumulate_float16); break;
     case PKV_BFLOAT16: CALL_ACCUMULATE(accumulate_bfloat16); break;

@@ -22,7 +22,7 @@ static void accumulate_rest(const head_rows *values, int32_t begin, int32_t end,
   const float as_it_is = 1.0f;
   head_rows rest = part_of(values, begin, end);
   int32_t count = end - begin;
-  accumulate(&rest, NULL, &count, (float(*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
+  accumulate(&rest, NULL, &count, (float (*)[PKV_RUN_TOKENS])(weights + begin), &as_it_is, 1, &accumulated);
 }
 
 static void accumulate_queries(const head_rows *values, const head_rows *ahead, const queries *queries,
@@ -35,7 +35,7 @@ static void accumulate_queries(const head_rows *values, const head_rows *ahead, 
       if (queries->num_seen[j] > most) most = queries->num_seen[j];
     }
     /* Integer weights of tokens that a query does not see are 0, whatever the value. */
-    head_rows shared = part_of(values, 0, values->dtype == PKV_INT8 ? most : least);
+    head_rows shared = part_of(values, 0, pkv_scale_bytes(values->dtype) ? most : least);
     const int32_t *seen = queries->num_seen + i;
     float *const *accumulated = queries->accumulated + i;
     switch (tile) {

@@ -1,7 +1,9 @@
-/* Scores and weighted sums of keys and values of 8 bits (PKV_INT8), in integers.
+/* Scores and weighted sums of keys and values of 8 bits (PKV_INT8), and of values of 4 bits (PKV_INT4), in
+ * integers.
  *
  *   scores   s = (sum of q words * (bytes - 128)) * q's scale * the key's scale
- *   values   a = a * rescale + (sum of w words * (bytes - 128)) * unit
+ *   values   a = a * rescale + (sum of w words * (bytes - 128)) * unit                    of 8 bits
+ *            a = a * rescale + (sum of w words * codes) * unit + sum of w * minima        of 4 bits
  *
  * q has words of 16 bits (pkv_q8).  The weights of a run, times the scales of its values, are rounded to
  * words of a unit: the largest of a row's is 32,639.  Sums of products are exact, so neither the tile nor the
@@ -28,6 +30,15 @@ ALWAYS_INLINE words words_load(const int16_t *from) {
   return x;
 }
 
+ALWAYS_INLINE float bfloat16_at(const char *address) {
+  uint16_t half;
+  memcpy(&half, address, sizeof half);
+  uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 /* The scales of the tokens, as floats; zeros up to a whole vector. */
 ALWAYS_INLINE void load_scales(const head_rows *rows, float scales[PKV_RUN_TOKENS]) {
   int32_t t = 0;
@@ -36,18 +47,30 @@ ALWAYS_INLINE void load_scales(const head_rows *rows, float scales[PKV_RUN_TOKEN
     memcpy(&x, rows->scales[t] + rows->scale_offset, sizeof x);
     vec_store(scales + t, vec_from_bfloat16(x));
   }
-  for (; t < rows->count; t++) {
-    uint16_t half;
-    memcpy(&half, rows->scales[t] + rows->scale_offset, sizeof half);
-    uint32_t bits = (uint32_t)half << 16;
-    memcpy(scales + t, &bits, sizeof bits);
-  }
+  for (; t < rows->count; t++) scales[t] = bfloat16_at(rows->scales[t] + rows->scale_offset);
   for (; t % WIDTH; t++) scales[t] = 0;
+}
+
+/* The same of rows of 4 bits, with their minima. */
+ALWAYS_INLINE void load_scales_and_minima(const head_rows *rows, float scales[PKV_RUN_TOKENS],
+                                          float minima[PKV_RUN_TOKENS]) {
+  int32_t t = 0;
+  for (; rows->scale_stride == 4 && t + WIDTH <= rows->count; t += WIDTH) {
+    ivec pair;
+    memcpy(&pair, rows->scales[t] + rows->scale_offset, sizeof pair);
+    vec_store(scales + t, vec_from_bits(pair << 16));
+    vec_store(minima + t, vec_from_bits(pair & ~0xffff));
+  }
+  for (; t < rows->count; t++) {
+    scales[t] = bfloat16_at(rows->scales[t] + rows->scale_offset);
+    minima[t] = bfloat16_at(rows->scales[t] + rows->scale_offset + 2);
+  }
+  for (; t % WIDTH; t++) scales[t] = minima[t] = 0;
 }
 
 /* They lie apart from the rows: prefetch them while rows are read. */
 ALWAYS_INLINE void prefetch_scales(const head_rows *rows) {
-  if (rows->dtype != PKV_INT8) return;
+  if (!pkv_scale_bytes(rows->dtype)) return;
   for (int32_t t = 0; t < rows->count; t += 16)
     __builtin_prefetch(rows->scales[t] + rows->scale_offset, 0, 3);
 }
@@ -91,12 +114,12 @@ ALWAYS_INLINE void sum_keys(const head_rows *keys, const head_rows *ahead, const
   for (; t + step <= keys->count; t += step) {
     for (int i = 0; i < step; i++) prefetch_row(ahead, t + i);
     sum_keys_tile(keys->rows + t, keys->offset, keys->dim, q, num_queries, step,
-                  (int32_t(*)[PKV_RUN_TOKENS])(sums[0] + t));
+                  (int32_t (*)[PKV_RUN_TOKENS])(sums[0] + t));
   }
   for (; t < keys->count; t++) {
     prefetch_row(ahead, t);
     sum_keys_tile(keys->rows + t, keys->offset, keys->dim, q, num_queries, 1,
-                  (int32_t(*)[PKV_RUN_TOKENS])(sums[0] + t));
+                  (int32_t (*)[PKV_RUN_TOKENS])(sums[0] + t));
   }
 }
 #endif
@@ -133,27 +156,36 @@ ALWAYS_INLINE void score_bytes(const head_rows *keys, const head_rows *ahead, co
 
 /* The weights of a row, as words of a unit. */
 typedef struct {
-  float unit; /* NaN where a weight or its scale is */
-  int32_t sum;
+  float unit;    /* NaN where a weight or its scale is */
+  float minimum; /* the weighted sum of the rows' minima; of 4 bits */
+  int32_t sum;   /* of the words */
   int16_t words[PKV_RUN_TOKENS];
 } rounded_weights;
 
-/* Round num_seen weights times scales; those behind are 0, up to a whole vector of `count`.  Scales of
- * tokens that the row does not see may be anything. */
+/* The products of num_seen weights and scales or minima, 0 up to a whole vector of `count`; returns their
+ * sum. Those of tokens that the row does not see may be anything. */
+ALWAYS_INLINE float weigh(const float *weights, const float *scales, int32_t num_seen, int32_t count,
+                          float *products) {
+  vec total = {};
+  for (int32_t t = 0; t < count; t += WIDTH) {
+    vec product = vec_load(weights + t) * vec_load(scales + t);
+    if (t + WIDTH > num_seen) product = vec_select(ivec_load(lane_numbers) < num_seen - t, product, (vec){});
+    total += product;
+    vec_store(products + t, product);
+  }
+  return vec_sum(total);
+}
+
+/* Round num_seen weights times scales; those behind are 0. */
 ALWAYS_INLINE void round_weights(const float *weights, const float *scales, int32_t num_seen, int32_t count,
                                  rounded_weights *to) {
   float products[PKV_RUN_TOKENS] __attribute__((aligned(64)));
   const float least = 0x1p-112f; /* so that LARGEST_WEIGHT / least is finite */
   const float to_integer = 0x1.8p23f;
-  vec most = (vec){} + least, total = {};
-  for (int32_t t = 0; t < count; t += WIDTH) {
-    vec product = vec_load(weights + t) * vec_load(scales + t);
-    if (t + WIDTH > num_seen) product = vec_select(ivec_load(lane_numbers) < num_seen - t, product, (vec){});
-    most = vec_max(product, most);
-    total += product;
-    vec_store(products + t, product);
-  }
-  float largest = vec_maximum(most), added = vec_sum(total);
+  float added = weigh(weights, scales, num_seen, count, products);
+  vec most = (vec){} + least;
+  for (int32_t t = 0; t < count; t += WIDTH) most = vec_max(vec_load(products + t), most);
+  float largest = vec_maximum(most);
   vec inverse = (vec){} + LARGEST_WEIGHT / largest;
   ivec sum = {};
   for (int32_t t = 0; t < count; t += WIDTH) {
@@ -168,14 +200,15 @@ ALWAYS_INLINE void round_weights(const float *weights, const float *scales, int3
   to->unit = added == added ? largest / LARGEST_WEIGHT : added;
 }
 
-/* Accumulate VALUE_SUMS vectors, or what a row of num_dims left has of them, for num_queries. */
-ALWAYS_INLINE void value_bytes_tile(const head_rows *values, const rounded_weights *weights,
+/* Accumulate VALUE_SUMS vectors, or what a row of num_dims left has of them, for num_queries; zero: the byte
+ * of the value 0. */
+ALWAYS_INLINE void value_bytes_tile(const head_rows *values, int zero, const rounded_weights *weights,
                                     const float *rescale, int num_queries, int32_t d, int num_dims,
                                     const head_rows *ahead, float *const *accumulated) {
   ivec sums[4 * VALUE_SUMS];
   EACH (i, num_queries)
     EACH (j, VALUE_SUMS)
-      sums[i * VALUE_SUMS + j] = (ivec){} + (int32_t)(-(uint32_t)ZERO_BYTE * (uint32_t)weights[i].sum);
+      sums[i * VALUE_SUMS + j] = (ivec){} + (int32_t)(-(uint32_t)zero * (uint32_t)weights[i].sum);
   int64_t offset = values->offset + d;
   int32_t last = values->count - 1;
   /* Each tile prefetches its share of the rows of `ahead`. */
@@ -205,9 +238,22 @@ ALWAYS_INLINE void value_bytes_tile(const head_rows *values, const rounded_weigh
       if (j * WIDTH >= num_dims) break;
       float *to = accumulated[i] + d + j * WIDTH;
       vec before = vec_load(to) * rescale[i];
+      if (!zero) before += weights[i].minimum;
       vec_store(to, vec_fma(__builtin_convertvector(own[j], vec), (vec){} + weights[i].unit, before));
     }
   }
+}
+
+/* Accumulate rows of bytes for num_queries, and prefetch the rows of `ahead`. */
+ALWAYS_INLINE void accumulate_tiles(const head_rows *values, int zero, const head_rows *ahead,
+                                    const rounded_weights *weights, const float *rescale, int num_queries,
+                                    float *const *accumulated) {
+  const int step = VALUE_SUMS * WIDTH;
+  const int32_t dim = values->dim;
+  int32_t d = 0;
+  for (; d + step <= dim; d += step)
+    value_bytes_tile(values, zero, weights, rescale, num_queries, d, step, ahead, accumulated);
+  if (d < dim) value_bytes_tile(values, zero, weights, rescale, num_queries, d, dim - d, ahead, accumulated);
 }
 
 /* Accumulate all values for num_queries (1, 2 or 4), each of which sees the first num_seen of them, and
@@ -215,30 +261,76 @@ ALWAYS_INLINE void value_bytes_tile(const head_rows *values, const rounded_weigh
 ALWAYS_INLINE void accumulate_bytes(const head_rows *values, const head_rows *ahead, const int32_t *num_seen,
                                     float weights[][PKV_RUN_TOKENS], const float *rescale, int num_queries,
                                     float *const *accumulated) {
-  const int step = VALUE_SUMS * WIDTH;
-  const int32_t dim = values->dim;
   float scales[PKV_RUN_TOKENS] __attribute__((aligned(64)));
   rounded_weights rounded[4] __attribute__((aligned(64)));
   load_scales(values, scales);
   EACH (i, num_queries) round_weights(weights[i], scales, num_seen[i], values->count, rounded + i);
-  int32_t d = 0;
-  for (; d + step <= dim; d += step)
-    value_bytes_tile(values, rounded, rescale, num_queries, d, step, ahead, accumulated);
-  if (d < dim) value_bytes_tile(values, rounded, rescale, num_queries, d, dim - d, ahead, accumulated);
+  accumulate_tiles(values, ZERO_BYTE, ahead, rounded, rescale, num_queries, accumulated);
 }
 
-#define INT8_FUNCTIONS(num_queries)                                                                         \
-  NOINLINE void score_bytes_of_##num_queries(const head_rows *keys, const head_rows *ahead,                 \
-                                             const float *const *q, float scores[][PKV_RUN_TOKENS]) {       \
-    score_bytes(keys, ahead, q, num_queries, scores);                                                       \
-  }                                                                                                         \
-  NOINLINE void accumulate_bytes_of_##num_queries(const head_rows *values, const head_rows *ahead,          \
-                                                  const int32_t *num_seen, float weights[][PKV_RUN_TOKENS], \
-                                                  const float *rescale, float *const *accumulated) {        \
-    accumulate_bytes(values, ahead, num_seen, weights, rescale, num_queries, accumulated);                  \
+/* ---- values of 4 bits */
+
+/* Two codes of each byte, to bytes: `half` apart.  May write up to a vector behind both. */
+ALWAYS_INLINE void unpack_row(const char *from, int32_t half, uint8_t *to) {
+  typedef uint8_t bytes __attribute__((vector_size(4 * WIDTH)));
+  typedef uint8_t few_bytes __attribute__((vector_size(4)));
+  bytes x;
+  few_bytes y;
+  int32_t i = 0;
+  for (; i + (int32_t)sizeof x <= half; i += (int32_t)sizeof x) {
+    memcpy(&x, from + i, sizeof x);
+    bytes low = x & 15, high = x >> 4;
+    memcpy(to + i, &low, sizeof low);
+    memcpy(to + half + i, &high, sizeof high);
   }
+  for (; i < half; i += 4) {
+    memcpy(&y, from + i, sizeof y);
+    few_bytes low = y & 15, high = y >> 4;
+    memcpy(to + i, &low, sizeof low);
+    memcpy(to + half + i, &high, sizeof high);
+  }
+}
+
+ALWAYS_INLINE void accumulate_nibbles(const head_rows *values, const head_rows *ahead,
+                                      const int32_t *num_seen, float weights[][PKV_RUN_TOKENS],
+                                      const float *rescale, int num_queries, float *const *accumulated) {
+  float scales[PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  float minima[PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  float unused[PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  rounded_weights rounded[4] __attribute__((aligned(64)));
+  uint8_t bytes[PKV_RUN_TOKENS * PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+  const char *rows[PKV_RUN_TOKENS];
+  for (int32_t t = 0; t < values->count; t++) {
+    uint8_t *row = bytes + t * values->dim;
+    unpack_row(values->rows[t] + values->offset, values->dim / 2, row);
+    rows[t] = (const char *)row;
+  }
+  head_rows unpacked = *values;
+  unpacked.rows = rows;
+  unpacked.offset = 0;
+  load_scales_and_minima(values, scales, minima);
+  EACH (i, num_queries) {
+    round_weights(weights[i], scales, num_seen[i], values->count, rounded + i);
+    rounded[i].minimum = weigh(weights[i], minima, num_seen[i], values->count, unused);
+  }
+  accumulate_tiles(&unpacked, 0, ahead, rounded, rescale, num_queries, accumulated);
+}
+
 #define OF_INT8(name, num_queries) \
   ((num_queries) == 4 ? name##_of_4 : (num_queries) == 2 ? name##_of_2 : name##_of_1)
+#define ACCUMULATE_INTEGERS(name, num_queries)                                                    \
+  NOINLINE void name##_of_##num_queries(const head_rows *values, const head_rows *ahead,          \
+                                        const int32_t *num_seen, float weights[][PKV_RUN_TOKENS], \
+                                        const float *rescale, float *const *accumulated) {        \
+    name(values, ahead, num_seen, weights, rescale, num_queries, accumulated);                    \
+  }
+#define INT8_FUNCTIONS(num_queries)                                                                   \
+  NOINLINE void score_bytes_of_##num_queries(const head_rows *keys, const head_rows *ahead,           \
+                                             const float *const *q, float scores[][PKV_RUN_TOKENS]) { \
+    score_bytes(keys, ahead, q, num_queries, scores);                                                 \
+  }                                                                                                   \
+  ACCUMULATE_INTEGERS(accumulate_bytes, num_queries)                                                  \
+  ACCUMULATE_INTEGERS(accumulate_nibbles, num_queries)
 INT8_FUNCTIONS(1)
 INT8_FUNCTIONS(2)
 INT8_FUNCTIONS(4)

@@ -114,7 +114,7 @@ ALWAYS_INLINE void sum_keys_of_few(const head_rows *keys, const head_rows *ahead
   for (int32_t t = 0; t < keys->count; t += num_keys) {
     EACH (i, num_keys) prefetch_row(ahead, t + i);
     sum_whole_keys(keys->rows + t, keys->count - t, keys->offset, keys->dim, high, low, num_queries,
-                   (int32_t(*)[PKV_RUN_TOKENS])(sums[0] + t));
+                   (int32_t (*)[PKV_RUN_TOKENS])(sums[0] + t));
   }
 }
 

@@ -1,10 +1,19 @@
-/* Floats as 8-bit integers and a scale, and back; and q as 16-bit integers, which are multiplied with them.
+/* Floats as integers of 8 or 4 bits and their scales, and back; and q as integers of 16 bits, which are
+ * multiplied with them.
  *
- * A row's scale is its largest magnitude / 127, rounded up to bfloat16; a code is the nearest integer to
- * value / scale, ties to even, stored as code + 128.  Rows of smaller magnitudes than 127 * 2^-100 are stored
- * as 0, with the scale 0.  A row with NaN or infinity has the scale NaN. */
+ *   8 bits   A row's scale is its largest magnitude / 127, rounded up to bfloat16; a code is the nearest
+ * integer to value / scale, ties to even, stored as code + 128.  Rows of smaller magnitudes than 127 * 2^-100
+ *            are stored as 0, with the scale 0.
+ *   4 bits   A row's minimum is rounded down to bfloat16; its scale is (largest - minimum) / 15, rounded up.
+ * A code is the nearest integer to (value - minimum) / scale, from 0 to 15.  Scales below 2^-100 are 0.
+ *
+ * Finite values beyond 2^127, or 2^126 of 4 bits, saturate.  A row with NaN or infinity has the scale NaN. */
 
-enum { LARGEST_CODE = 127, LARGEST_Q_WORD = 32512 /* 127 * 256: both of its bytes are 8-bit integers */ };
+enum {
+  LARGEST_CODE = 127,
+  LARGEST_NIBBLE = 15,
+  LARGEST_Q_WORD = 32512 /* 127 * 256: both of its bytes are 8-bit integers */
+};
 
 /* The largest magnitude of `count` values; NaN where one is NaN or infinite. */
 ALWAYS_INLINE float largest_magnitude(const float *values, int32_t count) {
@@ -19,9 +28,11 @@ ALWAYS_INLINE float largest_magnitude(const float *values, int32_t count) {
   return flaw == 0 ? vec_maximum(most) : __builtin_nanf("");
 }
 
-static void quantise(uint8_t *bytes, uint16_t *scale, const float *values, int64_t count) {
+/* magnitude: the largest of the values, or NaN. */
+static void quantise_int8(uint8_t *bytes, uint16_t *scale, const float *values, int64_t count,
+                          float magnitude) {
   const float to_byte = 0x1.8p23f + 128; /* adding it leaves code + 128 in the low byte */
-  float largest = largest_magnitude(values, (int32_t)count), exact = largest / LARGEST_CODE, rounded;
+  float exact = magnitude / LARGEST_CODE, rounded;
   uint32_t bits;
   memcpy(&bits, &exact, sizeof bits);
   bits = (bits + 0xffff) & 0xffff0000;
@@ -42,11 +53,105 @@ static void quantise(uint8_t *bytes, uint16_t *scale, const float *values, int64
   }
 }
 
-static void dequantise(float *values, const uint8_t *bytes, const uint16_t *scale, int64_t count) {
-  uint32_t bits = (uint32_t)*scale << 16;
-  float factor;
-  memcpy(&factor, &bits, sizeof factor);
-  for (int64_t i = 0; i < count; i++) values[i] = (float)(bytes[i] - 128) * factor;
+static float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+/* The nearest bfloat16 that is not smaller; of -x, not larger. */
+static uint32_t rounded_away(float value) { return (bits_of_float(value) + 0xffff) & 0xffff0000; }
+
+/* The smallest of `count` values, which are finite. */
+ALWAYS_INLINE float smallest_value(const float *values, int32_t count) {
+  vec most = (vec){} - __builtin_inff();
+  for (int32_t i = 0; i < count; i += WIDTH) {
+    bool is_part = HAS_PART && count - i < WIDTH;
+    vec x = is_part ? vec_load_n(values + i, PART) : vec_load(values + i);
+    /* Behind a part are zeros, which must not count. */
+    if (is_part) x = vec_select(ivec_load(lane_numbers) < PART, x, (vec){} + values[i]);
+    most = vec_max(-x, most);
+  }
+  return -vec_maximum(most);
+}
+
+ALWAYS_INLINE float largest_value(const float *values, int32_t count) {
+  vec most = (vec){} - __builtin_inff();
+  for (int32_t i = 0; i < count; i += WIDTH) {
+    bool is_part = HAS_PART && count - i < WIDTH;
+    vec x = is_part ? vec_load_n(values + i, PART) : vec_load(values + i);
+    if (is_part) x = vec_select(ivec_load(lane_numbers) < PART, x, (vec){} + values[i]);
+    most = vec_max(x, most);
+  }
+  return vec_maximum(most);
+}
+
+static void quantise_int4(uint8_t *bytes, uint16_t *scales, const float *values, int64_t count,
+                          float magnitude) {
+  const int32_t dim = (int32_t)count, half = dim / 2;
+  uint32_t scale = 0x7fc00000, minimum = 0x7fc00000;
+  memset(bytes, 0, (size_t)half);
+  if (magnitude == magnitude) {
+    float least = smallest_value(values, dim), largest = largest_value(values, dim);
+    minimum = least < 0 ? rounded_away(least) : bits_of_float(least) & 0xffff0000;
+    scale = rounded_away(largest / LARGEST_NIBBLE - float_of_bits(minimum) / LARGEST_NIBBLE);
+    if (float_of_bits(scale) < 0x1p-100f) scale = 0;
+  }
+  scales[0] = (uint16_t)(scale >> 16);
+  scales[1] = (uint16_t)(minimum >> 16);
+  if (!(float_of_bits(scale) > 0)) return;
+  vec inverse = (vec){} + 1 / float_of_bits(scale), base = (vec){} + float_of_bits(minimum);
+  uint8_t codes[PKV_MAX_HEAD_DIM + 16];
+  for (int32_t i = 0; i < dim; i += WIDTH) {
+    vec x = vec_load_n(values + i, HAS_PART && dim - i < WIDTH ? PART : WIDTH);
+    vec code = (x - base) * inverse;
+    code = vec_select((ivec)(code > (float)LARGEST_NIBBLE), (vec){} + (float)LARGEST_NIBBLE, code);
+    code = vec_select((ivec)(code < 0.0f), (vec){}, code);
+    store_low_bytes(codes + i, (ivec)(code + 0x1.8p23f));
+  }
+  for (int32_t i = 0; i < half; i += 4) {
+    uint32_t low, high;
+    memcpy(&low, codes + i, sizeof low);
+    memcpy(&high, codes + half + i, sizeof high);
+    low |= high << 4;
+    memcpy(bytes + i, &low, sizeof low);
+  }
+}
+
+static void quantise(uint8_t *bytes, uint16_t *scales, const float *values, int64_t count, int32_t dtype) {
+  float limited[PKV_MAX_HEAD_DIM], limit = dtype == PKV_INT4 ? 0x1p126f : 0x1p127f;
+  float magnitude = largest_magnitude(values, (int32_t)count);
+  if (magnitude > limit) { /* saturate, so that what is read does not overflow */
+    for (int64_t i = 0; i < count; i++)
+      limited[i] = values[i] > limit ? limit : values[i] < -limit ? -limit : values[i];
+    values = limited;
+    magnitude = limit;
+  }
+  if (dtype == PKV_INT4)
+    quantise_int4(bytes, scales, values, count, magnitude);
+  else
+    quantise_int8(bytes, scales, values, count, magnitude);
+}
+
+static void dequantise(float *values, const uint8_t *bytes, const uint16_t *scales, int64_t count,
+                       int32_t dtype) {
+  float scale = float_of_bits((uint32_t)scales[0] << 16);
+  int64_t half = count / 2;
+  if (dtype == PKV_INT8) {
+    for (int64_t i = 0; i < count; i++) values[i] = (float)(bytes[i] - 128) * scale;
+    return;
+  }
+  float minimum = float_of_bits((uint32_t)scales[1] << 16);
+  for (int64_t i = 0; i < half; i++) {
+    values[i] = (float)(bytes[i] & 15) * scale + minimum;
+    values[half + i] = (float)(bytes[i] >> 4) * scale + minimum;
+  }
 }
 
 static void prepare_q8(pkv_q8 *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim) {

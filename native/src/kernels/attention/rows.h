@@ -26,7 +26,7 @@ typedef struct {
   int32_t count;
   int32_t dim;
   int32_t dtype;
-  const char *const *scales; /* [count], of PKV_INT8 */
+  const char *const *scales; /* [count], of dtypes that have some */
   int64_t scale_offset;      /* added to each of their addresses */
   int64_t scale_stride;      /* bytes between them; 0: not evenly spaced */
 } head_rows;
@@ -51,7 +51,7 @@ static head_rows head_rows_of(const char *const *rows, const char *const *scales
 static head_rows part_of(const head_rows *all, int32_t begin, int32_t end) {
   head_rows part = *all;
   part.rows += begin;
-  if (all->dtype == PKV_INT8) part.scales += begin;
+  if (pkv_scale_bytes(all->dtype)) part.scales += begin;
   part.count = end - begin;
   part.first = part.count ? part.rows[0] + part.offset : NULL;
   return part;

@@ -190,6 +190,9 @@ ALWAYS_INLINE void accumulate(const head_rows *values, const head_rows *ahead, c
     case PKV_INT8:
       OF_INT8(accumulate_bytes, num_queries)(values, ahead, num_seen, weights, rescale, accumulated);
       break;
+    case PKV_INT4:
+      OF_INT8(accumulate_nibbles, num_queries)(values, ahead, num_seen, weights, rescale, accumulated);
+      break;
     case PKV_FLOAT32:
       accumulate_values(values, PKV_FLOAT32, ahead, weights, rescale, num_queries, accumulated);
       break;

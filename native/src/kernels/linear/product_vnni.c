@@ -171,10 +171,14 @@ static void bfloat16(const uint16_t *weights, int64_t num_in, int32_t num_blocks
 }
 #undef CALL
 
-#define PRODUCT(its_name, many)                                                                     \
-  {                                                                                                 \
-    .name = its_name, .row_tile = ROWS, .ternary = ternary, .int8 = int8, .float_tile = FLOAT_ROWS, \
-    .bfloat16 = bfloat16, .ternary_many = many, ACTIVATIONS                                         \
-  }
+#define PRODUCT(its_name, many) \
+  {.name = its_name,            \
+   .row_tile = ROWS,            \
+   .ternary = ternary,          \
+   .int8 = int8,                \
+   .float_tile = FLOAT_ROWS,    \
+   .bfloat16 = bfloat16,        \
+   .ternary_many = many,        \
+   ACTIVATIONS}
 const pkv_product pkv_product_vnni = PRODUCT("vnni", NULL);
 const pkv_product pkv_product_vnni_lookups = PRODUCT("vnni with lookups", ternary_many);
