@@ -21,7 +21,7 @@ FLOORS = [
         "serving.counters",
     },
     {"_binding", "lifetime", "pages.layout", "pages.entry", "integrations.torch_op"},
-    {"attention.arrays"},
+    {"attention.arrays", "pages.slabs"},
     {"attention.array_template", "attention.merge"},
     {"attention.prepared"},
     {"attention.foreign"},

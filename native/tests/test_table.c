@@ -145,6 +145,9 @@ static void a_count_of_zero_is_skipped_and_a_commit_may_keep_less(pkv_pool *pool
   assert(filled[page_ids[2 * RING + 1]] == 15 && filled[page_ids[0]] == 3);
   assert(pkv_pool_num_free(pool) == num_free && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   assert(pkv_tables_truncate(pool, &tables, 2, 17) == PKV_OK);
+  counts[1] = 1; /* it holds its last page alone, and appends behind its own tokens */
+  assert(open_step(pool, 1, seq_ids + 1, counts + 1) == PKV_OK && filled[page_ids[2 * RING + 1]] == 2);
+  assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && filled[page_ids[2 * RING + 1]] == 1);
   seq_ids[1] = seq_ids[0];
   counts[1] = 1;
   assert(measure(pool, 2, seq_ids, counts) == PKV_SEQUENCE_TWICE && tail_copies[1] == -1);
@@ -253,6 +256,7 @@ int main(void) {
   assert(pkv_pool_create(NUM_PAGES, BLOCK, &pool) == PKV_OK);
   rows_are_given_and_taken_back(pool);
   a_step_commits_or_leaves_no_trace(pool);
+  a_count_of_zero_is_skipped_and_a_commit_may_keep_less(pool);
   who_appends_to_a_shared_page_gets_a_copy(pool);
   what_cannot_be_is_refused_by_name(pool);
   a_stray_write_into_the_tables_is_found(pool);

@@ -1,11 +1,11 @@
-"""The page pool: fixed-size pages in one aligned mapping, counted by their owners.
+"""The page pool: pages in one aligned mapping, counted by their owners; of one size, or of several formats.
 
 A page is free, owned (one reference), shared (several), or kept: no owner holds it, but an index names it.
 Calls take and give back n pages at once, all of them or none.
 
 All memory is touched when the pool is built, so that a lack of it is an error then and not a signal later.
 
-Imports _binding, machine and lifetime.
+Imports _binding, machine, lifetime and slabs.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from .. import machine
 from .._binding import check, ffi, int32_pointer, integer, lib
 from ..errors import OutOfPages
 from ..lifetime import Uncopyable
+from .slabs import SlabSizes
 
 MAX_PAGE_BYTES = 2**40
 
@@ -25,22 +26,51 @@ class PagePool(Uncopyable):
     """num_pages pages of page_bytes bytes (a multiple of 64), reserved once and never moved.
 
     num_parts : regions that follow each other, each with an equal part of every page
+    slabs : instead of the above, of pages of several formats; `acquire` gives pages of format 0 unless it
+        says another one, and ids are not consecutive: arrays by page id have `num_ids` entries
 
     Raises: ArgumentError; MemoryError, naming both sizes, when the machine or its control group has less.
     Cost: touches every byte once.
     """
 
-    def __init__(self, num_pages: int, page_bytes: int, num_parts: int = 1) -> None:
+    def __init__(
+        self, num_pages: int = 1, page_bytes: int = 64, num_parts: int = 1, slabs: SlabSizes | None = None
+    ) -> None:
+        self.slabs = slabs
         self.num_pages = integer("num_pages", num_pages, 1)
         self.page_bytes = integer("page_bytes", page_bytes, 64, MAX_PAGE_BYTES)
         self.num_bytes = self.num_pages * self.page_bytes
+        what = f"a pool of {self.num_pages} pages of {self.page_bytes} bytes ({mebibytes(self.num_bytes)})"
+        if slabs is not None:
+            self.num_bytes = slabs.num_bytes
+            what = (
+                f"a pool of {slabs.num_slabs} slabs of {slabs.slab_bytes} bytes ({mebibytes(self.num_bytes)})"
+            )
         _require_memory(self.num_bytes)
         # The destructor exists before the pool does, so that an interrupt in between leaks no memory.
         self._owner = ffi.gc(ffi.new("pkv_pool **"), lib.pkv_pool_destroy)
-        what = f"a pool of {self.num_pages} pages of {self.page_bytes} bytes ({mebibytes(self.num_bytes)})"
-        check(lib.pkv_pool_create(self.num_pages, self.page_bytes, self._owner), what)
+        if slabs is None:
+            check(lib.pkv_pool_create(self.num_pages, self.page_bytes, self._owner), what)
+            lib.pkv_pool_set_parts(self._owner[0], num_parts)
+        else:
+            sizes = [slabs.num_slabs, slabs.slab_bytes, len(slabs.page_bytes), slabs.page_bytes, slabs.floors]
+            check(lib.pkv_pool_create_slabs(ffi.new("pkv_slab_sizes *", sizes), self._owner), what)
+            self.num_pages = slabs.num_slabs * max(slabs.places)
         self.handle = self._owner[0]
-        lib.pkv_pool_set_parts(self.handle, num_parts)
+        #: Page ids are below it.
+        self.num_ids = int(lib.pkv_pool_num_ids(self.handle))
+
+    def num_available(self, format: int) -> int:
+        """Pages of a format that can be taken now."""
+        return int(lib.pkv_pool_num_available(self.handle, format))
+
+    def num_used(self, format: int) -> int:
+        """Pages of a format that are owned or kept."""
+        return int(lib.pkv_pool_num_used(self.handle, format))
+
+    def format_of(self, page_id: int) -> int:
+        """The format of a page that is not free."""
+        return int(lib.pkv_pool_format(self.handle, page_id))
 
     @property
     def num_free(self) -> int:
@@ -109,16 +139,17 @@ class PagePool(Uncopyable):
         """How many of these pages have an owner; ids below 0 are none."""
         return sum(lib.pkv_pool_ref_count(self.handle, id) > 0 for id in page_ids if id >= 0)
 
-    def acquire(self, count: int) -> NDArray[np.int32]:
+    def acquire(self, count: int, format: int = 0) -> NDArray[np.int32]:
         """`count` free pages, now owned; OutOfPages, and nothing taken, when there are fewer."""
         count = integer("count", count, 0)
-        if count > self.num_free:
+        if count > self.num_available(format):
             raise OutOfPages(
-                f"requested {count} pages, {self.num_free} of {self.num_pages} are free; "
+                f"requested {count} pages, {self.num_available(format)} of {self.num_pages} are free; "
                 "free a sequence or build a larger pool"
             )
         page_ids = np.empty(count, np.int32)
-        check(lib.pkv_pool_acquire(self.handle, count, int32_pointer("page_ids", page_ids)), "acquire")
+        ids = int32_pointer("page_ids", page_ids)
+        check(lib.pkv_pool_acquire_format(self.handle, format, count, ids), "acquire")
         return page_ids
 
     def share(self, page_ids: NDArray[np.int32]) -> None:

@@ -2,21 +2,23 @@
  *
  * The mapping is cut into blocks of HUGE_PAGE bytes.  A block that holds free pages only is given back; each
  * page with a part in it is trimmed: not free until all of its blocks are there again.  A page has a part in
- * each layer's region, so its blocks are scattered, and a block may reach from one region into the next. */
+ * each layer's region, so its blocks are scattered, and a block may reach from one region into the next.
+ *
+ * In a pool of slabs, a slab is what a page is here: free when it is empty. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
 #include "pool.h"
 
-static int64_t part_bytes(const pkv_pool *pool) { return pool->page_bytes / pool->num_parts; }
+static int64_t part_bytes(const pkv_pool *pool) { return pool->unit_bytes / pool->num_parts; }
 
-static int64_t pool_bytes(const pkv_pool *pool) { return pool->num_pages * pool->page_bytes; }
+static int64_t pool_bytes(const pkv_pool *pool) { return pool->num_units * pool->unit_bytes; }
 
 static int64_t num_blocks(const pkv_pool *pool) { return (pool_bytes(pool) + HUGE_PAGE - 1) / HUGE_PAGE; }
 
-/* The page whose part is at this byte of the mapping. */
+/* The unit whose part is at this byte of the mapping. */
 static int32_t page_at(const pkv_pool *pool, int64_t byte) {
-  return (int32_t)(byte / part_bytes(pool) % pool->num_pages);
+  return (int32_t)(byte / part_bytes(pool) % pool->num_units);
 }
 
 /* The bytes of a block: the last one may be cut off. */
@@ -26,6 +28,7 @@ static int64_t end_of_block(const pkv_pool *pool, int64_t block) {
 }
 
 static bool is_free_or_trimmed(const pkv_pool *pool, int32_t page) {
+  if (pool->slabs) return pool->slabs->formats[page] < 0;
   return pool->ref_counts[page] == 0 && !pool->is_indexed[page];
 }
 
@@ -43,12 +46,16 @@ static void trim_pages_of(pkv_pool *pool, int64_t block) {
     if (pool->is_trimmed[page]) continue;
     pool->is_trimmed[page] = 1;
     pool->trimmed[pool->num_trimmed++] = page;
+    if (pool->slabs) pkv_slabs_hide(pool->slabs, page);
   }
 }
 
 void pkv_pool_set_parts(pkv_pool *pool, int64_t num_parts) { pool->num_parts = num_parts; }
 
-int64_t pkv_pool_num_trimmed(const pkv_pool *pool) { return pool->num_trimmed; }
+/* Pages of format 0 that a unit has. */
+static int64_t pages_of_unit(const pkv_pool *pool) { return pool->slabs ? pool->slabs->places[0] : 1; }
+
+int64_t pkv_pool_num_trimmed(const pkv_pool *pool) { return pool->num_trimmed * pages_of_unit(pool); }
 
 int64_t pkv_pool_resident_bytes(const pkv_pool *pool) {
   int64_t gone = pool->num_gone * HUGE_PAGE, last = num_blocks(pool) - 1;
@@ -67,7 +74,7 @@ int64_t pkv_pool_trim(pkv_pool *pool) {
     trim_pages_of(pool, block);
   }
   int64_t num_free = 0; /* those that are left, in order */
-  for (int64_t i = 0; i < pool->num_free; i++)
+  for (int64_t i = 0; !pool->slabs && i < pool->num_free; i++)
     if (!pool->is_trimmed[pool->free_stack[i]]) pool->free_stack[num_free++] = pool->free_stack[i];
   pool->num_free = num_free;
   return before - pkv_pool_resident_bytes(pool);
@@ -77,7 +84,7 @@ int64_t pkv_pool_trim(pkv_pool *pool) {
 static bool restore_page(pkv_pool *pool, int32_t page) {
   int64_t size = part_bytes(pool);
   for (int64_t part = 0; part < pool->num_parts; part++) {
-    int64_t begin = (part * pool->num_pages + page) * size;
+    int64_t begin = (part * pool->num_units + page) * size;
     for (int64_t block = begin / HUGE_PAGE; block * HUGE_PAGE < begin + size; block++) {
       if (!pool->is_gone[block]) continue;
       size_t num_bytes = (size_t)(end_of_block(pool, block) - block * HUGE_PAGE);
@@ -90,18 +97,22 @@ static bool restore_page(pkv_pool *pool, int32_t page) {
 }
 
 pkv_status pkv_pool_restore(pkv_pool *pool, int64_t count) {
-  if (count < 0 || count > pool->num_trimmed) return PKV_BAD_ARGUMENT;
-  for (; count > 0; count--) {
+  if (count < 0 || count > pkv_pool_num_trimmed(pool)) return PKV_BAD_ARGUMENT;
+  for (; count > 0; count -= pages_of_unit(pool)) {
     int32_t page = pool->trimmed[pool->num_trimmed - 1];
     if (!restore_page(pool, page)) return PKV_OUT_OF_MEMORY;
     pool->num_trimmed--;
     pool->is_trimmed[page] = 0;
-    pool->free_stack[pool->num_free++] = page;
+    if (pool->slabs)
+      pkv_slabs_show(pool->slabs, page);
+    else
+      pool->free_stack[pool->num_free++] = page;
   }
   return PKV_OK;
 }
 
 int64_t pkv_pool_bytes_to_restore(const pkv_pool *pool, int64_t count) {
+  count = (count + pages_of_unit(pool) - 1) / pages_of_unit(pool);
   int64_t size = part_bytes(pool), most = pool_bytes(pool) - pkv_pool_resident_bytes(pool);
   /* Each part of a page has at most so many blocks; blocks that pages share count once in `most`. */
   int64_t of_page = pool->num_parts * (size + 2 * (int64_t)HUGE_PAGE);

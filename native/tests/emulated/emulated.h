@@ -78,6 +78,55 @@ static inline simde__m512i _mm512_srai_epi32(simde__m512i x, unsigned count) {
   return to.ints;
 }
 
+#undef _mm512_madd_epi16
+static inline simde__m512i _mm512_madd_epi16(simde__m512i a, simde__m512i b) {
+  pkv_512 x = {.ints = a}, y = {.ints = b};
+  for (int i = 0; i < 2; i++) x.int_halves[i] = _mm256_madd_epi16(x.int_halves[i], y.int_halves[i]);
+  return x.ints;
+}
+
+#undef _mm512_cvtepu8_epi16
+static inline simde__m512i _mm512_cvtepu8_epi16(__m256i x) {
+  pkv_256 from = {x};
+  pkv_512 to;
+  for (int i = 0; i < 2; i++) to.int_halves[i] = _mm256_cvtepu8_epi16(from.halves[i]);
+  return to.ints;
+}
+
+/* The first bytes, as many as the mask has ones, which are its low bits. */
+static inline __m256i pkv_some_bytes_256(uint32_t mask, const void *from) {
+  pkv_256 to = {0};
+  memcpy(&to, from, (size_t)__builtin_popcount(mask));
+  return to.all;
+}
+#undef _mm256_maskz_loadu_epi8
+#define _mm256_maskz_loadu_epi8(mask, from) pkv_some_bytes_256(mask, from)
+
+static inline simde__m512i pkv_some_bytes_512(uint64_t mask, const void *from) {
+  pkv_512 to = {0};
+  memcpy(&to, from, (size_t)__builtin_popcountll(mask));
+  return to.ints;
+}
+#undef _mm512_maskz_loadu_epi8
+#define _mm512_maskz_loadu_epi8(mask, from) pkv_some_bytes_512(mask, from)
+
+/* The low byte of each lane of four or two bytes. */
+static inline void pkv_low_bytes(uint8_t *to, simde__m512i x, int lane_bytes) {
+  for (int i = 0; i < 64 / lane_bytes; i++) to[i] = ((uint8_t *)&x)[lane_bytes * i];
+}
+#undef _mm512_cvtepi32_epi8
+static inline __m128i _mm512_cvtepi32_epi8(simde__m512i x) {
+  pkv_256 to;
+  pkv_low_bytes((uint8_t *)&to, x, 4);
+  return to.halves[0];
+}
+#undef _mm512_cvtepi16_epi8
+static inline __m256i _mm512_cvtepi16_epi8(simde__m512i x) {
+  pkv_256 to;
+  pkv_low_bytes((uint8_t *)&to, x, 2);
+  return to.all;
+}
+
 /* Quarters: two of a, two of b. */
 static inline simde__m512 pkv_shuffle_quarters(simde__m512 a, simde__m512 b, int which) {
   simde__m512 to;
