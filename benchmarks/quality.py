@@ -30,9 +30,10 @@ from paged_kv.models.decoder import DecoderModel
 from paged_kv.models.model_files import ModelFiles
 from paged_kv.text.tokenizer import ModelTokenizer, open_tokenizer
 
-#: Names of what `--dtypes` takes: options of a cache.  "K+V" is a pair.
+#: Names of what `--dtypes` takes: options of a cache.  "K+V" is a pair; "@64" keeps the newest 64 tokens,
+#: and the first four, in bfloat16.
 BASELINE = "bfloat16"
-DTYPES = ("bfloat16", "int8", "int8+bfloat16", "bfloat16+int8", "int8+int4", "bfloat16+int4")
+DTYPES = ("bfloat16", "int8", "int8+bfloat16", "bfloat16+int8", "int8+int4", "int8@64", "int8+int4@64")
 LENGTHS = (2048, 4096)
 CHUNK = 256
 NUM_SCORED = 1024  # last tokens of each text
@@ -66,15 +67,17 @@ def texts() -> dict[str, str]:
 
 
 def cache_options(name: str) -> dict[str, Any]:
-    return {"dtype": tuple(name.split("+")) if "+" in name else name}
+    dtype, _, recent = name.partition("@")
+    options: dict[str, Any] = {"dtype": tuple(dtype.split("+")) if "+" in dtype else dtype}
+    return options | ({"recent_tokens": int(recent), "num_sink_tokens": 4} if recent else {})
 
 
 def log_probs(opened: Model, ids: list[int], dtype: str, num_scored: int) -> tuple[np.ndarray, int]:
     """Of the next token, after each of the last num_scored ones, float32; and the bytes of the cache's pool
-    for each token.
+    for each token, of packed pages.
     """
     scored, parts = len(ids) - num_scored, []
-    num_pages = -(-len(ids) // 64) + 1
+    num_pages = 4 * (-(-len(ids) // 64) + 8)  # room for both formats, where old pages are packed
     with opened.model.new_cache(num_pages=num_pages, max_sequences=1, **cache_options(dtype)) as cache:
         seq = cache.sequence()
         for begin in range(0, len(ids), CHUNK):
@@ -86,8 +89,8 @@ def log_probs(opened: Model, ids: list[int], dtype: str, num_scored: int) -> tup
                 else:
                     logits = opened.model.forward(chunk, step, rows).astype(np.float32)
                     parts.append(logits - np.logaddexp.reduce(logits, 1)[:, None])
-        stats = cache.stats()
-        return np.concatenate(parts), stats.pool_bytes // (stats.num_pages * 64)
+        smallest = min(one.page_bytes for one in cache.stats().formats.values())
+        return np.concatenate(parts), smallest // 64
 
 
 class Scores(NamedTuple):

@@ -5,7 +5,7 @@ Imports step and sequence.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -17,19 +17,34 @@ from .errors import ArgumentError, InvariantViolation
 from .frames import Recording, record
 from .gathered import gather
 from .lifetime import Uncopyable
-from .pages.block_table import Window
+from .pages.block_table import Packing, Window
 from .pages.counts import Counts
 from .pages.events import Event
 from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, parse_memory, stored_dtypes
+from .pages.layout import num_pages as pages_for
 from .pages.match import Match, explain
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
 from .pages.retention import KeepPolicy, priority_of, seconds
 from .pages.salts import bytes_of
+from .pages.slabs import slab_sizes
 from .pin import Pin, pin
 from .sequence import Sequence, matched_sequence, new_sequences, select_sequences
 from .step import Step, seq_ids_of
-from .store import Store
+from .store import PackedPages, Store
+
+#: Packed pages have whole runs, so that a run has one format.
+RUN_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class FormatStats:
+    """The pages of one format."""
+
+    num_pages: int  # owned or kept
+    num_bytes: int  # of these
+    page_bytes: int
+    wasted_bytes: int  # behind the last page of a slab, for each slab that the format has
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class CacheStats:
     num_tokens: int  # committed, in held pages; a slot that several share counts once
     utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
     pool_bytes: int
+    formats: dict[str, FormatStats]  # by what its pages store, as "bfloat16" or "int8,int4"
     resident_bytes: int  # of these, those that `trim` has not given back
     num_copies: int  # of shared pages, for those who appended to them; since the cache was built
     bytes_not_read: int  # by attention: shared pages are read once for several sequences; since it was built
@@ -80,6 +96,10 @@ class PagedKVCache(Uncopyable):
     window_slack : tokens that are held beyond the window, so that a sequence can be truncated to its greatest
         length so far less as many
     max_step_tokens : of one sequence in one step; limited with a window only
+    recent_tokens : new tokens are stored as `open_dtype`; a sequence's commit packs into `dtype` its pages
+        whose tokens are all older than the newest recent_tokens, without those of the first num_sink_tokens.
+        None, without open_dtype: tokens are stored as `dtype` at once
+    open_dtype : None: bfloat16, where recent_tokens is given
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them
     fingerprint : bytes that identify the model: part of every page's hash in `events`
@@ -111,6 +131,8 @@ class PagedKVCache(Uncopyable):
         window: int | None = None,
         num_sink_tokens: int = 0,
         window_slack: int = 0,
+        recent_tokens: int | None = None,
+        open_dtype: object = None,
         prefix_caching: bool = True,
         fingerprint: bytes = b"",
         keep_policy: KeepPolicy | None = None,
@@ -129,19 +151,24 @@ class PagedKVCache(Uncopyable):
             dtypes=stored_dtypes(dtype),
             page_size=_multiple("page_size", page_size, 16, 2**20),
         )
-        if layout.page_bytes > MAX_PAGE_BYTES:
+        num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
+        max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
+        packing = _packing(layout, recent_tokens, open_dtype, num_sink_tokens)
+        opened = layout if packing is None else _open_layout(layout, open_dtype)
+        if opened.page_bytes > MAX_PAGE_BYTES:
             raise ArgumentError(
-                f"a page of {layout.page_size} tokens takes {layout.page_bytes:,} bytes in "
+                f"a page of {layout.page_size} tokens takes {opened.page_bytes:,} bytes in "
                 f"{layout.num_layers} layers of {layout.num_kv_heads} heads; at most "
                 f"{MAX_PAGE_BYTES:,} can be"
             )
-        num_pages = _num_pages(layout, num_pages, memory)
+        num_pages, packed = _num_pages(layout, num_pages, memory), None
+        if packing is not None:
+            packed = _packed_pages(opened, layout, num_pages, packing, max_step_tokens)
+            num_pages = packed.slabs.num_slabs * max(packed.slabs.places)
         # Without a window no sequence grows beyond what the pool holds; its row need not be longer.
         most = MAX_TOKENS if window is not None else min(num_pages * layout.page_size, MAX_TOKENS)
         if max_seq_len is not None:
             most = min(most, integer("max_seq_len", max_seq_len, 1, MAX_TOKENS))
-        num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
-        max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
         if type(prefix_caching) is not bool:
             raise ArgumentError(f"prefix_caching is {prefix_caching!r}; give True or False")
         slack = integer("window_slack", window_slack, 0, MAX_TOKENS)
@@ -152,7 +179,7 @@ class PagedKVCache(Uncopyable):
             window = integer("window", window, 1, MAX_TOKENS)
             seen = Window(window, num_sink_tokens, max_step_tokens, slack)
         self._store = Store(
-            layout,
+            opened,
             num_pages,
             integer("max_sequences", max_sequences, 1, 2**24),
             most,
@@ -164,6 +191,7 @@ class PagedKVCache(Uncopyable):
             keep_policy,
             bytes_of("fingerprint", fingerprint),
             _share("pin_budget", pin_budget),
+            packed,
         )
 
     @property
@@ -212,7 +240,7 @@ class PagedKVCache(Uncopyable):
         """Pages that steps can take now: free ones, and kept ones, which they evict.  Cost: O(1)."""
         pool = self._store.pool
         self._store.require_open()
-        return pool.num_free + pool.num_trimmed + pool.num_kept
+        return pool.num_reclaimable + pool.num_trimmed
 
     def sequence(self, tokens: object = None, *, salt: bytes = b"", priority: int = 0) -> Sequence:
         """A new sequence: empty, or with prefix_caching the longest prefix of `tokens` that the cache holds.
@@ -387,7 +415,7 @@ class PagedKVCache(Uncopyable):
             store.reclaim_abandoned(is_alone)
             if is_alone:
                 store.release_old_pins()
-            num_pages, num_free = store.pool.num_pages, store.pool.num_free + store.pool.num_trimmed
+            num_pages, num_free = store.pool.counts
             num_tokens, num_sequences = store.tables.num_tokens, store.tables.rows.num_sequences
             num_pinned, num_pins = len(store.pinned_pages()), len(store.pins)
             num_kept, index = store.pool.num_kept, store.index
@@ -404,6 +432,7 @@ class PagedKVCache(Uncopyable):
             num_tokens=num_tokens,
             utilization=num_tokens / slots if slots else 0.0,
             pool_bytes=store.pool.num_bytes,
+            formats=_formats(store),
             resident_bytes=store.pool.resident_bytes,
             num_copies=store.tables.num_copies,
             bytes_not_read=store.tables.bytes_not_read,
@@ -437,7 +466,7 @@ class PagedKVCache(Uncopyable):
             store.reclaim_abandoned()
             store.release_old_pins()
             if cached and store.index is not None:
-                store.index.make_room(store.pool.num_free + store.pool.num_kept, "limit")
+                store.index.make_room(store.pool.num_reclaimable, "limit")
             return store.pool.trim()
 
     def check(self) -> None:
@@ -474,6 +503,52 @@ def _share(name: str, value: object) -> float:
     if share > 1:
         raise ArgumentError(f"{name} is {share}; give a number from 0 to 1")
     return share
+
+
+def _packing(
+    layout: PageLayout, recent_tokens: object, open_dtype: object, num_sink_tokens: int
+) -> Packing | None:
+    """Which pages are packed; None: tokens are stored in the format of `layout` at once."""
+    recent = 0 if recent_tokens is None else integer("recent_tokens", recent_tokens, 0, MAX_TOKENS)
+    if not recent and open_dtype is None:
+        return None
+    if layout.page_size % RUN_TOKENS:
+        raise ArgumentError(f"page_size is {layout.page_size}; pages that are packed take a multiple of 64")
+    return Packing(recent, num_sink_tokens)
+
+
+def _open_layout(layout: PageLayout, open_dtype: object) -> PageLayout:
+    """What tokens are stored in, before their page is packed."""
+    opened = replace(layout, dtypes=stored_dtypes("bfloat16" if open_dtype is None else open_dtype))
+    if opened.page_bytes <= layout.page_bytes:
+        raise ArgumentError(
+            f"open pages of {','.join(opened.dtypes)} are no larger than packed ones of "
+            f"{','.join(layout.dtypes)}; leave recent_tokens and open_dtype out"
+        )
+    return opened
+
+
+def _packed_pages(
+    opened: PageLayout, packed: PageLayout, num_pages: int, packing: Packing, max_step_tokens: int
+) -> PackedPages:
+    """Slabs for as much memory as num_pages packed pages take."""
+    num_bytes = num_pages * packed.page_bytes
+    of_a_step = pages_for(max_step_tokens, packed.page_size) + 1
+    floors = (min(of_a_step, num_bytes // 4 // opened.page_bytes), 0)
+    slabs = slab_sizes(num_bytes, (opened.page_bytes, packed.page_bytes), floors)
+    return PackedPages(packed, slabs, packing)
+
+
+def _formats(store: Store) -> dict[str, FormatStats]:
+    layouts = [store.layout] if store.packed is None else [store.layout, store.packed.layout]
+    found = {}
+    for format, layout in enumerate(layouts):
+        name = ",".join(dict.fromkeys(layout.dtypes))
+        used = store.pool.num_used(format)
+        found[name] = FormatStats(
+            used, used * layout.page_bytes, layout.page_bytes, store.pool.wasted_bytes(format)
+        )
+    return found
 
 
 def _num_pages(layout: PageLayout, num_pages: object, memory: object) -> int:

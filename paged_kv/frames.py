@@ -60,7 +60,7 @@ class Frames:
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._clock, self._begin = store, clock, clock()
-        num_pages, max_sequences = store.pool.num_pages, store.rows.max_sequences
+        num_pages, max_sequences = store.pool.num_ids, store.rows.max_sequences
         self._ref_counts, self._indexed = np.zeros(num_pages, np.int32), np.zeros(num_pages, np.uint8)
         #: int32 [4, num_pages]: state, references, owner and parent, as the last frame had them.
         self._pages = np.zeros((4, num_pages), np.int32)
@@ -99,7 +99,7 @@ class Frames:
             "t": round(now, 4),
             "kind": "full" if full else "delta",
             "page_size": store.layout.page_size,
-            "num_pages": store.pool.num_pages,
+            "num_pages": store.pool.num_ids,
             "pages": np.vstack([changed, pages[:, changed]]).T.ravel().tolist(),
             "seqs": listed,
             "gone": gone,
@@ -166,9 +166,9 @@ class Frames:
     def _stats(self) -> dict[str, Any]:
         store = self._store
         pool, index = store.pool, store.index
-        num_kept, num_free = pool.num_kept, pool.num_free + pool.num_trimmed
+        num_kept, (num_pages, num_free) = pool.num_kept, pool.counts
         return {
-            "used": pool.num_pages - num_free - num_kept,
+            "used": num_pages - num_free - num_kept,
             "kept": num_kept,
             "free": num_free,
             "tokens": store.tables.num_tokens,

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
 from .errors import CacheClosed, OutOfPages
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
-from .pages.block_table import BlockTables, Window
+from .pages.block_table import BlockTables, Packing, Window
 from .pages.events import Events
 from .pages.layout import SCALE_BYTES, PageLayout, Side
 from .pages.new_tokens import NewTokens
@@ -37,12 +37,21 @@ from .pages.prefix_index import PrefixIndex
 from .pages.retention import KeepPolicy, Retention
 from .pages.rows import Rows
 from .pages.salts import Salts
+from .pages.slabs import SlabSizes
 from .pages.windowed_index import WindowedIndex
 
 #: A step's prepared calls, by what they do: PreparedAppend, PreparedAttention or None.
 Calls: TypeAlias = dict[str, Any]
 #: Numbers of tokens for which calls are kept.
 MAX_SPARE_CALLS = 8
+
+
+class PackedPages(NamedTuple):
+    """What old pages are packed into, and when."""
+
+    layout: PageLayout
+    slabs: SlabSizes
+    packing: Packing
 
 
 class Store(Uncopyable):
@@ -65,12 +74,18 @@ class Store(Uncopyable):
         keep_policy: KeepPolicy | None = None,
         fingerprint: bytes = b"",
         pin_budget: float = 0.5,
+        packed: PackedPages | None = None,
     ) -> None:
-        self.layout = layout
+        self.layout, self.packed = layout, packed
         self.threads = shared_threads(num_threads)
-        self.pool = PagePool(num_pages, layout.page_bytes, layout.num_layers)
+        if packed is None:
+            self.pool = PagePool(num_pages, layout.page_bytes, layout.num_layers)
+        else:
+            self.pool = PagePool(slabs=packed.slabs)
+            num_pages = self.pool.num_pages
         self.rows = Rows(max_sequences, max_seq_len)
-        self.tables = BlockTables(self.pool, self.rows, layout.page_size, window, layout.num_layers)
+        packing = None if packed is None else packed.packing
+        self.tables = BlockTables(self.pool, self.rows, layout.page_size, window, layout.num_layers, packing)
         self.salts = Salts()
         self.index: PrefixIndex | None = None
         if prefix_caching:
@@ -80,6 +95,8 @@ class Store(Uncopyable):
             kind = PrefixIndex if window is None else WindowedIndex
             self.index = kind(self.tables, self.salts, retention, events)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
+        #: Of packed pages, which `layer_pages` point to.
+        self._packed_pages = ffi.new("pkv_pages[]", layout.num_layers if packed else 0)
         self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
         #: Of steps that ended, by their number of tokens, the last one at the end.
         self._spare_calls: dict[int, Calls] = {}
@@ -89,6 +106,8 @@ class Store(Uncopyable):
         cached_bytes = shared_cache_bytes() // 2 // layout.num_layers
         for layer in range(layout.num_layers):
             self._describe_layer(layer, num_pages, cached_bytes)
+            if packed is not None:
+                self._describe_slabs(layer, packed, cached_bytes)
         self.closed = False
         self._lock = OwnedLock()
         self.handles: dict[int, Ref] = {}
@@ -125,11 +144,30 @@ class Store(Uncopyable):
         lib.pkv_gate_forget_others(self.gate)
 
     def _describe_layer(self, layer: int, num_pages: int, cached_bytes: int) -> None:
-        layout = self.layout
-        k = self.pool.address + layer * num_pages * layout.page_share_bytes
-        self.layer_pages[layer] = {
-            **self._describe_side("k", layout.keys, k),
-            **self._describe_side("v", layout.values, k + layout.keys.num_bytes),
+        first = layer * num_pages * self.layout.page_share_bytes
+        self.layer_pages[layer] = self._described(self.layout, first, cached_bytes, layer)
+
+    def _describe_slabs(self, layer: int, packed: PackedPages, cached_bytes: int) -> None:
+        """A layer in a pool of slabs: within each, layer after layer, in either format."""
+        in_slabs = {
+            "slab_formats": lib.pkv_pool_slab_formats(self.pool.handle),
+            "slab_bytes": packed.slabs.slab_bytes,
+            "slab_shift": lib.pkv_pool_shift(self.pool.handle),
+        }
+        places, layouts = packed.slabs.places, (self.layout, packed.layout)
+        opened, sealed = (
+            self._described(one, layer * count * one.page_share_bytes, cached_bytes, layer) | in_slabs
+            for one, count in zip(layouts, places, strict=True)
+        )
+        self._packed_pages[layer] = sealed
+        self.layer_pages[layer] = opened | {"packed": self._packed_pages + layer}
+
+    def _described(self, layout: PageLayout, first: int, cached_bytes: int, layer: int) -> dict[str, Any]:
+        """A `pkv_pages`: a layer whose first page begins at byte `first` of the pool, or of a slab."""
+        k = int(ffi.cast("uintptr_t", self.pool.address)) + first
+        return {
+            **_described_side("k", layout, layout.keys, k),
+            **_described_side("v", layout, layout.values, k + layout.keys.num_bytes),
             "page_size": layout.page_size,
             "num_kv_heads": layout.num_kv_heads,
             "head_dim": layout.head_dim,
@@ -138,20 +176,6 @@ class Store(Uncopyable):
             "layer": layer,
             "gate": self.gate,
         }
-
-    def _describe_side(self, name: str, side: Side, address: int) -> dict[str, Any]:
-        """The fields of a `pkv_pages` that are of keys, or of values."""
-        strides = {"page_stride": self.layout.page_share_bytes, "head_stride": self.layout.head_bytes}
-        described: dict[str, Any] = {
-            name: ffi.cast("char *", address),
-            **{f"{name}_{stride}": num_bytes for stride, num_bytes in strides.items()},
-            f"{name}_token_stride": side.row_bytes,
-            f"{name}_dtype": DTYPE_CODES[side.dtype],
-        }
-        if side.dtype in SCALE_BYTES:
-            scales = ffi.cast("char *", address + side.rows_bytes)
-            described[f"{name}_scales"] = {"data": scales, **strides, "token_stride": SCALE_BYTES[side.dtype]}
-        return described
 
     def require_open(self) -> None:
         if self.closed:
@@ -267,7 +291,7 @@ class Store(Uncopyable):
         self.release_old_pins()
         needed = self.tables.pages_needed(seq_ids, new.counts)
         num_trimmed = min(pool.num_trimmed, max(0, needed - pool.num_free))
-        is_enough = needed <= pool.num_free + pool.num_trimmed + pool.num_kept
+        is_enough = needed <= pool.num_reclaimable + pool.num_trimmed
         if num_trimmed and is_enough and (refusal := pool.restore(num_trimmed)):
             reasons.append(refusal)
         if index is not None and not index.make_room(needed):
@@ -289,7 +313,15 @@ class Store(Uncopyable):
         else:
             self.tables.commit(plan, counts)
             index.publish(plan.rows)
+        if self.packed is not None:
+            self._pack(plan.rows[np.diff(plan.qo_indptr) > 0])
         self.open_plans.pop(id(plan), None)
+
+    def _pack(self, rows: NDArray[np.int32]) -> None:
+        """Exchange the old pages of rows whose step was committed."""
+        old, new = self.tables.pack(self.layer_pages, rows)
+        if old and self.index is not None:
+            self.index.exchange(old, new)
 
     def roll_back(self, plan: Plan) -> None:
         """Give back what a plan reserved, if it has not ended yet."""
@@ -331,3 +363,18 @@ class Store(Uncopyable):
                 self.roll_back(plan.held)
             self.handles.clear()
             self.pool.close()
+
+
+def _described_side(name: str, layout: PageLayout, side: Side, address: int) -> dict[str, Any]:
+    """The fields of a `pkv_pages` that are of keys, or of values."""
+    strides = {"page_stride": layout.page_share_bytes, "head_stride": layout.head_bytes}
+    described: dict[str, Any] = {
+        name: ffi.cast("char *", address),
+        **{f"{name}_{stride}": num_bytes for stride, num_bytes in strides.items()},
+        f"{name}_token_stride": side.row_bytes,
+        f"{name}_dtype": DTYPE_CODES[side.dtype],
+    }
+    if side.dtype in SCALE_BYTES:
+        scales = ffi.cast("char *", address + side.rows_bytes)
+        described[f"{name}_scales"] = {"data": scales, **strides, "token_stride": SCALE_BYTES[side.dtype]}
+    return described

@@ -22,6 +22,8 @@ SIGNATURES = {
                 "window",
                 "num_sink_tokens",
                 "window_slack",
+                "recent_tokens",
+                "open_dtype",
                 "prefix_caching",
                 "fingerprint",
             ),

@@ -48,14 +48,29 @@ class Window:
         return sinks + num_pages(self.size + self.slack + self.max_step_tokens, page_size) + 1
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Which pages of a sequence are packed: those that are neither of the newest tokens nor of the first."""
+
+    recent_tokens: int
+    num_sink_tokens: int
+
+
 class BlockTables(Uncopyable):
     """The pages of a cache's rows, over one pool.
 
     num_layers : that a step has to write before it can be committed
+    packing : None: no page is packed
     """
 
     def __init__(
-        self, pool: PagePool, rows: Rows, page_size: int, window: Window | None, num_layers: int = 0
+        self,
+        pool: PagePool,
+        rows: Rows,
+        page_size: int,
+        window: Window | None,
+        num_layers: int = 0,
+        packing: Packing | None = None,
     ) -> None:
         self.pool = pool
         self.rows = rows
@@ -73,11 +88,14 @@ class BlockTables(Uncopyable):
         self.page_ids = _table(max_sequences, ring_pages)
         self.tail_copies = np.zeros(max_sequences, np.int32)
         self.first_held = np.zeros(max_sequences, np.int32)
-        self.page_salts = np.zeros(pool.num_pages, np.int64)
-        self._filled = np.zeros(pool.num_pages, np.int32)
-        #: [num_pages, page_size]: the id of the token in each slot, where it is known.
-        self.token_ids = np.zeros((pool.num_pages, page_size), np.int32)
-        self._page_marks = np.zeros(pool.num_pages, np.int32)
+        self.page_salts = np.zeros(pool.num_ids, np.int64)
+        self._filled = np.zeros(pool.num_ids, np.int32)
+        #: [num_ids, page_size]: the id of the token in each slot, where it is known.
+        self.token_ids = np.zeros((pool.num_ids, page_size), np.int32)
+        self.packing = packing
+        #: Of each row, the first page that may have to be packed.
+        self._packed_ends = np.zeros(max_sequences, np.int32)
+        self._page_marks = np.zeros(pool.num_ids, np.int32)
         arrays = {
             "page_ids": self.page_ids,
             "tail_copies": self.tail_copies,
@@ -86,6 +104,8 @@ class BlockTables(Uncopyable):
             "token_ids": self.token_ids,
             "page_marks": self._page_marks,
         }
+        if packing is not None:
+            arrays["packed_ends"] = self._packed_ends
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
         self._pointers["page_salts"] = ffi.from_buffer("int64_t[]", self.page_salts)
         # Filled and read under the cache's lock, so one of each is enough.
@@ -103,6 +123,8 @@ class BlockTables(Uncopyable):
                 "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
                 "max_step_tokens": window.max_step_tokens if window else MAX_TOKENS,
                 "num_layers": num_layers,
+                "recent_tokens": packing.recent_tokens if packing else 0,
+                "first_packed": num_pages(packing.num_sink_tokens, page_size) if packing else 0,
             },
         )
 
@@ -229,7 +251,7 @@ class BlockTables(Uncopyable):
     @property
     def num_tokens(self) -> int:
         """Committed tokens, of all sequences; a slot that several share counts once."""
-        return int(lib.pkv_tables_num_tokens(self._tables, self.pool.num_pages))
+        return int(lib.pkv_tables_num_tokens(self._tables, self.pool.num_ids))
 
     # ---- steps
 
@@ -271,9 +293,30 @@ class BlockTables(Uncopyable):
         if status := lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle):
             check(status, "rollback")
 
+    def pack(self, layers: Any, rows: NDArray[np.int32]) -> tuple[list[int], list[int]]:
+        """Exchange old pages of these rows for packed ones.
+
+        layers : `pkv_pages *`, of all layers
+        Returns: open pages that got a packed twin, and the twins.  Where there is no room for one, the row's
+        exchange waits.
+        """
+        assert self.packing is not None
+        old = (self.rows.seq_lens[rows] - self.packing.recent_tokens) // self.page_size
+        most = int(np.maximum(old - self._packed_ends[rows], 0).sum())
+        if not most:
+            return [], []
+        rows = np.ascontiguousarray(rows, np.int32)
+        pairs = np.empty((2, most), np.int32)
+        into = [ffi.from_buffer("int32_t[]", side) for side in pairs]
+        row_ids = ffi.from_buffer("int32_t[]", rows)
+        count = lib.pkv_tables_pack(self.pool.handle, self._tables, layers, len(rows), row_ids, most, *into)
+        if count < 0:
+            check(lib.PKV_INVARIANT, "pack")
+        return pairs[0, :count].tolist(), pairs[1, :count].tolist()
+
     def check(self) -> None:
         """Raise InvariantViolation unless every page's references are explained by the rows."""
-        check(lib.pkv_tables_check(self.pool.handle, self._tables, self.pool.num_pages), "block tables")
+        check(lib.pkv_tables_check(self.pool.handle, self._tables, self.pool.num_ids), "block tables")
 
     def _refuse(self, status: int, refusal: Any) -> NoReturn:
         requested, available = refusal.requested, refusal.available
@@ -292,9 +335,9 @@ class BlockTables(Uncopyable):
         if status == lib.PKV_OUT_OF_PAGES:
             raise OutOfPages(
                 f"the step needs {requested} new pages, "
-                f"{available + self.pool.num_kept + self.pool.num_trimmed} of "
-                f"{self.pool.num_pages} are free; "
+                f"{self.pool.num_reclaimable + self.pool.num_trimmed} of {self.pool.num_pages} are free; "
                 "free a sequence, step fewer, or build a larger pool"
+                + (", or give a long prompt in several steps" if self.packing else "")
             )
         if status == lib.PKV_NEGATIVE_ID:
             raise ArgumentError(f"new[{refusal.index}] holds an id outside [0, 2**31)")

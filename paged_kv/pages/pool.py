@@ -64,6 +64,36 @@ class PagePool(Uncopyable):
         """Pages of a format that can be taken now."""
         return int(lib.pkv_pool_num_available(self.handle, format))
 
+    @property
+    def num_reclaimable(self) -> int:
+        """Pages of format 0 that can be taken once all kept pages are evicted."""
+        return int(lib.pkv_pool_num_reclaimable(self.handle, 0))
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many pages there are, as they lie, and how many of them are free; empty slabs have pages of the
+        smallest format.
+        """
+        if self.slabs is None:
+            return self.num_pages, self.num_free + self.num_trimmed
+        formats = ffi.buffer(lib.pkv_pool_slab_formats(self.handle), self.slabs.num_slabs)
+        slabs = np.bincount(np.frombuffer(formats, np.int8) + 1, minlength=len(self.slabs.places) + 1)
+        places = (max(self.slabs.places), *self.slabs.places)
+        num_pages = int(slabs @ np.array(places))
+        return num_pages, num_pages - sum(map(self.num_used, range(len(self.slabs.places))))
+
+    def wasted_bytes(self, format: int) -> int:
+        """Behind the last page of the slabs that a format has."""
+        if self.slabs is None:
+            return 0
+        formats = ffi.buffer(lib.pkv_pool_slab_formats(self.handle), self.slabs.num_slabs)
+        num_slabs = int((np.frombuffer(formats, np.int8) == format).sum())
+        return num_slabs * self.slabs.wasted[format]
+
+    def twin(self, page_id: int) -> int:
+        """The page of the same tokens in the other format; -1: none."""
+        return int(lib.pkv_pool_twin(self.handle, page_id))
+
     def num_used(self, format: int) -> int:
         """Pages of a format that are owned or kept."""
         return int(lib.pkv_pool_num_used(self.handle, format))
@@ -113,6 +143,10 @@ class PagePool(Uncopyable):
     def first_kept(self) -> int:
         """The kept page of the smallest key, and of these the one kept for longest; -1 when there is none."""
         return int(lib.pkv_pool_first_kept(self.handle))
+
+    def key(self, page_id: int) -> float:
+        """By which the page gives way when it is kept."""
+        return float(lib.pkv_pool_key(self.handle, page_id))
 
     def set_keys(self, page_ids: NDArray[np.int32], key: float) -> None:
         """Set the keys by which kept pages give way."""

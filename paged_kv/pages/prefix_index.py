@@ -66,7 +66,7 @@ class PrefixIndex(Uncopyable):
         self.entries: Any = SortedDict()
         self.by_page: dict[int, Entry] = {}
         #: Of each page in it the page before, for those who draw the tree; HOLLOW: none, or it has gone.
-        self.parents = np.full(tables.pool.num_pages, HOLLOW, np.int32)
+        self.parents = np.full(tables.pool.num_ids, HOLLOW, np.int32)
         self.paths: dict[int, list[Entry]] = {}
         #: Of each row's path, the serial number of the last entry, and the length.
         self._ends = np.zeros(tables.rows.max_sequences, np.int64)
@@ -301,7 +301,7 @@ class PrefixIndex(Uncopyable):
         self.entries = SortedDict({entry.key: entry for entry in alive})
         for entry in self.by_page.values():
             self._note_parent(entry)
-        for page_id in range(self.pool.num_pages):
+        for page_id in range(self.pool.num_ids):
             if self.pool.is_indexed(page_id) and page_id not in self.by_page:
                 self.pool.set_indexed(page_id, False)
         self.evicted.clear()
@@ -392,7 +392,7 @@ class PrefixIndex(Uncopyable):
         """
         with self._change:
             pool = self.pool
-            if pool.num_free + pool.num_kept < num_pages:
+            if pool.num_reclaimable < num_pages:
                 return False
             while pool.num_free < num_pages:
                 page_id, cause = self.retention.next_page()
@@ -402,6 +402,23 @@ class PrefixIndex(Uncopyable):
                 else:
                     self.evict(entry, because or cause, num_pages)
             return True
+
+    def exchange(self, old_pages: list[int], new_pages: list[int]) -> None:
+        """Name these pages instead, which hold the same tokens."""
+        with self._change:
+            for old, new in zip(old_pages, new_pages, strict=True):
+                entry = self.by_page.get(old)
+                if entry is None:
+                    continue
+                self.pool.set_indexed(new, True)
+                del self.by_page[old]
+                entry.page_id = new
+                self.by_page[new] = entry
+                self.parents[new] = self.parents[old]
+                self.parents[self.parents == old] = new
+                self.retention.move(old, new)
+                self.pool.set_indexed(old, False)
+            self._has_other_pages[list(self.paths)] = True  # those that hold the old pages still
 
     def release_tails(self, rows: list[int]) -> None:
         """Forget the pages that these rows append to, so that sole owners append in place."""

@@ -93,11 +93,11 @@ class Retention:
         self._priorities = np.zeros(max_sequences, np.int64)
         #: Zeros: forever.  Untouched, the rows of sequences that never come cost no memory.
         self._ttls = np.zeros(max_sequences)
-        self._num_hits = np.zeros(pool.num_pages, np.int32)
-        self._last_used = np.zeros(pool.num_pages)
+        self._num_hits = np.zeros(pool.num_ids, np.int32)
+        self._last_used = np.zeros(pool.num_ids)
         self._idle_seconds = half_life
         #: When a page's time is over; -inf for one that no sequence has left yet.
-        self._deadlines = np.full(pool.num_pages, -FOREVER)
+        self._deadlines = np.full(pool.num_ids, -FOREVER)
         #: (deadline, page id), of those that are finite.
         self._by_deadline: Any = SortedList()
         self.num_policy_errors = 0
@@ -156,6 +156,14 @@ class Retention:
         """A step takes a page."""
         idle = self.clock() - float(self._last_used[page_id])
         self._idle_seconds += (idle - self._idle_seconds) / NUM_AVERAGED
+
+    def move(self, old: int, new: int) -> None:
+        """What was known of a page is known of another one, which holds the same tokens."""
+        self._num_hits[new], self._last_used[new] = self._num_hits[old], self._last_used[old]
+        pages = np.array([new], np.int32)
+        self._set_deadlines(pages, self._deadlines[old])
+        self.pool.set_keys(pages, self.pool.key(old))
+        self.forget(old)
 
     def forget(self, page_id: int) -> None:
         """A page is not indexed any more."""

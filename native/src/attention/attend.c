@@ -41,7 +41,7 @@ static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
 static void scale_options(pkv_job *job) {
   const float *slopes = job->attention->alibi_slopes, *sinks = job->attention->sinks;
   float *scaled_slopes = job->options, *scaled_sinks = job->options + job->call.num_q_heads;
-  job->call.layer.alibi_slopes = slopes ? scaled_slopes : NULL;
+  job->call.layer.alibi_slopes = job->call.packed.alibi_slopes = slopes ? scaled_slopes : NULL;
   job->sinks = sinks ? scaled_sinks : NULL;
   for (int32_t h = 0; h < job->call.num_q_heads; h++) {
     if (slopes) scaled_slopes[h] = slopes[h] * LOG2_E;
@@ -179,7 +179,7 @@ static pkv_layer layer_of(const pkv_kernel *kernel, const pkv_pages *pages, cons
 static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const pkv_batch *batch,
                         const pkv_attention *attention) {
   int32_t page_size = pages->page_size;
-  return (pkv_call){
+  pkv_call call = {
       .kernel = kernel,
       .pages = pages,
       .batch = batch,
@@ -189,6 +189,12 @@ static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const 
       .run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size,
       .span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size,
   };
+  if (pages->packed) {
+    call.packed = layer_of(kernel, pages->packed, attention);
+    if (call.packed.k.dtype != call.layer.k.dtype)
+      call.open_q_floats = pkv_prepared_floats(pages->head_dim, pages->k_dtype);
+  }
+  return call;
 }
 
 /* plan: NULL for pages of no step.  Nothing is written before everything is validated. */
@@ -203,7 +209,7 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
                  .scale = attention->sm_scale * LOG2_E};
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   if (plan && attention->has_rows) {
-    pkv_prepare_pages(pages, plan);
+    pkv_prepare_pages(kernel, pages, plan);
     job.slots = plan->slot_mapping;
   }
   int32_t num_workers = pkv_threads_claim(threads);

@@ -46,21 +46,32 @@ static float *partial_states(const pkv_job *job, const work_item *item, int32_t 
   return job->partials + item->first_partial + index * item->num_rows * item->shape->state_floats;
 }
 
-static void prepare_rows(const pkv_job *job, const work_item *item, float *prepared) {
+/* One head of q, for keys of this format. */
+static void prepare_head(const pkv_job *job, const pkv_format *k, float *to, const char *from) {
   const pkv_tensor *q = &job->attention->q;
   int32_t head_dim = job->call.pages->head_dim;
+  if (k->dtype == PKV_BFLOAT16_PAIRS)
+    memcpy(to, from, (size_t)head_dim * sizeof(uint16_t));
+  else if (k->dtype == PKV_INT8)
+    job->call.kernel->prepare_q8((pkv_q8 *)to, from, q->dtype, job->scale, head_dim);
+  else
+    job->call.kernel->prepare_q(to, from, q->dtype, job->scale, head_dim);
+}
+
+static void prepare_rows(const pkv_job *job, const work_item *item, float *prepared) {
+  const pkv_call *call = &job->call;
+  const pkv_tensor *q = &job->attention->q;
+  int64_t num_heads = item->shape->num_q_heads;
   for (int64_t row = 0; row < item->num_rows; row++)
-    for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
+    for (int32_t i = 0; i < num_heads; i++) {
       const char *from = q->data + q_row_of(item, (int32_t)row) * q->token_stride +
                          (first_q_head(job, item) + i) * q->head_stride;
-      const pkv_format *k = &job->call.layer.k;
-      float *to = prepared + row * item->shape->q_floats + i * pkv_prepared_floats(k->dim, k->dtype);
-      if (k->dtype == PKV_BFLOAT16_PAIRS)
-        memcpy(to, from, (size_t)head_dim * sizeof(uint16_t));
-      else if (k->dtype == PKV_INT8)
-        job->call.kernel->prepare_q8((pkv_q8 *)to, from, q->dtype, job->scale, head_dim);
-      else
-        job->call.kernel->prepare_q(to, from, q->dtype, job->scale, head_dim);
+      const pkv_format *open = &call->layer.k, *packed = &call->packed.k;
+      float *to = prepared + row * item->shape->q_floats;
+      prepare_head(job, open, to + i * pkv_prepared_floats(open->dim, open->dtype), from);
+      if (!call->open_q_floats) continue;
+      to += num_heads * call->open_q_floats;
+      prepare_head(job, packed, to + i * pkv_prepared_floats(packed->dim, packed->dtype), from);
     }
 }
 

@@ -12,6 +12,7 @@
  * what its window costs, however long the sequence is. */
 #include "runs.h"
 
+#include "memory/place.h"
 #include "visibility.h"
 
 /* The end of the run that begins at token `start`. */
@@ -34,16 +35,14 @@ static int num_low_ones(uint64_t bits) { return ~bits ? __builtin_ctzll(~bits) :
 
 /* Addresses of a run's tokens, a token per bit of a mask; of scales only where there are some. */
 typedef struct {
+  const pkv_pages *pages; /* of their format: a run has one, since packed pages have whole runs */
   const char *k[PKV_RUN_TOKENS], *v[PKV_RUN_TOKENS];
   const char *k_scales[PKV_RUN_TOKENS], *v_scales[PKV_RUN_TOKENS];
 } token_addresses;
 
-/* Scales of the tokens from bit `begin` to `end` - 1; bit page_start is the page's first token. */
-static void locate_scales(const pkv_scales *scales, int64_t page_id, int64_t page_start, int begin, int end,
-                          const char **addresses) {
-  const char *address =
-      scales->data + page_id * scales->page_stride + (begin - page_start) * scales->token_stride;
-  for (int t = begin; t < end; t++, address += scales->token_stride) addresses[t] = address;
+/* Addresses from bit `begin` to `end` - 1, stride bytes apart; the first one is `address`. */
+static void locate(const char *address, int64_t stride, int begin, int end, const char **addresses) {
+  for (int t = begin; t < end; t++, address += stride) addresses[t] = address;
 }
 
 /* The addresses of the tokens of `mask`; bit 0 is token `start`. */
@@ -60,18 +59,21 @@ static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint
     mask &= ~in_page;
     if (!in_page) continue;
     int64_t page_id = page_ids[page < batch->sink_pages ? page : batch->sink_pages + page - first_page];
-    const char *k_page = pages->k + page_id * pages->k_page_stride;
-    const char *v_page = pages->v + page_id * pages->v_page_stride;
+    pkv_place place = pkv_place_of(pages, page_id);
+    const pkv_pages *own = to->pages = place.pages;
     while (in_page) { /* consecutive tokens, up to a gap */
       int t = __builtin_ctzll(in_page), end = t + num_low_ones(in_page >> t);
+      int64_t offset = t - page_start;
       in_page &= ~bits_between(t, end);
-      const char *k_row = k_page + (t - page_start) * pages->k_token_stride;
-      const char *v_row = v_page + (t - page_start) * pages->v_token_stride;
-      if (pkv_scale_bytes(pages->k_dtype))
-        locate_scales(&pages->k_scales, page_id, page_start, t, end, to->k_scales);
-      if (pkv_scale_bytes(pages->v_dtype))
-        locate_scales(&pages->v_scales, page_id, page_start, t, end, to->v_scales);
-      for (; t < end; t++, k_row += pages->k_token_stride, v_row += pages->v_token_stride) {
+      if (place.k_scales)
+        locate(place.k_scales + offset * own->k_scales.token_stride, own->k_scales.token_stride, t, end,
+               to->k_scales);
+      if (place.v_scales)
+        locate(place.v_scales + offset * own->v_scales.token_stride, own->v_scales.token_stride, t, end,
+               to->v_scales);
+      const char *k_row = place.k + offset * own->k_token_stride;
+      const char *v_row = place.v + offset * own->v_token_stride;
+      for (; t < end; t++, k_row += own->k_token_stride, v_row += own->v_token_stride) {
         to->k[t] = k_row;
         to->v[t] = v_row;
       }
@@ -85,9 +87,8 @@ typedef struct {
   float distances[PKV_RUN_TOKENS];
 } own_tokens;
 
-static void set_addresses(const pkv_call *call, pkv_run *run, const token_addresses *all, int first,
-                          bool is_evenly_spaced) {
-  const pkv_pages *pages = call->pages;
+static void set_addresses(pkv_run *run, const token_addresses *all, int first, bool is_evenly_spaced) {
+  const pkv_pages *pages = all->pages;
   run->k = all->k + first;
   run->v = all->v + first;
   run->k_scales = all->k_scales + first;
@@ -102,13 +103,14 @@ static void set_addresses(const pkv_call *call, pkv_run *run, const token_addres
  * to_own. */
 static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const token_addresses *all,
                        bool is_in_page, int32_t to_own, own_tokens *own) {
-  const pkv_pages *pages = call->pages;
+  const pkv_pages *pages = all->pages;
   int first = __builtin_ctzll(mask);
   uint64_t shifted = mask >> first;
   run->num_tokens = __builtin_popcountll(mask);
   bool has_gap = (shifted & (shifted + 1)) != 0; /* between sinks and window: compact */
   if (has_gap) {
     token_addresses *to = &own->addresses;
+    to->pages = pages;
     for (int32_t i = 0; mask; mask &= mask - 1, i++) {
       int t = __builtin_ctzll(mask);
       to->k[i] = all->k[t];
@@ -117,7 +119,7 @@ static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const 
       if (pkv_scale_bytes(pages->v_dtype)) to->v_scales[i] = all->v_scales[t];
     }
   }
-  set_addresses(call, run, has_gap ? &own->addresses : all, has_gap ? 0 : first, is_in_page && !has_gap);
+  set_addresses(run, has_gap ? &own->addresses : all, has_gap ? 0 : first, is_in_page && !has_gap);
   if (!call->layer.alibi_slopes) return;
   memset(own->distances, 0, sizeof own->distances);
   int32_t i = 0;
@@ -126,10 +128,11 @@ static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const 
   run->distances = own->distances;
 }
 
-/* Fold the run into the states of its rows, from kv head `head` on. */
-static void fold_heads(const pkv_call *call, const work_item *item, pkv_run *run, int32_t head,
-                       const float *q, pkv_state state) {
-  const pkv_layer *layer = &call->layer;
+/* Fold the run, of pages of this format, into the states of its rows, from kv head `head` on. */
+static void fold_heads(const pkv_call *call, const pkv_pages *pages, const work_item *item, pkv_run *run,
+                       int32_t head, const float *q, pkv_state state) {
+  const pkv_layer *layer = pages == call->pages ? &call->layer : &call->packed;
+  if (layer == &call->packed) q += (int64_t)item->shape->num_q_heads * call->open_q_floats;
   int32_t own_head = (head - item->first_head) * layer->group; /* within the item's q and state */
   run->first_head = head;
   pkv_fold *fold = pkv_choose_fold(call->kernel, layer, item->num_rows * layer->group, call->is_cached);
@@ -177,6 +180,7 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
   if (!all) return;
   locate_tokens(call, item->seq, start, all, &tokens);
   int32_t num_next = locate_next_keys(call, item, end, &next);
+  if (num_next && next.pages != tokens.pages) num_next = 0; /* heads of another size: not prefetched */
   bool is_in_page = are_in_page(call, start, end);
   pkv_run run = {.q_stride = item->shape->q_floats, .state_stride = item->shape->state_floats};
   own_tokens own;
@@ -200,7 +204,8 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
       run.k_next = is_last ? next.k : run.k; /* the same tokens of the next head */
       run.num_next = is_last ? num_next : run.num_tokens;
       run.next_head = is_last ? item->first_head : head + 1;
-      fold_heads(call, item, &run, head, q + row * run.q_stride, state_at(item->shape, states, row));
+      fold_heads(call, tokens.pages, item, &run, head, q + row * run.q_stride,
+                 state_at(item->shape, states, row));
       run.is_resident = true;
     }
   }

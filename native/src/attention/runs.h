@@ -15,6 +15,9 @@ typedef struct {
   const pkv_pages *pages;
   const pkv_batch *batch;
   pkv_layer layer;
+  pkv_layer packed; /* of packed pages, where there may be some */
+  /* Floats of a prepared head for open pages, which those for packed pages follow; 0: they are the same. */
+  int32_t open_q_floats;
   int32_t num_q_heads;
   bool is_cached;      /* the pages that the call reads */
   int32_t run_tokens;  /* of whole pages, or PKV_RUN_TOKENS of a larger one */

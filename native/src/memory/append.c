@@ -14,6 +14,8 @@
 
 #include "chores.h"
 #include "gate.h"
+#include "place.h"
+#include "row.h"
 
 enum {
   ROWS_AHEAD = 8, /* rows of K and of V, each */
@@ -21,6 +23,7 @@ enum {
 };
 
 typedef struct {
+  const pkv_pages *pages; /* of the page's format */
   char *k;
   char *v;
   char *k_scale; /* of dtypes that have some */
@@ -28,58 +31,23 @@ typedef struct {
 } slot_address;
 
 static slot_address address_of(const pkv_pages *pages, int64_t slot) {
-  int64_t page = slot / pages->page_size, offset = slot % pages->page_size;
-  const pkv_scales *k = &pages->k_scales, *v = &pages->v_scales;
-  slot_address address = {.k = pages->k + page * pages->k_page_stride + offset * pages->k_token_stride,
-                          .v = pages->v + page * pages->v_page_stride + offset * pages->v_token_stride};
-  if (pkv_scale_bytes(pages->k_dtype))
-    address.k_scale = k->data + page * k->page_stride + offset * k->token_stride;
-  if (pkv_scale_bytes(pages->v_dtype))
-    address.v_scale = v->data + page * v->page_stride + offset * v->token_stride;
+  int64_t offset = slot % pages->page_size;
+  pkv_place place = pkv_place_of(pages, slot / pages->page_size);
+  pages = place.pages;
+  slot_address address = {.pages = pages,
+                          .k = place.k + offset * pages->k_token_stride,
+                          .v = place.v + offset * pages->v_token_stride};
+  if (place.k_scales) address.k_scale = place.k_scales + offset * pages->k_scales.token_stride;
+  if (place.v_scales) address.v_scale = place.v_scales + offset * pages->v_scales.token_stride;
   return address;
 }
 
-/* One head's values from any dtype to another of 16 or 32 bits, rounded and saturated. */
-static void convert(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
-                    int32_t from_dtype, int32_t count) {
-  if (from_dtype == PKV_FLOAT32) {
-    kernel->narrow(to, (const float *)from, count, to_dtype);
-  } else if (from_dtype == to_dtype) {
-    memcpy(to, from, (size_t)count * 2);
-  } else if (to_dtype == PKV_FLOAT32) {
-    kernel->widen((float *)to, from, count, from_dtype);
-  } else {
-    float values[PKV_MAX_HEAD_DIM];
-    kernel->widen(values, from, count, from_dtype);
-    kernel->narrow(to, values, count, to_dtype);
-  }
-}
-
-/* One head's values, of a dtype with scales. */
-static void quantise(const pkv_kernel *kernel, char *to, char *scale, int32_t to_dtype, const char *from,
-                     int32_t from_dtype, int32_t count) {
-  float values[PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
-  if (from_dtype != PKV_FLOAT32) {
-    kernel->widen(values, from, count, from_dtype);
-    from = (const char *)values;
-  }
-  kernel->quantise((uint8_t *)to, (uint16_t *)scale, (const float *)from, count, to_dtype);
-}
-
-/* And back. */
-static void dequantise(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
-                       const char *scale, int32_t from_dtype, int32_t count) {
-  float values[PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
-  kernel->dequantise(values, (const uint8_t *)from, (const uint16_t *)scale, count, from_dtype);
-  kernel->narrow(to, values, count, to_dtype);
-}
-
-/* The same as `convert` with streaming stores, for whole cache lines. */
+/* pkv_convert with streaming stores, for whole cache lines. */
 static void convert_past_caches(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
                                 int32_t from_dtype, int32_t count) {
   char row[PKV_MAX_HEAD_DIM * sizeof(float)] __attribute__((aligned(64)));
   if (from_dtype != to_dtype) {
-    convert(kernel, row, to_dtype, from, from_dtype, count);
+    pkv_convert(kernel, row, to_dtype, from, from_dtype, count);
     from = row;
   }
   kernel->copy_past_caches(to, from, pkv_stored_bytes(count, to_dtype));
@@ -117,12 +85,10 @@ static void prefetch_slot(const cursor *at, const pkv_pages *pages) {
 /* A row of one side. */
 static void write_row(const pkv_kernel *kernel, char *to, char *scale, int32_t to_dtype, const char *from,
                       int32_t from_dtype, int32_t dim, bool past_caches) {
-  if (pkv_scale_bytes(to_dtype))
-    quantise(kernel, to, scale, to_dtype, from, from_dtype, dim);
-  else if (past_caches)
+  if (past_caches && !pkv_scale_bytes(to_dtype))
     convert_past_caches(kernel, to, to_dtype, from, from_dtype, dim);
   else
-    convert(kernel, to, to_dtype, from, from_dtype, dim);
+    pkv_write_row(kernel, to, scale, to_dtype, from, from_dtype, dim);
 }
 
 void pkv_write_rows(const pkv_kernel *kernel, const pkv_pages *pages, int64_t num_tokens,
@@ -181,7 +147,7 @@ pkv_status pkv_step_write(const pkv_pages *pages, pkv_plan *plan, const pkv_tens
   if (!kernel) return PKV_BAD_ARGUMENT;
   if (!plan->is_open) return pkv_why_closed(pages->gate);
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
-  pkv_prepare_pages(pages, plan);
+  pkv_prepare_pages(kernel, pages, plan);
   append(kernel, pages, plan->batch.qo_indptr[plan->batch.num_seqs], plan->slot_mapping, k, v);
   plan->is_written[pages->layer] = 1;
   pkv_gate_leave(pages->gate);
@@ -202,12 +168,11 @@ static void gather_heads(const pkv_kernel *kernel, const pkv_tensor *to, int64_t
                          int32_t num_heads, int32_t dim) {
   char *row = to->data + token * to->token_stride;
   for (int32_t head = 0; head < num_heads; head++, row += to->head_stride)
-    if (!from)
-      memset(row, 0, (size_t)pkv_stored_bytes(dim, to->dtype));
-    else if (pkv_scale_bytes(dtype))
-      dequantise(kernel, row, to->dtype, from + head * head_stride, scale + head * scale_stride, dtype, dim);
+    if (from)
+      pkv_read_row(kernel, row, to->dtype, from + head * head_stride, scale + head * scale_stride, dtype,
+                   dim);
     else
-      convert(kernel, row, to->dtype, from + head * head_stride, dtype, dim);
+      memset(row, 0, (size_t)pkv_stored_bytes(dim, to->dtype));
 }
 
 pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t *slots, const pkv_tensor *k,
@@ -216,12 +181,13 @@ pkv_status pkv_gather(const pkv_pages *pages, int64_t num_tokens, const int64_t 
   if (!kernel) return PKV_BAD_ARGUMENT;
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   for (int64_t token = 0; token < num_tokens; token++) {
-    slot_address from = {NULL, NULL, NULL, NULL};
+    slot_address from = {.pages = pages};
     if (slots[token] >= 0) from = address_of(pages, slots[token]);
-    gather_heads(kernel, k, token, from.k, pages->k_head_stride, from.k_scale, pages->k_scales.head_stride,
-                 pages->k_dtype, pages->num_kv_heads, pages->head_dim);
-    gather_heads(kernel, v, token, from.v, pages->v_head_stride, from.v_scale, pages->v_scales.head_stride,
-                 pages->v_dtype, pages->num_kv_heads, pages->head_dim_v);
+    const pkv_pages *own = from.pages;
+    gather_heads(kernel, k, token, from.k, own->k_head_stride, from.k_scale, own->k_scales.head_stride,
+                 own->k_dtype, own->num_kv_heads, own->head_dim);
+    gather_heads(kernel, v, token, from.v, own->v_head_stride, from.v_scale, own->v_scales.head_stride,
+                 own->v_dtype, own->num_kv_heads, own->head_dim_v);
   }
   pkv_gate_leave(pages->gate);
   return PKV_OK;

@@ -17,4 +17,13 @@ int32_t pkv_rows_take(pkv_rows *rows, int64_t seq_id, int64_t salt);
 /* Give back the row of a sequence that is empty. */
 void pkv_rows_give_back(pkv_rows *rows, int32_t row);
 
+/* ---- of tables, for twins.c */
+
+/* The cell of a row's logical page. */
+int32_t *pkv_cell_of(const pkv_tables *tables, int64_t row, int64_t page);
+/* The first page of a row that may have to be packed. */
+int64_t pkv_first_to_pack(const pkv_tables *tables, int64_t row);
+/* An open page and a packed one hold the same tokens. */
+void pkv_pool_set_twins(pkv_pool *pool, int32_t open, int32_t packed);
+
 #endif

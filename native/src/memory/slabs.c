@@ -113,6 +113,24 @@ int64_t pkv_slabs_num_available(const pkv_slabs *slabs, int32_t format) {
   return slabs->num_free_of[format] + num_to_take(slabs, format) * slabs->places[format];
 }
 
+int64_t pkv_slabs_num_reclaimable(const pkv_slabs *slabs, int32_t format, const int32_t *owned) {
+  int64_t num_empty = slabs->num_empty, num_free = 0, num_slabs_of[PKV_MAX_FORMATS] = {0};
+  for (int32_t slab = 0; slab < slabs->sizes.num_slabs; slab++) {
+    int32_t of_slab = slabs->formats[slab], num_owned = 0;
+    if (of_slab == EMPTY) continue;
+    const int32_t *first = owned + ((int64_t)slab << slabs->shift);
+    for (int32_t place = 0; place < slabs->places[of_slab]; place++) num_owned += first[place] > 0;
+    num_empty += num_owned == 0;
+    num_slabs_of[of_slab] += num_owned > 0;
+    if (num_owned && of_slab == format) num_free += slabs->places[format] - num_owned;
+  }
+  for (int32_t f = 0; f < slabs->sizes.num_formats; f++) {
+    int64_t missing = slabs->sizes.floors[f] - num_slabs_of[f];
+    if (f != format && missing > 0) num_empty -= missing;
+  }
+  return num_free + (num_empty > 0 ? num_empty : 0) * slabs->places[format];
+}
+
 /* Give an empty slab a format; its places are free, the first one on top. */
 static void set_format(pkv_slabs *slabs, int32_t slab, int32_t format) {
   unlink_slab(slabs, slabs->sizes.num_formats, slab);

@@ -41,6 +41,8 @@ int32_t pkv_slabs_format(const pkv_slabs *slabs, int32_t page);
 
 /* How many pages of a format `take` would give, one after the other.  O(formats). */
 int64_t pkv_slabs_num_available(const pkv_slabs *slabs, int32_t format);
+/* The same if the pages that are not `owned` were free, too. */
+int64_t pkv_slabs_num_reclaimable(const pkv_slabs *slabs, int32_t format, const int32_t *owned);
 /* A free page of a format, of a slab that has the format, or of an empty one that the floors of the others
  * leave; -1 when there is none.  O(formats); of an empty slab, and of its last page given back, O(places). */
 int32_t pkv_slabs_take(pkv_slabs *slabs, int32_t format);

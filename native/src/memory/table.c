@@ -23,11 +23,14 @@ static int64_t pages_for(const pkv_tables *tables, int64_t num_tokens) {
   return (num_tokens + tables->page_size - 1) / tables->page_size;
 }
 
-/* The cell of a row's logical page. */
 static int32_t *cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
   int64_t sinks = tables->sink_pages;
   int64_t cell = page < tables->ring_pages ? page : sinks + (page - sinks) % (tables->ring_pages - sinks);
   return tables->page_ids + row * tables->ring_pages + cell;
+}
+
+int32_t *pkv_cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
+  return cell_of(tables, row, page);
 }
 
 /* The first page behind the sinks that holds any of the last num_tokens tokens. */
@@ -79,6 +82,7 @@ static bool needs_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t r
   const int32_t *tail = tail_of(tables, row);
   if (!tail) return false;
   int32_t *filled = &tables->filled[*tail], offset = tables->rows->seq_lens[row] % tables->page_size;
+  if (pkv_pool_format(pool, *tail) != 0) return true; /* a packed page takes no more tokens */
   bool is_own = pkv_pool_ref_count(pool, *tail) == 1 && !pkv_pool_is_indexed(pool, *tail);
   if (*filled != offset && !is_own) return true;
   *filled = (int32_t)min64(offset + count, tables->page_size);
@@ -86,9 +90,10 @@ static bool needs_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t r
 }
 
 /* Undo needs_copy, of a row that needed none. */
-static void unfill_tail(const pkv_tables *tables, int64_t row) {
+static void unfill_tail(const pkv_pool *pool, const pkv_tables *tables, int64_t row) {
   const int32_t *tail = tail_of(tables, row);
-  if (tail) tables->filled[*tail] = tables->rows->seq_lens[row] % tables->page_size;
+  if (tail && pkv_pool_format(pool, *tail) == 0)
+    tables->filled[*tail] = tables->rows->seq_lens[row] % tables->page_size;
 }
 
 /* ---- measuring a step */
@@ -152,7 +157,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   }
   for (int64_t i = num_marked - 1; i >= 0; i--) { /* as it was before */
     int64_t row = pkv_row_in(seq_ids[i]);
-    if (tables->tail_copies[row] == -1) unfill_tail(tables, row);
+    if (tables->tail_copies[row] == -1) unfill_tail(pool, tables, row);
     tables->tail_copies[row] = -1;
     tables->rows->reserved_lens[row] = tables->rows->seq_lens[row];
   }
@@ -239,7 +244,7 @@ static pkv_status unreserve_row(pkv_pool *pool, const pkv_tables *tables, int64_
   pkv_status status =
       release_pages(pool, tables, row, num_held, pages_for(tables, tables->rows->reserved_lens[row]));
   if (status == PKV_OK && *copy >= 0) status = pkv_pool_release(pool, 1, copy);
-  if (*copy < 0) unfill_tail(tables, row);
+  if (*copy < 0) unfill_tail(pool, tables, row);
   *copy = -1;
   tables->rows->reserved_lens[row] = tables->rows->seq_lens[row];
   return status;
@@ -385,6 +390,17 @@ pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
   return status;
 }
 
+/* From this page on, a row's pages may be open. */
+static void reopen_from(const pkv_tables *tables, int64_t row, int64_t page) {
+  if (tables->packed_ends && tables->packed_ends[row] > page) tables->packed_ends[row] = (int32_t)page;
+}
+
+int64_t pkv_first_to_pack(const pkv_tables *tables, int64_t row) {
+  int64_t first = tables->packed_ends[row], first_held = tables->first_held[row];
+  if (first < tables->first_packed) first = tables->first_packed;
+  return tables->window && first < first_held ? first_held : first;
+}
+
 /* Keep a row's new tokens up to new_len, and release what the others had. */
 static pkv_status commit_row(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan, int64_t i,
                              int64_t new_len) {
@@ -396,6 +412,7 @@ static pkv_status commit_row(pkv_pool *pool, const pkv_tables *tables, const pkv
     if (pkv_pool_release(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
     *cell = *copy;
     *copy = -1;
+    reopen_from(tables, row, old_len / tables->page_size);
   }
   int64_t num_pages = pages_for(tables, new_len);
   pkv_status status = release_pages(pool, tables, row, num_pages, pages_for(tables, reserved_len));
@@ -478,6 +495,8 @@ static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t 
     *cell_of(tables, to, page) = *cell;
   }
   tables->first_held[to] = first;
+  if (tables->packed_ends) tables->packed_ends[to] = tables->packed_ends[from];
+  reopen_from(tables, to, pages_for(tables, seq_len));
   tables->rows->salts[to] = tables->rows->salts[from];
   tables->rows->seq_lens[to] = tables->rows->reserved_lens[to] = (int32_t)seq_len;
   tables->rows->num_known[to] = (int32_t)min64(tables->rows->num_known[from], seq_len);
@@ -497,6 +516,7 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
     int32_t row = pkv_rows_take(tables->rows, seq_ids[i], salt);
     tables->tail_copies[row] = -1;
     tables->first_held[row] = tables->sink_pages;
+    if (tables->packed_ends) tables->packed_ends[row] = 0;
     if (from >= 0 && share_pages(pool, tables, from, row, length) != PKV_OK) return PKV_INVARIANT;
   }
   return PKV_OK;
@@ -545,6 +565,7 @@ pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t
   if (status == PKV_OK) status = release_pages(pool, tables, row, num_kept, min64(tables->sink_pages, end));
   if (status != PKV_OK) return status;
   tables->first_held[row] = first_held_at(tables, row, length);
+  reopen_from(tables, row, num_kept);
   tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = (int32_t)length;
   tables->rows->num_known[row] = (int32_t)min64(tables->rows->num_known[row], length);
   return status;

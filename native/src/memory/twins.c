@@ -1,0 +1,67 @@
+/* Old pages exchanged for packed twins: pages that hold the same tokens in fewer bits.
+ *
+ * Packing makes a second page and never touches the open one.  The first row whose tokens in a page are all
+ * old enough makes the twin, at its own commit; other rows that hold the open page keep it until theirs, so
+ * what a row reads changes by its own progress only. */
+#include <string.h>
+
+#include "chores.h"
+#include "rows.h"
+
+/* A twin of an open page, owned by nobody else; -1: there is no page for it. */
+static int32_t make_twin(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t open) {
+  const pkv_kernel *kernel = pkv_active_kernel();
+  int32_t twin;
+  if (!kernel || pkv_pool_acquire_format(pool, 1, 1, &twin) != PKV_OK) return -1;
+  for (int32_t layer = 0; layer < tables->num_layers; layer++)
+    pkv_copy_page(kernel, layers + layer, open, twin, tables->page_size);
+  memcpy(tables->token_ids + (int64_t)twin * tables->page_size,
+         tables->token_ids + (int64_t)open * tables->page_size,
+         (size_t)tables->page_size * sizeof *tables->token_ids);
+  tables->filled[twin] = tables->page_size;
+  tables->page_salts[twin] = tables->page_salts[open];
+  pkv_pool_set_twins(pool, open, twin);
+  return twin;
+}
+
+typedef struct {
+  int64_t count, most;
+  int32_t *from, *to;
+} new_twins;
+
+typedef enum { EXCHANGED, NO_PAGE, BROKEN } outcome;
+
+/* Exchange what a cell names. */
+static outcome exchange(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t *cell,
+                        new_twins *made) {
+  int32_t open = *cell, twin = pkv_pool_twin(pool, open);
+  if (twin >= 0) {
+    if (pkv_pool_share(pool, 1, &twin) != PKV_OK) return BROKEN;
+  } else {
+    if (made->count == made->most || (twin = make_twin(pool, tables, layers, open)) < 0) return NO_PAGE;
+    made->from[made->count] = open;
+    made->to[made->count++] = twin;
+  }
+  *cell = twin;
+  return pkv_pool_release(pool, 1, &open) == PKV_OK ? EXCHANGED : BROKEN;
+}
+
+int64_t pkv_tables_pack(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int64_t num_rows,
+                        const int32_t *rows, int64_t most, int32_t *from, int32_t *to) {
+  new_twins made = {.most = most, .from = from, .to = to};
+  for (int64_t i = 0; i < num_rows; i++) {
+    int32_t row = rows[i], *end = &tables->packed_ends[row];
+    if (tables->rows->seq_lens[row] != tables->rows->reserved_lens[row]) continue; /* in another open step */
+    int64_t old = (int64_t)tables->rows->seq_lens[row] - tables->recent_tokens;
+    for (int64_t page = pkv_first_to_pack(tables, row); page < old / tables->page_size; page++) {
+      int32_t *cell = pkv_cell_of(tables, row, page);
+      if (pkv_pool_format(pool, *cell) == 0) {
+        outcome outcome = exchange(pool, tables, layers, cell, &made);
+        if (outcome == BROKEN) return -1;
+        if (outcome == NO_PAGE) break;
+      }
+      *end = (int32_t)page + 1;
+    }
+  }
+  return made.count;
+}

@@ -1,0 +1,385 @@
+"""Pages that are packed when they are old: who reads which values, against a model of each sequence's own."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import KERNELS, make_cache, poison, rows
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support import tolerances
+
+import paged_kv
+from paged_kv import ArgumentError, OutOfPages, _binding, reference
+
+PAGE = 64
+HEADS, DIM = 2, 16
+
+
+def as_bfloat16(x):
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+OPEN = {"bfloat16": as_bfloat16, "float32": np.array, "int8": reference.int8_values}
+PACK = {"int8": reference.int8_values, "int4": reference.int4_values}
+
+
+def values_of(tokens, layer):
+    """K and V of tokens: the same ids have the same, whoever computes them."""
+    rngs = [np.random.default_rng([token, layer]) for token in tokens]
+    k, v = (np.array([rows(rng, HEADS, DIM) for rng in rngs], np.float32) for _ in "kv")
+    return k.reshape(-1, HEADS, DIM), v.reshape(-1, HEADS, DIM)
+
+
+class Packing(RuleBasedStateMachine):
+    """Sequences grow, fork, are cut, end and are found again; each reads what it should, to the bit."""
+
+    @initialize(
+        open_dtype=st.sampled_from(["bfloat16", "float32"]),
+        dtypes=st.sampled_from([("int8", "int8"), ("int8", "int4")]),
+        recent=st.sampled_from([0, 1, 30, 64, 100, 200]),
+        sinks=st.sampled_from([0, 4, 65]),
+        num_pages=st.sampled_from([40, 80]),
+        caching=st.booleans(),
+        kernel=st.sampled_from(KERNELS),
+    )
+    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel):
+        self.before = paged_kv.kernels().active
+        _binding.select_kernel(kernel)
+        self.opened, self.dtypes, self.recent = open_dtype, dtypes, recent
+        self.first = -(-sinks // PAGE)
+        options = {"recent_tokens": recent, "num_sink_tokens": sinks, "open_dtype": open_dtype}
+        options |= {"prefix_caching": caching}
+        self.cache = make_cache(
+            num_kv_heads=HEADS, head_dim=DIM, dtype=dtypes, num_pages=num_pages, page_size=PAGE, **options
+        )
+        #: Of each sequence its ids, per layer and side what it reads, and which of its pages are packed.
+        self.seqs, self.next_id = {}, 0
+
+    def teardown(self):
+        if hasattr(self, "cache"):
+            self.cache.close()
+            _binding.select_kernel(self.before)
+
+    def new_tokens(self, data, count):
+        """Ids that others have, too, or new ones."""
+        return [data.draw(st.integers(0, 1)) for _ in range(min(count, 3))] + [
+            self.next_id % 7 for _ in range(count - min(count, 3))
+        ]
+
+    def pack(self, state):
+        """What a sequence's own commit does to its old pages."""
+        old = max(0, len(state["ids"]) - self.recent) // PAGE
+        for page in range(self.first, old):
+            if page in state["packed"]:
+                continue
+            state["packed"].add(page)
+            here = slice(page * PAGE, (page + 1) * PAGE)
+            for layer in state["values"]:
+                for side, dtype in zip(layer, self.dtypes, strict=True):
+                    side[here] = PACK[dtype](side[here])
+
+    def chosen(self, data):
+        return data.draw(st.sampled_from(list(self.seqs)))
+
+    @rule()
+    def begin(self):
+        if len(self.seqs) < 6:
+            empty = [[np.empty((0, HEADS, DIM), np.float32) for _ in "kv"] for _ in range(2)]
+            self.seqs[self.cache.sequence()] = {"ids": [], "values": empty, "packed": set()}
+
+    @precondition(lambda self: any(state["packed"] for state in self.seqs.values()))
+    @rule(data=st.data(), count=st.sampled_from([1, 64, 130, 200]), ends=st.sampled_from("ccr"))
+    def cut_into_a_packed_page_and_go_on(self, data, count, ends):
+        seq = data.draw(st.sampled_from([seq for seq, state in self.seqs.items() if state["packed"]]))
+        page = data.draw(st.sampled_from(sorted(self.seqs[seq]["packed"])))
+        length = page * PAGE + data.draw(st.integers(1, PAGE - 1))
+        if length < len(self.seqs[seq]["ids"]):
+            seq.truncate(length)
+            self.seqs[seq] = self.cut(self.seqs[seq], length)
+            self.grow(seq, data, count, ends)
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), count=st.sampled_from([1, 2, 63, 64, 65, 130, 200]), ends=st.sampled_from("ccr"))
+    def step(self, data, count, ends):
+        self.grow(self.chosen(data), data, count, ends)
+
+    def grow(self, seq, data, count, ends):
+        state = self.seqs[seq]
+        ids = self.new_tokens(data, count)
+        try:
+            step = self.cache.step([seq], [ids])
+        except OutOfPages:
+            self.cache.check()
+            return
+        for layer in range(2):
+            step.write(layer, *values_of(ids, layer))
+        if ends == "r":
+            step.rollback()
+            return
+        # A packed tail goes on in an open page, from what was rounded.
+        tail, offset = divmod(len(state["ids"]), PAGE)
+        if offset and tail in state["packed"]:
+            state["packed"].discard(tail)
+            for layer in state["values"]:
+                for side in layer:
+                    side[tail * PAGE :] = OPEN[self.opened](side[tail * PAGE :])
+        state["ids"] += ids
+        for layer, sides in enumerate(state["values"]):
+            for i, new in enumerate(values_of(ids, layer)):
+                sides[i] = np.concatenate([sides[i], OPEN[self.opened](new)])
+        had_room = self.cache._store.pool.num_available(1) >= len(state["ids"]) // PAGE
+        step.commit()
+        if had_room:
+            self.pack(state)
+        else:  # an exchange that finds no page waits: which ones did not is read from the pages
+            self.read_again(seq)
+
+    def read_again(self, seq):
+        """Take the form of each page from the cache, where it is one of the two."""
+        state, tables = self.seqs[seq], self.cache._store.tables
+        pages = tables.held_pages(tables.rows.row(seq._seq_id))[1].tolist()
+        is_packed = {page for page, id in enumerate(pages) if self.cache._store.pool.format_of(id) == 1}
+        for page in is_packed - state["packed"]:
+            here = slice(page * PAGE, (page + 1) * PAGE)
+            for layer in state["values"]:
+                for side, dtype in zip(layer, self.dtypes, strict=True):
+                    side[here] = PACK[dtype](side[here])
+        state["packed"] |= is_packed
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), at=st.none() | st.integers(0, 400))
+    def fork(self, data, at):
+        seq = self.chosen(data)
+        state = self.seqs[seq]
+        if len(self.seqs) >= 6:
+            return
+        at = len(state["ids"]) if at is None else min(at, len(state["ids"]))
+        self.seqs[seq.fork(at=at)] = self.cut(state, at)
+
+    def cut(self, state, length):
+        return {
+            "ids": state["ids"][:length],
+            "values": [[side[:length].copy() for side in layer] for layer in state["values"]],
+            "packed": {page for page in state["packed"] if page * PAGE < length},
+        }
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), less=st.integers(0, 300))
+    def truncate(self, data, less):
+        seq = self.chosen(data)
+        length = max(0, len(self.seqs[seq]["ids"]) - less)
+        seq.truncate(length)
+        self.seqs[seq] = self.cut(self.seqs[seq], length)
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), again=st.booleans())
+    def end(self, data, again):
+        """A sequence ends; another one begins with its tokens, as far as they are found."""
+        seq = self.chosen(data)
+        ids = self.seqs.pop(seq)["ids"]
+        seq.free()
+        if not again or not ids:
+            return
+        seq = self.cache.sequence(np.array([*ids, 5], np.int32))
+        values = [
+            [OPEN[self.opened](side) for side in values_of(ids[: len(seq)], layer)] for layer in range(2)
+        ]
+        self.seqs[seq] = {"ids": ids[: len(seq)], "values": values, "packed": set()}
+        # What was written before was rounded more than once where a packed page went on as an open one.
+        for layer, sides in enumerate(values):
+            for i, side in enumerate(seq.gather(layer)):
+                assert np.abs(side - sides[i]).max(initial=0) < 0.6
+                sides[i] = side
+        tables = self.cache._store.tables
+        pages = tables.held_pages(tables.rows.row(seq._seq_id))[1].tolist()
+        self.seqs[seq]["packed"] = {
+            page for page, id in enumerate(pages) if self.cache._store.pool.format_of(id) == 1
+        }
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), group=st.sampled_from([1, 3]))
+    def attend(self, data, group):
+        seq = self.chosen(data)
+        state = self.seqs[seq]
+        rng = np.random.default_rng(len(state["ids"]))
+        q = rows(rng, 2, HEADS * group, DIM)
+        try:
+            step = self.cache.step([seq], [2])
+        except OutOfPages:
+            return
+        k, v = rows(rng, 2, HEADS, DIM), rows(rng, 2, HEADS, DIM)
+        out = step.attend(0, q, k, v)
+        both = [
+            np.concatenate([side, OPEN[self.opened](new)])
+            for side, new in zip(state["values"][0], (k, v), strict=True)
+        ]
+        tail, offset = divmod(len(state["ids"]), PAGE)
+        if offset and tail in state["packed"]:
+            both = [np.concatenate([x[: tail * PAGE], OPEN[self.opened](x[tail * PAGE :])]) for x in both]
+        step.rollback()
+        expected = reference.attend(q, *both)
+        atol, _ = tolerances(q, *both, stored=self.dtypes)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=atol)
+
+    @invariant()
+    def each_reads_its_own(self):
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check()
+        for seq, state in self.seqs.items():
+            for layer, sides in enumerate(state["values"]):
+                for got, side in zip(seq.gather(layer), sides, strict=True):
+                    np.testing.assert_array_equal(got, side)
+        stats = self.cache.stats()
+        assert stats.num_pages == stats.num_used_pages + stats.num_kept_pages + stats.num_free_pages
+        used = sum(one.num_pages for one in stats.formats.values())
+        assert used == stats.num_used_pages + stats.num_kept_pages
+
+
+TestPacking = Packing.TestCase
+TestPacking.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+@pytest.fixture
+def packed_cache():
+    with make_cache(num_layers=1, dtype="int8", recent_tokens=64, page_size=PAGE, num_pages=40) as cache:
+        yield cache
+
+
+def filled(cache, seq, count, rng):
+    k = rows(rng, count, 2, 32)
+    with cache.step([seq], [count]) as step:
+        step.write(0, k, -k)
+    return k
+
+
+def packed_pages(cache, seq):
+    tables = cache._store.tables
+    pages = tables.held_pages(tables.rows.row(seq._seq_id))[1].tolist()
+    return [page for page, id in enumerate(pages) if cache._store.pool.format_of(id) == 1]
+
+
+def test_a_page_is_packed_once_its_tokens_are_old(packed_cache, rng):
+    seq = packed_cache.sequence()
+    for count, packed in ((127, []), (1, [0]), (63, [0]), (1, [0, 1]), (200, [0, 1, 2, 3, 4])):
+        filled(packed_cache, seq, count, rng)
+        assert packed_pages(packed_cache, seq) == packed
+    k, _ = seq.gather(0)
+    assert len(k) == 392
+
+
+def test_a_fork_keeps_the_open_page_until_its_own_commit(packed_cache, rng):
+    seq = packed_cache.sequence()
+    k = as_bfloat16(filled(packed_cache, seq, 100, rng))
+    fork = seq.fork()
+    filled(packed_cache, seq, 100, rng)
+    assert packed_pages(packed_cache, seq) == [0, 1] and packed_pages(packed_cache, fork) == []
+    np.testing.assert_array_equal(fork.gather(0)[0], k)
+    np.testing.assert_array_equal(seq.gather(0)[0][:64], reference.int8_values(k[:64]))
+    filled(packed_cache, fork, 30, rng)
+    assert packed_pages(packed_cache, fork) == [0]
+    tables = packed_cache._store.tables
+    first = [int(tables.page_ids[tables.rows.row(one._seq_id), 0]) for one in (seq, fork)]
+    assert first[0] == first[1]  # the one twin
+
+
+def test_a_packed_page_that_goes_on_is_open_again_and_packed_later(packed_cache, rng):
+    seq = packed_cache.sequence()
+    filled(packed_cache, seq, 200, rng)
+    before = seq.gather(0)[0]
+    seq.truncate(30)
+    filled(packed_cache, seq, 1, rng)
+    assert packed_pages(packed_cache, seq) == []
+    np.testing.assert_array_equal(seq.gather(0)[0][:30], as_bfloat16(before[:30]))
+    filled(packed_cache, seq, 100, rng)
+    assert packed_pages(packed_cache, seq) == [0]
+
+
+def test_an_exchange_that_finds_no_page_waits_and_a_commit_does_not_fail(rng):
+    with make_cache(
+        num_layers=1, dtype="int8", open_dtype="float32", recent_tokens=64, page_size=PAGE, num_pages=60
+    ) as cache:
+        pool = cache._store.pool
+        taken = pool.acquire(pool.num_available(1), 1)
+        seq = cache.sequence()
+        filled(cache, seq, 64, rng)
+        filled(cache, seq, 64, rng)
+        assert packed_pages(cache, seq) == [] and len(seq) == 128
+        pool.release(taken)
+        filled(cache, seq, 1, rng)
+        assert packed_pages(cache, seq) == [0]
+
+
+def test_memory_is_that_of_packed_pages(rng):
+    options = {"num_layers": 1, "page_size": PAGE, "num_kv_heads": 2, "head_dim": 128}
+    with (
+        make_cache(**options, dtype="bfloat16", num_pages=100) as plain,
+        make_cache(**options, dtype="int8", recent_tokens=64, max_step_tokens=64, num_pages=193) as packed,
+    ):
+        assert packed.stats().pool_bytes <= plain.stats().pool_bytes
+        lengths = []
+        for cache in (plain, packed):
+            seq = cache.sequence()
+            while True:
+                try:
+                    with cache.step([seq], [64]) as step:
+                        k = rows(rng, 64, 2, 128)
+                        step.write(0, k, k)
+                except (OutOfPages, paged_kv.SequenceTooLong):
+                    break
+            lengths.append(len(seq))
+            cache.check()
+        assert lengths[1] > 1.7 * lengths[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"recent_tokens": -1}, "recent_tokens"),
+        ({"recent_tokens": 1.5}, "recent_tokens"),
+        (
+            {"recent_tokens": 64, "page_size": 16},
+            "page_size is 16; pages that are packed take a multiple of 64",
+        ),
+        ({"recent_tokens": 64, "dtype": "bfloat16"}, "no larger than packed ones"),
+        ({"recent_tokens": 64, "open_dtype": "int8"}, "no larger than packed ones"),
+        ({"recent_tokens": 64, "open_dtype": "int3"}, "dtype is int3"),
+        ({"recent_tokens": 64, "num_pages": 1}, "give more memory"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(options, reason):
+    shape = {"dtype": "int8", "page_size": 64, "num_pages": 40} | options
+    with pytest.raises(ArgumentError, match=reason):
+        paged_kv.PagedKVCache(1, 2, 32, **shape)
+
+
+def test_no_byte_of_an_unwritten_slot_is_read(rng):
+    """Twins are of full pages, and free places are poison."""
+    with make_cache(
+        num_layers=1, dtype="int8", recent_tokens=0, open_dtype="bfloat16", page_size=PAGE
+    ) as cache:
+        poison(cache)
+        seq = cache.sequence()
+        q, k = rows(rng, 200, 2, 32), rows(rng, 200, 2, 32)
+        with cache.step([seq], [200]) as step:
+            assert np.isfinite(step.attend(0, q, k, k)).all()
+        with cache.step([seq], [1]) as step:
+            assert np.isfinite(step.attend(0, q[:1], k[:1], k[:1])).all()
+
+
+def test_a_sequence_that_a_step_skips_keeps_its_pages(packed_cache, rng):
+    """It may stand in another open step, which reads them."""
+    seq, other = packed_cache.sequence(), packed_cache.sequence()
+    filled(packed_cache, seq, 100, rng)
+    fork = seq.fork()
+    filled(packed_cache, other, 1, rng)
+    step = packed_cache.step([fork], [40])
+    with packed_cache.step([other, seq], [1, 0]) as beside:
+        beside.write(0, rows(rng, 1, 2, 32), rows(rng, 1, 2, 32))
+    assert packed_pages(packed_cache, seq) == []
+    k = rows(rng, 40, 2, 32)
+    assert np.isfinite(step.attend(0, k, k, k)).all()
+    step.commit()
+    assert packed_pages(packed_cache, fork) == [0] and packed_pages(packed_cache, seq) == []
+    packed_cache.check()
