@@ -33,7 +33,17 @@ from paged_kv.text.tokenizer import ModelTokenizer, open_tokenizer
 #: Names of what `--dtypes` takes: options of a cache.  "K+V" is a pair; "@64" keeps the newest 64 tokens,
 #: and the first four, in bfloat16.
 BASELINE = "bfloat16"
-DTYPES = ("bfloat16", "int8", "int8+bfloat16", "bfloat16+int8", "int8+int4", "int8@64", "int8+int4@64")
+DTYPES = (
+    "bfloat16",
+    "int8",
+    "int8+bfloat16",
+    "bfloat16+int8",
+    "int8+int4",
+    "int4",
+    "int8@64",
+    "int8+int4@64",
+    "int4@64",
+)
 LENGTHS = (2048, 4096)
 CHUNK = 256
 NUM_SCORED = 1024  # last tokens of each text
@@ -69,7 +79,9 @@ def texts() -> dict[str, str]:
 def cache_options(name: str) -> dict[str, Any]:
     dtype, _, recent = name.partition("@")
     options: dict[str, Any] = {"dtype": tuple(dtype.split("+")) if "+" in dtype else dtype}
-    return options | ({"recent_tokens": int(recent), "num_sink_tokens": 4} if recent else {})
+    if not recent:
+        return options
+    return options | {"recent_tokens": int(recent), "num_sink_tokens": 4, "open_dtype": "bfloat16"}
 
 
 def log_probs(opened: Model, ids: list[int], dtype: str, num_scored: int) -> tuple[np.ndarray, int]:

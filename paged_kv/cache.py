@@ -20,7 +20,14 @@ from .lifetime import Uncopyable
 from .pages.block_table import Packing, Window
 from .pages.counts import Counts
 from .pages.events import Event
-from .pages.layout import DEFAULT_PAGE_SIZE, PageLayout, parse_memory, stored_dtypes
+from .pages.layout import (
+    BY_CHANNEL,
+    DEFAULT_PAGE_SIZE,
+    PageLayout,
+    parse_memory,
+    public_name,
+    stored_dtypes,
+)
 from .pages.layout import num_pages as pages_for
 from .pages.match import Match, explain
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
@@ -84,9 +91,9 @@ class PagedKVCache(Uncopyable):
     ----------
     num_layers, num_kv_heads : int
     head_dim, head_dim_v : of keys and values, multiples of 8 from 8 to 256; None: values are as wide as keys
-    dtype : what pages store: float32, float16, bfloat16 or int8, or a pair, of keys and of values; values may
-        be int4, too.  int8: a token's head is 8-bit integers and one bfloat16 scale, half the memory of
-        bfloat16; int4: 4-bit integers, a scale and a minimum
+    dtype : what pages store: float32, float16, bfloat16, int8 or int4, or a pair, of keys and of values.
+        int8: a token's head is 8-bit integers and one bfloat16 scale, half the memory of bfloat16; int4:
+        4-bit integers, a scale and a minimum, of each token's values and of each dim of 64 tokens' keys
     num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), rounded down to whole pages
     page_size : tokens per page, a multiple of 16
     max_sequences : int, sequences at a time
@@ -98,8 +105,8 @@ class PagedKVCache(Uncopyable):
     max_step_tokens : of one sequence in one step; limited with a window only
     recent_tokens : new tokens are stored as `open_dtype`; a sequence's commit packs into `dtype` its pages
         whose tokens are all older than the newest recent_tokens, without those of the first num_sink_tokens.
-        None, without open_dtype: tokens are stored as `dtype` at once
-    open_dtype : None: bfloat16, where recent_tokens is given
+        None, without open_dtype: 64 for keys of int4, else tokens are stored as `dtype` at once
+    open_dtype : None: int8 for keys of int4, else bfloat16
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them
     fingerprint : bytes that identify the model: part of every page's hash in `events`
@@ -509,8 +516,10 @@ def _packing(
     layout: PageLayout, recent_tokens: object, open_dtype: object, num_sink_tokens: int
 ) -> Packing | None:
     """Which pages are packed; None: tokens are stored in the format of `layout` at once."""
-    recent = 0 if recent_tokens is None else integer("recent_tokens", recent_tokens, 0, MAX_TOKENS)
-    if not recent and open_dtype is None:
+    must_pack = layout.dtypes[0] == BY_CHANNEL
+    usual = 64 if must_pack and open_dtype is None else 0
+    recent = usual if recent_tokens is None else integer("recent_tokens", recent_tokens, 0, MAX_TOKENS)
+    if not recent and open_dtype is None and not must_pack:
         return None
     if layout.page_size % RUN_TOKENS:
         raise ArgumentError(f"page_size is {layout.page_size}; pages that are packed take a multiple of 64")
@@ -519,11 +528,14 @@ def _packing(
 
 def _open_layout(layout: PageLayout, open_dtype: object) -> PageLayout:
     """What tokens are stored in, before their page is packed."""
-    opened = replace(layout, dtypes=stored_dtypes("bfloat16" if open_dtype is None else open_dtype))
+    usual = "int8" if layout.dtypes[0] == BY_CHANNEL else "bfloat16"
+    opened = replace(layout, dtypes=stored_dtypes(usual if open_dtype is None else open_dtype))
+    if opened.dtypes[0] == BY_CHANNEL:
+        raise ArgumentError("open_dtype has keys of int4, which only packed pages have")
     if opened.page_bytes <= layout.page_bytes:
         raise ArgumentError(
-            f"open pages of {','.join(opened.dtypes)} are no larger than packed ones of "
-            f"{','.join(layout.dtypes)}; leave recent_tokens and open_dtype out"
+            f"open pages of {public_name(opened.dtypes)} are no larger than packed ones of "
+            f"{public_name(layout.dtypes)}; leave recent_tokens and open_dtype out"
         )
     return opened
 
@@ -543,7 +555,7 @@ def _formats(store: Store) -> dict[str, FormatStats]:
     layouts = [store.layout] if store.packed is None else [store.layout, store.packed.layout]
     found = {}
     for format, layout in enumerate(layouts):
-        name = ",".join(dict.fromkeys(layout.dtypes))
+        name = public_name(layout.dtypes)
         used = store.pool.num_used(format)
         found[name] = FormatStats(
             used, used * layout.page_bytes, layout.page_bytes, store.pool.wasted_bytes(format)

@@ -143,3 +143,25 @@ def int4_values(x: ArrayLike) -> NDArray[np.float32]:
     """What is read of rows of values that pages of int4 store."""
     codes, scales, minima = quantise_int4(x)
     return codes.astype(np.float32) * scales[..., None] + minima[..., None]
+
+
+def quantise_int4_by_channel(
+    x: ArrayLike,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """Keys as packed pages of int4 store them: as `quantise_int4`, of each dim of 64 tokens.
+
+    x : [num_tokens, num_heads, dim], num_tokens a multiple of 64
+
+    Returns: codes of x's shape, scales and minima [num_tokens / 64, num_heads, dim].
+    """
+    x = np.asarray(x, np.float32)
+    groups = x.reshape(-1, 64, *x.shape[1:])
+    codes, scales, minima = quantise_int4(np.moveaxis(groups, 1, -1))
+    return np.moveaxis(codes, -1, 1).reshape(x.shape), scales, minima
+
+
+def int4_by_channel_values(x: ArrayLike) -> NDArray[np.float32]:
+    """What is read of keys that packed pages of int4 store."""
+    codes, scales, minima = quantise_int4_by_channel(x)
+    groups = codes.reshape(-1, 64, *codes.shape[1:]).astype(np.float32)
+    return (groups * scales[:, None] + minima[:, None]).reshape(codes.shape)

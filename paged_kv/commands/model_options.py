@@ -12,7 +12,7 @@ from ..models.bitnet import TINY_BITNET, BitNetModel
 from ..models.config import DecoderConfig
 from ..models.decoder import HEADS, DecoderModel
 from ..models.model_files import PACKAGED, ModelFiles
-from ..pages.layout import DTYPES, VALUE_DTYPES, PageLayout, stored_dtypes
+from ..pages.layout import VALUE_DTYPES, PageLayout, stored_dtypes
 from ..text.tokenizer import ModelTokenizer, open_tokenizer
 from .live_line import LiveLine
 
@@ -20,9 +20,9 @@ from .live_line import LiveLine
 def kv_dtype(text: str) -> str | tuple[str, str]:
     """What pages store, as PagedKVCache takes it: a dtype, or two with a comma, of keys and of values."""
     names = tuple(text.split(","))
-    if len(names) > 2 or names[0] not in DTYPES or names[-1] not in (VALUE_DTYPES if names[1:] else DTYPES):
+    if len(names) > 2 or not set(names) <= set(VALUE_DTYPES):
         raise argparse.ArgumentTypeError(
-            f'"{text}"; give one of {", ".join(DTYPES)}, or two, of keys and values: int8,int4'
+            f'"{text}"; give one of {", ".join(VALUE_DTYPES)}, or two, of keys and values: int8,int4'
         )
     return names[0] if len(names) == 1 else (names[0], names[1])
 
@@ -51,7 +51,7 @@ def add_model_options(command: Any, *, default: str | None = None, has_cache: bo
             "--kv-dtype",
             type=kv_dtype,
             metavar="DTYPE",
-            help=f"of pages: {', '.join(DTYPES)}, or int8,int4 ({usual})",
+            help=f"of pages: {', '.join(VALUE_DTYPES)}, or int8,int4 ({usual})",
         )
     else:
         command.set_defaults(kv_dtype=None)

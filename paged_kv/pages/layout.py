@@ -19,8 +19,10 @@ from ..errors import ArgumentError
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 #: And of values only.
 VALUE_DTYPES = {**DTYPES, "int4": 0.5}
-#: Dtypes whose rows have scales, in bytes.
-SCALE_BYTES = {"int8": 2, "int4": 4}
+#: What keys of int4 are: a dim of 64 tokens has scales of its own, so a page has to be full.
+BY_CHANNEL = "int4_by_channel"
+#: Dtypes with scales; their bytes for each token and head.
+SCALE_BYTES = {"int8": 2, "int4": 4, BY_CHANNEL: 0}
 #: Dtypes that arrays have, too.
 ARRAY_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -41,7 +43,7 @@ class Side:
     @property
     def row_bytes(self) -> int:
         """Of one token, without its scale."""
-        return int(self.dim * VALUE_DTYPES[self.dtype])
+        return self.dim // 2 if self.dtype == BY_CHANNEL else int(self.dim * VALUE_DTYPES[self.dtype])
 
     @property
     def rows_bytes(self) -> int:
@@ -52,6 +54,8 @@ class Side:
     def num_bytes(self) -> int:
         """Rows and scales, these padded to whole cache lines."""
         scales = self.page_size * SCALE_BYTES.get(self.dtype, 0)
+        if self.dtype == BY_CHANNEL:  # 4 bytes for each dim of 64 tokens
+            scales = self.page_size * self.dim // 16
         return self.rows_bytes + -(-scales // LINE_BYTES) * LINE_BYTES
 
 
@@ -110,12 +114,17 @@ def dtype_name(dtype: object, among: Iterable[str] = ARRAY_DTYPES) -> str:
 
 def stored_dtypes(dtype: object) -> tuple[str, str]:
     """The names of the dtypes that pages store, of keys and of values: from one for both, or from two."""
-    if isinstance(dtype, (tuple, list)):
-        if len(dtype) != 2:
-            raise ArgumentError(f"dtype is {dtype!r:.60}; give one dtype, or two, of keys and of values")
-        return dtype_name(dtype[0], DTYPES), dtype_name(dtype[1], VALUE_DTYPES)
-    name = dtype_name(dtype, DTYPES)
-    return name, name
+    if not isinstance(dtype, (tuple, list)):
+        dtype = (dtype, dtype)
+    if len(dtype) != 2:
+        raise ArgumentError(f"dtype is {dtype!r:.60}; give one dtype, or two, of keys and of values")
+    keys, values = (dtype_name(one, VALUE_DTYPES) for one in dtype)
+    return BY_CHANNEL if keys == "int4" else keys, values
+
+
+def public_name(dtypes: tuple[str, str]) -> str:
+    """Of the dtypes of keys and of values, as "int8" or "int8,int4"."""
+    return ",".join(dict.fromkeys("int4" if name == BY_CHANNEL else name for name in dtypes))
 
 
 def parse_memory(memory: object) -> object:

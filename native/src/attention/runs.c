@@ -66,8 +66,8 @@ static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint
       int64_t offset = t - page_start;
       in_page &= ~bits_between(t, end);
       if (place.k_scales)
-        locate(place.k_scales + offset * own->k_scales.token_stride, own->k_scales.token_stride, t, end,
-               to->k_scales);
+        locate(pkv_scales_at(place.k_scales, own->k_scales.token_stride, offset, own->k_dtype, own->head_dim),
+               own->k_scales.token_stride, t, end, to->k_scales);
       if (place.v_scales)
         locate(place.v_scales + offset * own->v_scales.token_stride, own->v_scales.token_stride, t, end,
                to->v_scales);
@@ -115,7 +115,7 @@ static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const 
       int t = __builtin_ctzll(mask);
       to->k[i] = all->k[t];
       to->v[i] = all->v[t];
-      if (pkv_scale_bytes(pages->k_dtype)) to->k_scales[i] = all->k_scales[t];
+      if (pkv_has_scales(pages->k_dtype)) to->k_scales[i] = all->k_scales[t];
       if (pkv_scale_bytes(pages->v_dtype)) to->v_scales[i] = all->v_scales[t];
     }
   }

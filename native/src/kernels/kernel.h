@@ -21,10 +21,11 @@ static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
  * multiplied two dims at a time.  A pair is one element then, and q is not scaled. */
 enum { PKV_BFLOAT16_PAIRS = 16 };
 
-/* Bytes of a head of this dtype, and of its scales. */
+/* Bytes of a head of this dtype, and of the scales of a token. */
 static inline int32_t pkv_stored_bytes(int32_t dim, int32_t dtype) {
   switch (dtype) {
-    case PKV_INT4: return dim / 2;
+    case PKV_INT4:
+    case PKV_INT4_BY_CHANNEL: return dim / 2;
     case PKV_INT8: return dim;
     case PKV_FLOAT32:
     case PKV_BFLOAT16_PAIRS: return 4 * dim;
@@ -34,6 +35,14 @@ static inline int32_t pkv_stored_bytes(int32_t dim, int32_t dtype) {
 static inline int32_t pkv_scale_bytes(int32_t dtype) {
   return dtype == PKV_INT4 ? 4 : dtype == PKV_INT8 ? 2 : 0;
 }
+static inline int32_t pkv_has_scales(int32_t dtype) {
+  return dtype == PKV_INT8 || dtype == PKV_INT4 || dtype == PKV_INT4_BY_CHANNEL;
+}
+
+/* Of PKV_INT4_BY_CHANNEL: tokens that share scales, from the first one of a page on, and the bytes of these.
+ */
+enum { PKV_CHANNEL_TOKENS = 64 };
+static inline int64_t pkv_channel_bytes(int32_t dim) { return 4 * (int64_t)dim; }
 
 /* A prepared head of q that reads keys of PKV_INT8: q = scale * words.  The words lie behind, padded with
  * zeros to whole cache lines. */
@@ -120,6 +129,9 @@ typedef struct {
   void (*quantise)(uint8_t *bytes, uint16_t *scales, const float *values, int64_t count, int32_t dtype);
   void (*dequantise)(float *values, const uint8_t *bytes, const uint16_t *scales, int64_t count,
                      int32_t dtype);
+  /* PKV_CHANNEL_TOKENS rows of floats to PKV_INT4_BY_CHANNEL: rows of bytes, stride apart. */
+  void (*quantise_channels)(uint8_t *bytes, int64_t stride, uint16_t *scales, const float *values,
+                            int32_t dim);
   /* float32 to another stored dtype and back; count is a multiple of 8. */
   void (*narrow)(char *stored, const float *values, int64_t count, int32_t dtype);
   void (*widen)(float *values, const char *stored, int64_t count, int32_t dtype);

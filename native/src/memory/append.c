@@ -37,8 +37,10 @@ static slot_address address_of(const pkv_pages *pages, int64_t slot) {
   slot_address address = {.pages = pages,
                           .k = place.k + offset * pages->k_token_stride,
                           .v = place.v + offset * pages->v_token_stride};
-  if (place.k_scales) address.k_scale = place.k_scales + offset * pages->k_scales.token_stride;
-  if (place.v_scales) address.v_scale = place.v_scales + offset * pages->v_scales.token_stride;
+  address.k_scale =
+      pkv_scales_at(place.k_scales, pages->k_scales.token_stride, offset, pages->k_dtype, pages->head_dim);
+  address.v_scale =
+      pkv_scales_at(place.v_scales, pages->v_scales.token_stride, offset, pages->v_dtype, pages->head_dim_v);
   return address;
 }
 

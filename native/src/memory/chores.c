@@ -75,6 +75,26 @@ static void clear_side(side side, int32_t num_heads, int32_t num_tokens) {
                 num_heads, num_tokens);
 }
 
+static char *scales_of(side side, int32_t head, int64_t token) {
+  char *scales = side.scales ? side.scales + head * side.scale_head_stride : NULL;
+  return pkv_scales_at(scales, side.scale_token_stride, token, side.dtype, side.dim);
+}
+
+/* A full page's keys, whose dims have scales of their own. */
+static void pack_channels(const pkv_kernel *kernel, side to, side from, int32_t num_heads,
+                          int64_t num_tokens) {
+  float values[PKV_CHANNEL_TOKENS * PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+  for (int32_t head = 0; head < num_heads; head++)
+    for (int64_t first = 0; first + PKV_CHANNEL_TOKENS <= num_tokens; first += PKV_CHANNEL_TOKENS) {
+      for (int64_t i = 0; i < PKV_CHANNEL_TOKENS; i++)
+        pkv_read_row(kernel, (char *)(values + i * from.dim), PKV_FLOAT32,
+                     from.rows + head * from.head_stride + (first + i) * from.token_stride,
+                     scales_of(from, head, first + i), from.dtype, from.dim);
+      kernel->quantise_channels((uint8_t *)to.rows + head * to.head_stride + first * to.token_stride,
+                                to.token_stride, (uint16_t *)scales_of(to, head, first), values, to.dim);
+    }
+}
+
 /* The first tokens of a page, in the format of another page. */
 static void copy_side(const pkv_kernel *kernel, side to, side from, int32_t num_heads, int64_t num_tokens) {
   if (to.dtype == from.dtype && to.head_stride == from.head_stride) {
@@ -83,6 +103,10 @@ static void copy_side(const pkv_kernel *kernel, side to, side from, int32_t num_
     if (to.scales)
       copy_bytes(to.scales, from.scales, to.scale_head_stride, to.scale_token_stride,
                  pkv_scale_bytes(to.dtype), num_heads, num_tokens);
+    return;
+  }
+  if (to.dtype == PKV_INT4_BY_CHANNEL) {
+    pack_channels(kernel, to, from, num_heads, num_tokens);
     return;
   }
   float values[PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));

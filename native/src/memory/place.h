@@ -23,11 +23,19 @@ static inline pkv_place pkv_place_of(const pkv_pages *pages, int64_t page) {
   pkv_place place = {.pages = pages,
                      .k = pages->k + slab_offset + page * pages->k_page_stride,
                      .v = pages->v + slab_offset + page * pages->v_page_stride};
-  if (pkv_scale_bytes(pages->k_dtype))
+  if (pkv_has_scales(pages->k_dtype))
     place.k_scales = pages->k_scales.data + slab_offset + page * pages->k_scales.page_stride;
-  if (pkv_scale_bytes(pages->v_dtype))
+  if (pkv_has_scales(pages->v_dtype))
     place.v_scales = pages->v_scales.data + slab_offset + page * pages->v_scales.page_stride;
   return place;
+}
+
+/* Where the scales of a token are; NULL where there are none. */
+static inline char *pkv_scales_at(char *scales, int64_t token_stride, int64_t offset, int32_t dtype,
+                                  int32_t dim) {
+  if (!scales) return NULL;
+  if (dtype == PKV_INT4_BY_CHANNEL) return scales + offset / PKV_CHANNEL_TOKENS * pkv_channel_bytes(dim);
+  return scales + offset * token_stride;
 }
 
 #endif

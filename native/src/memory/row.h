@@ -52,7 +52,7 @@ static inline void pkv_write_row(const pkv_kernel *kernel, char *to, char *scale
 /* And back. */
 static inline void pkv_read_row(const pkv_kernel *kernel, char *to, int32_t to_dtype, const char *from,
                                 const char *scale, int32_t from_dtype, int32_t dim) {
-  if (pkv_scale_bytes(from_dtype))
+  if (pkv_has_scales(from_dtype))
     pkv_dequantise_row(kernel, to, to_dtype, from, scale, from_dtype, dim);
   else
     pkv_convert(kernel, to, to_dtype, from, from_dtype, dim);

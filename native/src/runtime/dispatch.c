@@ -148,7 +148,7 @@ static bool is_avx512(const pkv_kernel *kernel) { return strncmp(kernel->name, "
 /* A fold for keys or values with scales; NULL: the kernel's own.  Bfloat16 in pairs only the kernel's own
  * reads. */
 static pkv_fold *int8_fold(const pkv_kernel *kernel, const pkv_layer *layer) {
-  bool is_int8 = pkv_scale_bytes(layer->k.dtype) || pkv_scale_bytes(layer->v.dtype);
+  bool is_int8 = pkv_has_scales(layer->k.dtype) || pkv_has_scales(layer->v.dtype);
   if (!is_int8 || layer->k.dtype == PKV_BFLOAT16_PAIRS || !is_avx512(kernel)) return NULL;
 #ifdef PKV_HAVE_VBMI
   if (has_vbmi()) return pkv_fold_int8_vbmi;

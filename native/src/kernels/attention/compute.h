@@ -123,6 +123,7 @@ ALWAYS_INLINE void score(const head_rows *keys, const head_rows *ahead, const fl
   switch (keys->dtype) {
     case PKV_FLOAT32: CALL_SCORE(score_float32); break;
     case PKV_INT8: OF_INT8(score_bytes, num_queries)(keys, ahead, q, scores); break;
+    case PKV_INT4_BY_CHANNEL: OF_INT8(score_nibbles, num_queries)(keys, ahead, q, scores); break;
     case PKV_FLOAT16: CALL_SCORE(score_float16); break;
     case PKV_BFLOAT16: CALL_SCORE(score_bfloat16); break;
 #ifdef HAS_PAIRS

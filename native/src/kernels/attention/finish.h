@@ -16,6 +16,7 @@ static void finish(char *out, int32_t dtype, pkv_state state, const float *sink,
 }
 
 /* What is named alike in every kernel. */
-#define KERNEL_FUNCTIONS                                                                                \
-  .prepare_q = prepare_q, .prepare_q8 = prepare_q8, .merge = merge, .finish = finish, .narrow = narrow, \
-  .widen = widen, .quantise = quantise, .dequantise = dequantise, .copy_past_caches = copy_past_caches
+#define KERNEL_FUNCTIONS                                                                                  \
+  .prepare_q = prepare_q, .prepare_q8 = prepare_q8, .merge = merge, .finish = finish, .narrow = narrow,   \
+  .widen = widen, .quantise = quantise, .dequantise = dequantise, .quantise_channels = quantise_channels, \
+  .copy_past_caches = copy_past_caches

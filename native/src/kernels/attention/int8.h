@@ -14,7 +14,11 @@
  *
  * A row that cannot be stored has the scale NaN, which makes its score NaN, or the unit. */
 
-enum { ZERO_BYTE = 128, LARGEST_WEIGHT = 32639 };
+enum {
+  ZERO_BYTE = 128,
+  LARGEST_WEIGHT = 32639,
+  LARGEST_Q_WORD = 32512, /* 127 * 256: both of its bytes are 8-bit integers */
+};
 
 static const int32_t lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -28,6 +32,39 @@ ALWAYS_INLINE words words_load(const int16_t *from) {
   words x;
   memcpy(&x, from, sizeof x);
   return x;
+}
+
+/* The largest magnitude of `count` values; NaN where one is NaN or infinite. */
+ALWAYS_INLINE float largest_magnitude(const float *values, int32_t count) {
+  vec most = {}, flaws = {};
+  for (int32_t i = 0; i < count; i += WIDTH) {
+    vec x = vec_load_n(values + i, count - i < WIDTH ? PART : WIDTH);
+    vec magnitude = (vec)((ivec)x & 0x7fffffff);
+    most = vec_max(magnitude, most);
+    flaws += magnitude * 0.0f;
+  }
+  float flaw = vec_sum(flaws);
+  return flaw == 0 ? vec_maximum(most) : __builtin_nanf("");
+}
+
+/* Round q, padded with zeros to whole vectors, to words, padded with zeros to whole cache lines. */
+ALWAYS_INLINE void round_q(const float *values, int32_t dim, pkv_q8 *to, int16_t *words) {
+  const float least = 0x1p-100f; /* so that LARGEST_Q_WORD / least is finite */
+  float largest = largest_magnitude(values, dim);
+  if (largest < least) largest = least;
+  vec inverse = (vec){} + LARGEST_Q_WORD / largest;
+  ivec sums = {};
+  for (int32_t i = dim / 16 * 16; i < (dim + 31) / 32 * 32; i++) words[i] = 0;
+  for (int32_t i = 0; i < dim; i += WIDTH) {
+    ivec word = (ivec)(vec_load(values + i) * inverse + 0x1.8p23f) - 0x4b400000;
+    halves low = vec_high_halves(word << 16);
+    memcpy(words + i, &low, sizeof low);
+    sums += word;
+  }
+  uint32_t sum = 0;
+  for (int i = 0; i < WIDTH; i++) sum += (uint32_t)sums[i];
+  to->sum = (int32_t)sum;
+  to->scale = largest / LARGEST_Q_WORD;
 }
 
 ALWAYS_INLINE float bfloat16_at(const char *address) {
@@ -70,7 +107,12 @@ ALWAYS_INLINE void load_scales_and_minima(const head_rows *rows, float scales[PK
 
 /* They lie apart from the rows: prefetch them while rows are read. */
 ALWAYS_INLINE void prefetch_scales(const head_rows *rows) {
-  if (!pkv_scale_bytes(rows->dtype)) return;
+  if (!pkv_has_scales(rows->dtype) || !rows->count) return;
+  if (rows->dtype == PKV_INT4_BY_CHANNEL) {
+    for (int32_t i = 0; i < pkv_channel_bytes(rows->dim); i += 64)
+      __builtin_prefetch(rows->scales[0] + rows->scale_offset + i, 0, 3);
+    return;
+  }
   for (int32_t t = 0; t < rows->count; t += 16)
     __builtin_prefetch(rows->scales[t] + rows->scale_offset, 0, 3);
 }
@@ -150,6 +192,79 @@ ALWAYS_INLINE void score_bytes(const head_rows *keys, const head_rows *ahead, co
   for (int32_t t = keys->count; t % WIDTH; t++)
     EACH (i, num_queries) sums[i][t] = 0;
   EACH (i, num_queries) scale_scores(q[i], scales, keys->count, sums[i], scores[i]);
+}
+
+/* ---- keys of 4 bits */
+
+/* Two codes of each byte, to bytes: `half` apart.  May write up to a vector behind both. */
+ALWAYS_INLINE void unpack_row(const char *from, int32_t half, uint8_t *to) {
+  typedef uint8_t bytes __attribute__((vector_size(4 * WIDTH)));
+  typedef uint8_t few_bytes __attribute__((vector_size(4)));
+  bytes x;
+  few_bytes y;
+  int32_t i = 0;
+  for (; i + (int32_t)sizeof x <= half; i += (int32_t)sizeof x) {
+    memcpy(&x, from + i, sizeof x);
+    bytes low = x & 15, high = x >> 4;
+    memcpy(to + i, &low, sizeof low);
+    memcpy(to + half + i, &high, sizeof high);
+  }
+  for (; i < half; i += 4) {
+    memcpy(&y, from + i, sizeof y);
+    few_bytes low = y & 15, high = y >> 4;
+    memcpy(to + i, &low, sizeof low);
+    memcpy(to + half + i, &high, sizeof high);
+  }
+}
+
+/* All rows as bytes, dim apart. */
+ALWAYS_INLINE head_rows unpack_rows(const head_rows *packed, uint8_t *bytes, const char **rows) {
+  for (int32_t t = 0; t < packed->count; t++) {
+    uint8_t *row = bytes + t * packed->dim;
+    unpack_row(packed->rows[t] + packed->offset, packed->dim / 2, row);
+    rows[t] = (const char *)row;
+  }
+  head_rows unpacked = *packed;
+  unpacked.rows = rows;
+  unpacked.offset = 0;
+  return unpacked;
+}
+
+/* q times the scales of its dims, and the sum of q times their minima. */
+ALWAYS_INLINE float scale_q(const float *q, const char *scales, int32_t dim, float *scaled) {
+  vec sum = {};
+  for (int32_t d = 0; d < dim; d += WIDTH) {
+    vec own = vec_load(q + d);
+    ivec pair = (ivec)vec_load_n((const float *)(scales + 4 * d), dim - d < WIDTH ? PART : WIDTH);
+    sum = vec_fma(own, vec_from_bits(pair & ~0xffff), sum);
+    vec_store(scaled + d, own * vec_from_bits(pair << 16));
+  }
+  return vec_sum(sum);
+}
+
+/* Score keys whose dims have scales of their own, which are folded into q, for num_queries. */
+ALWAYS_INLINE void score_nibbles(const head_rows *keys, const head_rows *ahead, const float *const *queries,
+                                 int num_queries, float scores[][PKV_RUN_TOKENS]) {
+  uint8_t bytes[PKV_RUN_TOKENS * PKV_MAX_HEAD_DIM + 64] __attribute__((aligned(64)));
+  int32_t sums[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
+  int16_t words[4][PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+  float scaled[PKV_MAX_HEAD_DIM + 16] __attribute__((aligned(64))), minima[4];
+  const int16_t *q_words[4] = {words[0], words[1], words[2], words[3]};
+  const char *rows[PKV_RUN_TOKENS];
+  pkv_q8 q[4];
+  head_rows unpacked = unpack_rows(keys, bytes, rows);
+  for (int i = 0; i < num_queries; i++) {
+    minima[i] = scale_q(queries[i], keys->scales[0] + keys->scale_offset, keys->dim, scaled);
+    round_q(scaled, keys->dim, q + i, words[i]);
+  }
+  sum_keys(&unpacked, ahead, q_words, num_queries, sums);
+  EACH (i, num_queries) {
+    for (int32_t t = keys->count; t % WIDTH; t++) sums[i][t] = 0;
+    for (int32_t t = 0; t < keys->count; t += WIDTH) {
+      vec sum = __builtin_convertvector(ivec_load(sums[i] + t), vec);
+      vec_store(scores[i] + t, vec_fma(sum, (vec){} + q[i].scale, (vec){} + minima[i]));
+    }
+  }
 }
 
 /* ---- values */
@@ -270,27 +385,6 @@ ALWAYS_INLINE void accumulate_bytes(const head_rows *values, const head_rows *ah
 
 /* ---- values of 4 bits */
 
-/* Two codes of each byte, to bytes: `half` apart.  May write up to a vector behind both. */
-ALWAYS_INLINE void unpack_row(const char *from, int32_t half, uint8_t *to) {
-  typedef uint8_t bytes __attribute__((vector_size(4 * WIDTH)));
-  typedef uint8_t few_bytes __attribute__((vector_size(4)));
-  bytes x;
-  few_bytes y;
-  int32_t i = 0;
-  for (; i + (int32_t)sizeof x <= half; i += (int32_t)sizeof x) {
-    memcpy(&x, from + i, sizeof x);
-    bytes low = x & 15, high = x >> 4;
-    memcpy(to + i, &low, sizeof low);
-    memcpy(to + half + i, &high, sizeof high);
-  }
-  for (; i < half; i += 4) {
-    memcpy(&y, from + i, sizeof y);
-    few_bytes low = y & 15, high = y >> 4;
-    memcpy(to + i, &low, sizeof low);
-    memcpy(to + half + i, &high, sizeof high);
-  }
-}
-
 ALWAYS_INLINE void accumulate_nibbles(const head_rows *values, const head_rows *ahead,
                                       const int32_t *num_seen, float weights[][PKV_RUN_TOKENS],
                                       const float *rescale, int num_queries, float *const *accumulated) {
@@ -298,16 +392,9 @@ ALWAYS_INLINE void accumulate_nibbles(const head_rows *values, const head_rows *
   float minima[PKV_RUN_TOKENS] __attribute__((aligned(64)));
   float unused[PKV_RUN_TOKENS] __attribute__((aligned(64)));
   rounded_weights rounded[4] __attribute__((aligned(64)));
-  uint8_t bytes[PKV_RUN_TOKENS * PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+  uint8_t bytes[PKV_RUN_TOKENS * PKV_MAX_HEAD_DIM + 64] __attribute__((aligned(64)));
   const char *rows[PKV_RUN_TOKENS];
-  for (int32_t t = 0; t < values->count; t++) {
-    uint8_t *row = bytes + t * values->dim;
-    unpack_row(values->rows[t] + values->offset, values->dim / 2, row);
-    rows[t] = (const char *)row;
-  }
-  head_rows unpacked = *values;
-  unpacked.rows = rows;
-  unpacked.offset = 0;
+  head_rows unpacked = unpack_rows(values, bytes, rows);
   load_scales_and_minima(values, scales, minima);
   EACH (i, num_queries) {
     round_weights(weights[i], scales, num_seen[i], values->count, rounded + i);
@@ -324,12 +411,15 @@ ALWAYS_INLINE void accumulate_nibbles(const head_rows *values, const head_rows *
                                         const float *rescale, float *const *accumulated) {        \
     name(values, ahead, num_seen, weights, rescale, num_queries, accumulated);                    \
   }
-#define INT8_FUNCTIONS(num_queries)                                                                   \
-  NOINLINE void score_bytes_of_##num_queries(const head_rows *keys, const head_rows *ahead,           \
-                                             const float *const *q, float scores[][PKV_RUN_TOKENS]) { \
-    score_bytes(keys, ahead, q, num_queries, scores);                                                 \
-  }                                                                                                   \
-  ACCUMULATE_INTEGERS(accumulate_bytes, num_queries)                                                  \
+#define SCORE_INTEGERS(name, num_queries)                                                        \
+  NOINLINE void name##_of_##num_queries(const head_rows *keys, const head_rows *ahead,           \
+                                        const float *const *q, float scores[][PKV_RUN_TOKENS]) { \
+    name(keys, ahead, q, num_queries, scores);                                                   \
+  }
+#define INT8_FUNCTIONS(num_queries)                  \
+  SCORE_INTEGERS(score_bytes, num_queries)           \
+  SCORE_INTEGERS(score_nibbles, num_queries)         \
+  ACCUMULATE_INTEGERS(accumulate_bytes, num_queries) \
   ACCUMULATE_INTEGERS(accumulate_nibbles, num_queries)
 INT8_FUNCTIONS(1)
 INT8_FUNCTIONS(2)

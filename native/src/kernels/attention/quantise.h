@@ -1,32 +1,17 @@
 /* Floats as integers of 8 or 4 bits and their scales, and back; and q as integers of 16 bits, which are
  * multiplied with them.
  *
- *   8 bits   A row's scale is its largest magnitude / 127, rounded up to bfloat16; a code is the nearest
+ * 8 bits: a row's scale is its largest magnitude / 127, rounded up to bfloat16.  A code is the nearest
  * integer to value / scale, ties to even, stored as code + 128.  Rows of smaller magnitudes than 127 * 2^-100
- *            are stored as 0, with the scale 0.
- *   4 bits   A row's minimum is rounded down to bfloat16; its scale is (largest - minimum) / 15, rounded up.
- * A code is the nearest integer to (value - minimum) / scale, from 0 to 15.  Scales below 2^-100 are 0.
+ * are stored as 0, with the scale 0.
  *
- * Finite values beyond 2^127, or 2^126 of 4 bits, saturate.  A row with NaN or infinity has the scale NaN. */
+ * 4 bits: a minimum is rounded down to bfloat16; the scale is (largest - minimum) / 15, rounded up.  A code
+ * is the nearest integer to (value - minimum) / scale, from 0 to 15.  Scales below 2^-100 are 0.  Of a row of
+ * values, or of a dim of 64 tokens' keys.
+ *
+ * Finite values beyond 2^127, or 2^126 of 4 bits, saturate.  What has NaN or infinity has the scale NaN. */
 
-enum {
-  LARGEST_CODE = 127,
-  LARGEST_NIBBLE = 15,
-  LARGEST_Q_WORD = 32512 /* 127 * 256: both of its bytes are 8-bit integers */
-};
-
-/* The largest magnitude of `count` values; NaN where one is NaN or infinite. */
-ALWAYS_INLINE float largest_magnitude(const float *values, int32_t count) {
-  vec most = {}, flaws = {};
-  for (int32_t i = 0; i < count; i += WIDTH) {
-    vec x = vec_load_n(values + i, count - i < WIDTH ? PART : WIDTH);
-    vec magnitude = (vec)((ivec)x & 0x7fffffff);
-    most = vec_max(magnitude, most);
-    flaws += magnitude * 0.0f;
-  }
-  float flaw = vec_sum(flaws);
-  return flaw == 0 ? vec_maximum(most) : __builtin_nanf("");
-}
+enum { LARGEST_CODE = 127, LARGEST_NIBBLE = 15 };
 
 /* magnitude: the largest of the values, or NaN. */
 static void quantise_int8(uint8_t *bytes, uint16_t *scale, const float *values, int64_t count,
@@ -68,6 +53,13 @@ static uint32_t bits_of_float(float value) {
 /* The nearest bfloat16 that is not smaller; of -x, not larger. */
 static uint32_t rounded_away(float value) { return (bits_of_float(value) + 0xffff) & 0xffff0000; }
 
+/* The scale and the minimum of values between these two, as bits of floats that bfloat16 holds. */
+static void scale_nibbles(float least, float largest, uint32_t *scale, uint32_t *minimum) {
+  *minimum = least < 0 ? rounded_away(least) : bits_of_float(least) & 0xffff0000;
+  *scale = rounded_away(largest / LARGEST_NIBBLE - float_of_bits(*minimum) / LARGEST_NIBBLE);
+  if (float_of_bits(*scale) < 0x1p-100f) *scale = 0;
+}
+
 /* The smallest of `count` values, which are finite. */
 ALWAYS_INLINE float smallest_value(const float *values, int32_t count) {
   vec most = (vec){} - __builtin_inff();
@@ -92,6 +84,26 @@ ALWAYS_INLINE float largest_value(const float *values, int32_t count) {
   return vec_maximum(most);
 }
 
+/* Low and high halves of a row, side by side. */
+ALWAYS_INLINE void pack_nibbles(uint8_t *bytes, const uint8_t *codes, int32_t half) {
+  typedef uint8_t few_bytes __attribute__((vector_size(16)));
+  int32_t i = 0;
+  for (; i + 16 <= half; i += 16) {
+    few_bytes low, high;
+    memcpy(&low, codes + i, sizeof low);
+    memcpy(&high, codes + half + i, sizeof high);
+    low |= high << 4;
+    memcpy(bytes + i, &low, sizeof low);
+  }
+  for (; i < half; i += 4) {
+    uint32_t low, high;
+    memcpy(&low, codes + i, sizeof low);
+    memcpy(&high, codes + half + i, sizeof high);
+    low |= high << 4;
+    memcpy(bytes + i, &low, sizeof low);
+  }
+}
+
 static void quantise_int4(uint8_t *bytes, uint16_t *scales, const float *values, int64_t count,
                           float magnitude) {
   const int32_t dim = (int32_t)count, half = dim / 2;
@@ -99,9 +111,7 @@ static void quantise_int4(uint8_t *bytes, uint16_t *scales, const float *values,
   memset(bytes, 0, (size_t)half);
   if (magnitude == magnitude) {
     float least = smallest_value(values, dim), largest = largest_value(values, dim);
-    minimum = least < 0 ? rounded_away(least) : bits_of_float(least) & 0xffff0000;
-    scale = rounded_away(largest / LARGEST_NIBBLE - float_of_bits(minimum) / LARGEST_NIBBLE);
-    if (float_of_bits(scale) < 0x1p-100f) scale = 0;
+    scale_nibbles(least, largest, &scale, &minimum);
   }
   scales[0] = (uint16_t)(scale >> 16);
   scales[1] = (uint16_t)(minimum >> 16);
@@ -115,13 +125,7 @@ static void quantise_int4(uint8_t *bytes, uint16_t *scales, const float *values,
     code = vec_select((ivec)(code < 0.0f), (vec){}, code);
     store_low_bytes(codes + i, (ivec)(code + 0x1.8p23f));
   }
-  for (int32_t i = 0; i < half; i += 4) {
-    uint32_t low, high;
-    memcpy(&low, codes + i, sizeof low);
-    memcpy(&high, codes + half + i, sizeof high);
-    low |= high << 4;
-    memcpy(bytes + i, &low, sizeof low);
-  }
+  pack_nibbles(bytes, codes, half);
 }
 
 static void quantise(uint8_t *bytes, uint16_t *scales, const float *values, int64_t count, int32_t dtype) {
@@ -139,40 +143,109 @@ static void quantise(uint8_t *bytes, uint16_t *scales, const float *values, int6
     quantise_int8(bytes, scales, values, count, magnitude);
 }
 
-static void dequantise(float *values, const uint8_t *bytes, const uint16_t *scales, int64_t count,
-                       int32_t dtype) {
-  float scale = float_of_bits((uint32_t)scales[0] << 16);
-  int64_t half = count / 2;
-  if (dtype == PKV_INT8) {
-    for (int64_t i = 0; i < count; i++) values[i] = (float)(bytes[i] - 128) * scale;
-    return;
-  }
-  float minimum = float_of_bits((uint32_t)scales[1] << 16);
-  for (int64_t i = 0; i < half; i++) {
-    values[i] = (float)(bytes[i] & 15) * scale + minimum;
-    values[half + i] = (float)(bytes[i] >> 4) * scale + minimum;
+/* Bytes as integers. */
+ALWAYS_INLINE ivec ivec_from_bytes(const uint8_t *from, int count) {
+  typedef uint8_t some_bytes __attribute__((vector_size(WIDTH)));
+  some_bytes x = {};
+  memcpy(&x, from, (size_t)count);
+  return __builtin_convertvector(x, ivec);
+}
+
+ALWAYS_INLINE void store_n(float *to, vec x, int count) { memcpy(to, &x, (size_t)count * sizeof *to); }
+
+ALWAYS_INLINE void dequantise_codes(float *values, const uint8_t *codes, const uint16_t *scales, int32_t dim,
+                                    bool is_by_channel) {
+  vec scale = (vec){} + float_of_bits((uint32_t)scales[0] << 16);
+  vec minimum = (vec){} + float_of_bits((uint32_t)scales[1] << 16);
+  for (int32_t i = 0; i < dim; i += WIDTH) {
+    int count = HAS_PART && dim - i < WIDTH ? PART : WIDTH;
+    if (is_by_channel) {
+      ivec pair = {};
+      memcpy(&pair, scales + 2 * i, (size_t)count * sizeof(int32_t));
+      scale = vec_from_bits(pair << 16);
+      minimum = vec_from_bits(pair & ~0xffff);
+    }
+    store_n(values + i, __builtin_convertvector(ivec_from_bytes(codes + i, count), vec) * scale + minimum,
+            count);
   }
 }
 
-static void prepare_q8(pkv_q8 *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim) {
-  const float least = 0x1p-100f; /* so that LARGEST_Q_WORD / least is finite */
-  float values[PKV_MAX_HEAD_DIM + 16] __attribute__((aligned(64)));
-  int16_t *words = (int16_t *)(prepared + 1);
-  prepare_q(values, q, dtype, scale, head_dim);
-  float largest = largest_magnitude(values, head_dim);
-  if (largest < least) largest = least;
-  vec inverse = (vec){} + LARGEST_Q_WORD / largest;
-  ivec sums = {};
-  int32_t padded = (head_dim + 31) / 32 * 32;
-  memset(words, 0, (size_t)padded * sizeof *words);
-  for (int32_t i = 0; i < head_dim; i += WIDTH) { /* prepare_q has padded with zeros */
-    ivec word = (ivec)(vec_load(values + i) * inverse + 0x1.8p23f) - 0x4b400000;
-    halves low = vec_high_halves(word << 16);
-    memcpy(words + i, &low, sizeof low);
-    sums += word;
+static void dequantise(float *values, const uint8_t *bytes, const uint16_t *scales, int64_t count,
+                       int32_t dtype) {
+  const int32_t dim = (int32_t)count;
+  if (dtype == PKV_INT8) {
+    float scale = float_of_bits((uint32_t)scales[0] << 16);
+    for (int32_t i = 0; i < dim; i += WIDTH) {
+      int some = HAS_PART && dim - i < WIDTH ? PART : WIDTH;
+      ivec codes = ivec_from_bytes(bytes + i, some) - 128;
+      store_n(values + i, __builtin_convertvector(codes, vec) * scale, some);
+    }
+    return;
   }
-  uint32_t sum = 0;
-  for (int i = 0; i < WIDTH; i++) sum += (uint32_t)sums[i];
-  prepared->sum = (int32_t)sum;
-  prepared->scale = largest / LARGEST_Q_WORD;
+  uint8_t codes[PKV_MAX_HEAD_DIM + 64];
+  unpack_row((const char *)bytes, dim / 2, codes);
+  if (dtype == PKV_INT4)
+    dequantise_codes(values, codes, scales, dim, false);
+  else
+    dequantise_codes(values, codes, scales, dim, true);
+}
+
+/* Scales and minima of the dims from `values` on, of all rows; NaN where a value is NaN or infinite. */
+ALWAYS_INLINE void scale_channels(const float *values, int32_t dim, int count, vec *scale, vec *minimum) {
+  const ivec high = (ivec){} + ~0xffff;
+  vec least = (vec){} + 0x1p126f, largest = (vec){} - 0x1p126f, flaws = {};
+  for (int32_t t = 0; t < PKV_CHANNEL_TOKENS; t++) {
+    vec x = vec_load_n(values + t * dim, count);
+    flaws += (vec)((ivec)x & 0x7fffffff) * 0.0f;
+    largest = vec_max(x, largest);
+    least = -vec_max(-x, -least);
+  }
+  /* Saturate. */
+  largest = vec_select((ivec)(largest > 0x1p126f), (vec){} + 0x1p126f, largest);
+  least = vec_select((ivec)(least < -0x1p126f), (vec){} - 0x1p126f, least);
+  ivec up = (ivec)(least < 0.0f) & 0xffff;
+  *minimum = (vec)(((ivec)least + up) & high);
+  vec exact = largest / (float)LARGEST_NIBBLE - *minimum / (float)LARGEST_NIBBLE;
+  *scale = (vec)(((ivec)exact + 0xffff) & high);
+  *scale = (vec)((ivec)*scale & ~(ivec)(*scale < 0x1p-100f));
+  ivec is_nan = (ivec)(flaws != 0.0f);
+  *scale = vec_select(is_nan, (vec){} + __builtin_nanf(""), *scale);
+  *minimum = vec_select(is_nan, (vec){} + __builtin_nanf(""), *minimum);
+}
+
+/* Codes of these dims, of all rows: 0 where the scale is 0 or NaN. */
+ALWAYS_INLINE void code_channels(uint8_t *codes, const float *values, int32_t dim, int count, vec scale,
+                                 vec minimum) {
+  const vec most = (vec){} + (float)LARGEST_NIBBLE;
+  ivec has_scale = (ivec)(scale > 0.0f);
+  vec inverse = (vec)((ivec)(1.0f / scale) & has_scale);
+  for (int32_t t = 0; t < PKV_CHANNEL_TOKENS; t++) {
+    vec x = vec_load_n(values + t * dim, count);
+    vec code = (vec)((ivec)((x - minimum) * inverse) & has_scale);
+    code = vec_select((ivec)(code > most), most, code);
+    code = vec_select((ivec)(code < 0.0f), (vec){}, code);
+    uint8_t part[WIDTH];
+    store_low_bytes(part, (ivec)(code + 0x1.8p23f));
+    memcpy(codes + t * dim, part, (size_t)count);
+  }
+}
+
+static void quantise_channels(uint8_t *bytes, int64_t stride, uint16_t *scales, const float *values,
+                              int32_t dim) {
+  uint8_t codes[PKV_CHANNEL_TOKENS * PKV_MAX_HEAD_DIM];
+  for (int32_t d = 0; d < dim; d += WIDTH) {
+    int count = dim - d < WIDTH ? PART : WIDTH;
+    vec scale, minimum;
+    scale_channels(values + d, dim, count, &scale, &minimum);
+    code_channels(codes + d, values + d, dim, count, scale, minimum);
+    ivec pairs = (ivec)(((ivec)scale >> 16) & 0xffff) | ((ivec)minimum & ~0xffff);
+    memcpy(scales + 2 * d, &pairs, (size_t)count * sizeof(int32_t));
+  }
+  for (int32_t t = 0; t < PKV_CHANNEL_TOKENS; t++) pack_nibbles(bytes + t * stride, codes + t * dim, dim / 2);
+}
+
+static void prepare_q8(pkv_q8 *prepared, const char *q, int32_t dtype, float scale, int32_t head_dim) {
+  float values[PKV_MAX_HEAD_DIM + 16] __attribute__((aligned(64)));
+  prepare_q(values, q, dtype, scale, head_dim);
+  round_q(values, head_dim, prepared, (int16_t *)(prepared + 1));
 }

@@ -51,7 +51,7 @@ static head_rows head_rows_of(const char *const *rows, const char *const *scales
 static head_rows part_of(const head_rows *all, int32_t begin, int32_t end) {
   head_rows part = *all;
   part.rows += begin;
-  if (pkv_scale_bytes(all->dtype)) part.scales += begin;
+  if (pkv_has_scales(all->dtype)) part.scales += begin;
   part.count = end - begin;
   part.first = part.count ? part.rows[0] + part.offset : NULL;
   return part;

@@ -124,6 +124,7 @@ ALWAYS_INLINE void score(const head_rows *keys, const head_rows *ahead, const fl
   switch (keys->dtype) {
     case PKV_FLOAT32: score_keys(keys, PKV_FLOAT32, ahead, q, num_queries, scores); break;
     case PKV_INT8: OF_INT8(score_bytes, num_queries)(keys, ahead, q, scores); break;
+    case PKV_INT4_BY_CHANNEL: OF_INT8(score_nibbles, num_queries)(keys, ahead, q, scores); break;
     case PKV_FLOAT16: score_keys(keys, PKV_FLOAT16, ahead, q, num_queries, scores); break;
     case PKV_BFLOAT16: score_keys(keys, PKV_BFLOAT16, ahead, q, num_queries, scores); break;
 #ifdef HAS_PAIRS
