@@ -1,7 +1,7 @@
 """How does paged_kv compare with the other attention kernels for cached keys and values, on this machine?
 
-    python benchmarks/compare.py [--work decode,prefill,append] [--shapes 32/8/128] [--dtypes bfloat16]
-                                 [--cells 8x2048] [--json FILE] [--toy]
+    python benchmarks/compare.py [--work decode,prefill,append,low_bit] [--shapes 32/8/128]
+                                 [--dtypes bfloat16] [--cells 8x2048] [--json FILE] [--toy]
 
 `make bench-rivals` runs all of it, in an environment that has the rivals. Each case gives all of them the
 same random q, k and v. All are set up first and then take turns, so that a noisy moment affects all;
@@ -12,7 +12,8 @@ largest error against float64. paged_kv, OpenVINO, ONNX Runtime, vLLM and transf
 token in the same call.
 
 Decode: one new token for each of `batch` sequences. Prefill: new tokens at the end of one sequence. Append:
-keys and values of one token for each of 64 sequences, nanoseconds for each token and kv head.
+keys and values of one token for each of 64 sequences, nanoseconds for each token and kv head. Low bit: decode
+over keys and values of 8 and 4 bits (low_bit_rivals.py), beside ours of 16.
 """
 
 import os
@@ -32,16 +33,19 @@ import ceiling
 import numpy as np
 import torch
 from harness import machine, packed, progress, show
-from rivals import NAMES, available
+from low_bit_rivals import LOW_BIT
+from rivals import NAMES, RIVALS, available
 
 from paged_kv.files import replace_files
 from paged_kv.machine import num_cpus
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 WALKED_BYTES = 2**30
+TOY_CELLS = {"decode": "2x64", "prefill": "32+32", "append": "2x64", "low_bit": "2x64"}
 SHAPES = "32/8/128,32/32/128,20/5/128"
 CELLS = {"decode": "1x2048,8x2048,32x1024,1x32768", "prefill": "2048+0,512+4096,128+16384"}
 CELLS["append"] = "64x16"
+CELLS["low_bit"] = "8x2048"
 
 
 def reference(q, k, v):
@@ -56,10 +60,10 @@ def reference(q, k, v):
     return out
 
 
-def set_up(work, inputs, copies, num_threads, expected):
+def set_up(work, inputs, copies, num_threads, expected, among=RIVALS):
     """The calls of each rival, and its error; what cannot be set up is reported on stderr."""
     calls, errors, rivals = {}, {}, {}
-    there, _ = available()
+    there, _ = available(among)
     for name, rival in there.items():
         if inputs[0].dtype not in rival.dtypes or not hasattr(rival, work):
             continue
@@ -113,14 +117,19 @@ def rows_of(case, times, errors, num_bytes, flop):
         }
 
 
-def decode(shape, dtype, batch, context, options):
+def low_bit(shape, dtype, batch, context, options):
+    """Decode over pages of fewer bits, beside our own of 16."""
+    return decode(shape, dtype, batch, context, options, LOW_BIT, "low_bit")
+
+
+def decode(shape, dtype, batch, context, options, among=RIVALS, work="decode"):
     num_q_heads, num_kv_heads, dim = shape
     q = torch.randn(batch, num_q_heads, dim).to(dtype)
     k, v = (torch.randn(batch, context, num_kv_heads, dim).to(dtype) for _ in "kv")
     num_bytes = 2 * k.numel() * k.element_size()
     copies = 1 if options.toy or options.hot else max(1, min(256, WALKED_BYTES // num_bytes))
     expected = {row: reference(q[row], k[row], v[row]) for row in {0, batch - 1}}
-    calls, errors, rivals = set_up("decode", (q, k, v), copies, options.threads, expected)
+    calls, errors, rivals = set_up("decode", (q, k, v), copies, options.threads, expected, among)
     cache = rivals["paged_kv"].cache
     memory, block = cache._store.pool.data(), cache._store.layout.page_share_bytes
     pages, num_pages = rivals["paged_kv"].pages, cache.stats().num_pages
@@ -128,7 +137,7 @@ def decode(shape, dtype, batch, context, options):
         ceiling.reader(memory, block, layer * num_pages + pages, options.threads) for layer in range(copies)
     ]
     times = take_turns(calls, options.seconds)
-    case = {"work": "hot decode" if options.hot else "decode", "shape": "/".join(map(str, shape))}
+    case = {"work": f"hot {work}" if options.hot else work, "shape": "/".join(map(str, shape))}
     case |= {"dtype": NAMES[dtype], "cell": f"{batch}x{context}", "threads": options.threads}
     return rows_of(case, times, errors, num_bytes, 4 * batch * context * num_q_heads * dim)
 
@@ -167,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", default="decode,prefill,append")
+    parser.add_argument("--work", default="decode,prefill,append,low_bit")
     parser.add_argument("--shapes", default=SHAPES, help=f"q heads/kv heads/head_dim (default {SHAPES})")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--cells", help="decode: batch x context; prefill: new + past")
@@ -185,15 +194,15 @@ def main() -> None:
         print(f"{name} is left out: {reason}", file=sys.stderr)
     rows = []
     for work in options.work.split(","):
-        cells = (
-            options.cells
-            or ({"decode": "2x64", "prefill": "32+32", "append": "2x64"} if options.toy else CELLS)[work]
-        )
-        lists = (options.shapes.split(","), options.dtypes.split(","), cells.split(","))
+        cells = options.cells or (TOY_CELLS if options.toy else CELLS)[work]
+        dtypes = options.dtypes.split(",")
+        if work == "low_bit":  # inputs that all of them take
+            dtypes = [dtype for dtype in dtypes if dtype == "bfloat16"]
+        lists = (options.shapes.split(","), dtypes, cells.split(","))
         cases = list(itertools.product(*lists))
         for shape, dtype, cell in progress(cases, work):
             sizes = [int(size) for size in cell.replace("+", "x").split("x")]
-            run = {"decode": decode, "prefill": prefill, "append": append}[work]
+            run = {"decode": decode, "prefill": prefill, "append": append, "low_bit": low_bit}[work]
             shape = tuple(int(size) for size in shape.split("/"))
             rows += run(shape, DTYPES[dtype], *sizes, options)
             gc.collect()

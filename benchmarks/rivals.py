@@ -62,14 +62,16 @@ class PagedKV(Rival):
     def step(self, q, k, v, copies, num_new):
         batch, context, num_kv_heads, dim = k.shape
         page_size = min(64, context)
+        options = self.cache_options(k)
+        spare = 0 if NAMES[k.dtype] in options.values() else 8 * batch  # open pages beside packed ones
         self.cache = paged_kv.PagedKVCache(
             copies,
             num_kv_heads,
             dim,
-            dtype=NAMES[k.dtype],
-            num_pages=batch * -(-context // page_size),
+            num_pages=batch * -(-context // page_size) + spare,
             page_size=page_size,
             num_threads=self.num_threads,
+            **options,
         )
         seqs = [self.cache.sequence() for _ in range(batch)]
         # Sequences that grow in turns, a page at a time and in random order, get scattered pages.
@@ -82,6 +84,9 @@ class PagedKV(Rival):
                     for layer in range(copies):
                         step.write(layer, k[i, begin : begin + count], v[i, begin : begin + count])
         return self.cache.step(seqs, [num_new] * batch)
+
+    def cache_options(self, k):
+        return {"dtype": NAMES[k.dtype]}
 
     def decode(self, q, k, v, copies):
         step, out = self.step(q, k, v, copies, 1), torch.empty_like(q)
@@ -207,25 +212,28 @@ class OnnxRuntime(Rival):
     needs, appends = "onnxruntime", True
     dtypes = (torch.float32, torch.float16)
 
-    def session(self, num_q_heads, num_kv_heads, dim, dtype):
+    def session(self, num_q_heads, num_kv_heads, dim, dtype, bits=None):
+        """bits : of the cache, 8 or 4; None: it has q's dtype."""
         import onnxruntime
         from onnx import TensorProto, helper
 
         kind = TensorProto.FLOAT16 if dtype == torch.float16 else TensorProto.FLOAT
-        past = ["batch", num_kv_heads, "most", dim]
+        stored = {None: kind, 8: TensorProto.INT8, 4: TensorProto.UINT8}[bits]
+        past = ["batch", num_kv_heads, "most", dim // 2 if bits == 4 else dim]
         inputs = {"query": (kind, ["batch", 1, num_q_heads * dim])}
         inputs |= {name: (kind, ["batch", 1, num_kv_heads * dim]) for name in ("key", "value")}
-        inputs |= {name: (kind, past) for name in ("past_key", "past_value")}
+        inputs |= {name: (stored, past) for name in ("past_key", "past_value")}
         inputs |= {"seqlens_k": (TensorProto.INT32, ["batch"])}
         inputs |= {"total_sequence_length": (TensorProto.INT32, [1])}
-        outputs = {"output": inputs["query"], "present_key": (kind, past), "present_value": (kind, past)}
+        outputs = {"output": inputs["query"], "present_key": (stored, past), "present_value": (stored, past)}
+        names, attributes = list(inputs), {"num_heads": num_q_heads, "kv_num_heads": num_kv_heads}
+        if bits:
+            scales = {f"{name}_scale": (kind, [1, num_kv_heads, 1, dim]) for name in "kv"}
+            names, inputs = [*names, *[""] * 5, *scales], inputs | scales
+            attributes |= {"kv_cache_bit_width": bits}
+            attributes |= {f"{name}_quant_type": "PER_CHANNEL" for name in "kv"}
         node = helper.make_node(
-            "GroupQueryAttention",
-            list(inputs),
-            list(outputs),
-            domain="com.microsoft",
-            num_heads=num_q_heads,
-            kv_num_heads=num_kv_heads,
+            "GroupQueryAttention", names, list(outputs), domain="com.microsoft", **attributes
         )
         infos = [
             [helper.make_tensor_value_info(name, *what) for name, what in each.items()]
@@ -299,9 +307,7 @@ class OpenVINO(Rival):
 
         heads = {"q": num_q_heads, "k": num_kv_heads, "v": num_kv_heads}
         tensors = [parameter(name, [-1, count * dim], kind) for name, count in heads.items()]
-        caches = [
-            parameter(f"{name}_cache.0", [-1, num_kv_heads, 32, dim], kind) for name in ("key", "value")
-        ]
+        caches = self.cache_parameters(parameter, num_kv_heads, dim, kind)
         lists = [parameter(name, [-1]) for name in ("past_lens", "subsequence_begins")]
         lists += [parameter(name, [-1]) for name in ("block_indices", "block_indices_begins")]
         longest = parameter("max_context_len", [])
@@ -323,11 +329,34 @@ class OpenVINO(Rival):
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": precision,
-                "KV_CACHE_PRECISION": precision,
+                "KV_CACHE_PRECISION": self.cache_precision(precision),
                 "INFERENCE_NUM_THREADS": self.num_threads,
                 "NUM_STREAMS": 1,
             },
         )
+
+    def cache_parameters(self, parameter, num_kv_heads, dim, kind):
+        shape = [-1, num_kv_heads, 32, dim]
+        return [parameter(f"{name}_cache.0", shape, kind) for name in ("key", "value")]
+
+    def cache_precision(self, precision):
+        return precision
+
+    def pools(self, model, q, k, v, table, copies):
+        """The caches of each copy, by the names of the model's inputs."""
+        pages_each = len(table) // len(k)
+        pools = []
+        for x in (k, v):
+            padded = torch.zeros(len(k), pages_each * 32, *k.shape[2:], dtype=x.dtype)
+            padded[:, : k.shape[1]] = x
+            pool = torch.empty(len(table), k.shape[2], 32, k.shape[3], dtype=x.dtype)
+            pool[table] = padded.reshape(-1, 32, *k.shape[2:]).transpose(1, 2)
+            pools.append(copies_of(pool, copies))
+        self.filled = pools
+        return [
+            {"key_cache.0": self.tensor(pools[0][i]), "value_cache.0": self.tensor(pools[1][i])}
+            for i in range(copies)
+        ]
 
     def tensor(self, x):
         import openvino as ov
@@ -346,13 +375,7 @@ class OpenVINO(Rival):
         pages_each = -(-context // 32)
         table = torch.randperm(batch * pages_each)
         model = self.compiled(num_q_heads, num_kv_heads, dim, k.dtype)
-        pools = []
-        for x in (k, v):
-            padded = torch.zeros(batch, pages_each * 32, num_kv_heads, dim, dtype=x.dtype)
-            padded[:, :context] = x
-            pool = torch.empty(len(table), num_kv_heads, 32, dim, dtype=x.dtype)
-            pool[table] = padded.reshape(-1, 32, num_kv_heads, dim).transpose(1, 2)
-            pools.append(copies_of(pool, copies))
+        pools = self.pools(model, q, k, v, table, copies)
         rows = {"q": q, "k": k[:, context - new :], "v": v[:, context - new :]}
         given = {name: self.tensor(x.reshape(batch * new, -1)) for name, x in rows.items()}
         lists = {
@@ -367,8 +390,7 @@ class OpenVINO(Rival):
         requests = []
         for i in range(copies):
             request = model.create_infer_request()
-            caches = {"key_cache.0": self.tensor(pools[0][i]), "value_cache.0": self.tensor(pools[1][i])}
-            for name, each in (given | caches).items():
+            for name, each in (given | pools[i]).items():
                 request.set_tensor(name, each)
             requests.append(request)
         return [lambda request=request: (request.infer() and request) or request for request in requests]
@@ -392,6 +414,7 @@ class VLLM(Rival):
     is_paged = appends = True
     dtypes = (torch.float32, torch.bfloat16)
     isa = "vec"
+    stored = "auto"
 
     @classmethod
     def why_not(cls):
@@ -407,10 +430,11 @@ class VLLM(Rival):
         table = torch.randperm(batch * pages_each).reshape(batch, -1).to(torch.int32)
         at = torch.arange(context)
         slots = table[:, at // 128].long() * 128 + at % 128
-        pool = torch.zeros(batch * pages_each, num_kv_heads, 256, dim, dtype=k.dtype)
+        kind = k.dtype if self.stored == "auto" else torch.uint8
+        pool = torch.zeros(batch * pages_each, num_kv_heads, 256, dim, dtype=kind)
 
         def write(caches, keys, values, where):
-            ops.cpu_attn_reshape_and_cache(keys, values, *caches, where, self.isa, 1.0, 1.0, "auto")
+            ops.cpu_attn_reshape_and_cache(keys, values, *caches, where, self.isa, 1.0, 1.0, self.stored)
 
         rows = [x.reshape(-1, num_kv_heads, dim) for x in (k, v)]
         write(pool.chunk(2, dim=2), *rows, slots.reshape(-1))
@@ -427,11 +451,26 @@ class VLLM(Rival):
         batch, context, num_kv_heads, dim = k.shape
         lens = torch.full((batch,), context, dtype=torch.int32)
         begins = torch.arange(batch + 1, dtype=torch.int32) * new
-        options = (begins, True, -1, self.isa, True, None, "auto")
+        options = (begins, True, -1, self.isa, True, None, self.stored)
         plan = ops.get_scheduler_metadata(batch, q.shape[1], num_kv_heads, dim, lens, k.dtype, *options)
         rows = [x[:, context - new :].reshape(-1, num_kv_heads, dim).contiguous() for x in (k, v)]
         where, out = slots[:, context - new :].reshape(-1).contiguous(), torch.empty_like(q)
-        before = (begins, lens, dim**-0.5, True, None, -1, table, 0.0, plan, None, None, 1.0, 1.0, "auto")
+        before = (
+            begins,
+            lens,
+            dim**-0.5,
+            True,
+            None,
+            -1,
+            table,
+            0.0,
+            plan,
+            None,
+            None,
+            1.0,
+            1.0,
+            self.stored,
+        )
 
         def call(i):
             write(pools[i], *rows, where)
@@ -516,10 +555,10 @@ RIVALS = {
 }
 
 
-def available() -> tuple[dict[str, type[Rival]], dict[str, str]]:
+def available(rivals: dict[str, type[Rival]] = RIVALS) -> tuple[dict[str, type[Rival]], dict[str, str]]:
     """The rivals that can be timed here, and why the others cannot."""
-    reasons = {name: rival.why_not() for name, rival in RIVALS.items()}
+    reasons = {name: rival.why_not() for name, rival in rivals.items()}
     return (
-        {name: rival for name, rival in RIVALS.items() if not reasons[name]},
+        {name: rival for name, rival in rivals.items() if not reasons[name]},
         {name: reason for name, reason in reasons.items() if reason},
     )

@@ -94,7 +94,8 @@ class PagedKVCache(Uncopyable):
     dtype : what pages store: float32, float16, bfloat16, int8 or int4, or a pair, of keys and of values.
         int8: a token's head is 8-bit integers and one bfloat16 scale, half the memory of bfloat16; int4:
         4-bit integers, a scale and a minimum, of each token's values and of each dim of 64 tokens' keys
-    num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), rounded down to whole pages
+    num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), rounded down to whole pages.
+        Where pages are packed, num_pages are of these, beside open pages for one step
     page_size : tokens per page, a multiple of 16
     max_sequences : int, sequences at a time
     max_seq_len : tokens of one sequence; None: as many as the pool holds, without limit with a window
@@ -168,9 +169,10 @@ class PagedKVCache(Uncopyable):
                 f"{layout.num_layers} layers of {layout.num_kv_heads} heads; at most "
                 f"{MAX_PAGE_BYTES:,} can be"
             )
-        num_pages, packed = _num_pages(layout, num_pages, memory), None
+        is_exact, packed = memory is not None, None
+        num_pages = _num_pages(layout, num_pages, memory)
         if packing is not None:
-            packed = _packed_pages(opened, layout, num_pages, packing, max_step_tokens)
+            packed = _packed_pages(opened, layout, num_pages, packing, max_step_tokens, is_exact)
             num_pages = packed.slabs.num_slabs * max(packed.slabs.places)
         # Without a window no sequence grows beyond what the pool holds; its row need not be longer.
         most = MAX_TOKENS if window is not None else min(num_pages * layout.page_size, MAX_TOKENS)
@@ -541,13 +543,22 @@ def _open_layout(layout: PageLayout, open_dtype: object) -> PageLayout:
 
 
 def _packed_pages(
-    opened: PageLayout, packed: PageLayout, num_pages: int, packing: Packing, max_step_tokens: int
+    opened: PageLayout,
+    packed: PageLayout,
+    num_pages: int,
+    packing: Packing,
+    max_step_tokens: int,
+    is_exact: bool,
 ) -> PackedPages:
-    """Slabs for as much memory as num_pages packed pages take."""
+    """Slabs for num_pages packed pages; is_exact: with the open ones, else beside those of a step."""
     num_bytes = num_pages * packed.page_bytes
     of_a_step = pages_for(max_step_tokens, packed.page_size) + 1
-    floors = (min(of_a_step, num_bytes // 4 // opened.page_bytes), 0)
-    slabs = slab_sizes(num_bytes, (opened.page_bytes, packed.page_bytes), floors)
+    if is_exact:
+        of_a_step = min(of_a_step, num_bytes // 4 // opened.page_bytes)
+    else:
+        of_a_step = min(of_a_step, num_pages + 1)
+        num_bytes += of_a_step * opened.page_bytes + 2 * packed.page_bytes
+    slabs = slab_sizes(num_bytes, (opened.page_bytes, packed.page_bytes), (of_a_step, 0))
     return PackedPages(packed, slabs, packing)
 
 

@@ -407,7 +407,9 @@ def test_memory_is_that_of_packed_pages(rng):
     options = {"num_layers": 1, "page_size": PAGE, "num_kv_heads": 2, "head_dim": 128}
     with (
         make_cache(**options, dtype="bfloat16", num_pages=100) as plain,
-        make_cache(**options, dtype="int8", recent_tokens=64, max_step_tokens=64, num_pages=193) as packed,
+        make_cache(
+            **options, dtype="int8", recent_tokens=64, max_step_tokens=64, num_pages=None, memory="6400KiB"
+        ) as packed,
     ):
         assert packed.stats().pool_bytes <= plain.stats().pool_bytes
         lengths = []
@@ -437,7 +439,7 @@ def test_memory_is_that_of_packed_pages(rng):
         ({"recent_tokens": 64, "dtype": "bfloat16"}, "no larger than packed ones"),
         ({"recent_tokens": 64, "open_dtype": "int8"}, "no larger than packed ones"),
         ({"recent_tokens": 64, "open_dtype": "int3"}, "dtype is int3"),
-        ({"recent_tokens": 64, "num_pages": 1}, "give more memory"),
+        ({"recent_tokens": 64, "num_pages": None, "memory": "16KiB"}, "give more memory"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(options, reason):

@@ -53,8 +53,11 @@ def add_model_options(command: Any, *, default: str | None = None, has_cache: bo
             metavar="DTYPE",
             help=f"of pages: {', '.join(VALUE_DTYPES)}, or int8,int4 ({usual})",
         )
+        command.add_argument(
+            "--kv-recent", type=int, metavar="TOKENS", help="newest tokens that are kept in bfloat16"
+        )
     else:
-        command.set_defaults(kv_dtype=None)
+        command.set_defaults(kv_dtype=None, kv_recent=None)
 
 
 def add_sampling_options(command: Any, *, temperature: float = 0.0) -> None:
@@ -89,7 +92,8 @@ class Opened:
 
 def opened(options: argparse.Namespace, live: LiveLine) -> Opened:
     """What --model names; without it, the small model.  Raises: ArgumentError, ImportError, OSError."""
-    cache_options = {} if options.kv_dtype is None else {"dtype": options.kv_dtype}
+    given = {"dtype": options.kv_dtype, "recent_tokens": options.kv_recent}
+    cache_options = {name: value for name, value in given.items() if value is not None}
     if options.model is None:
         tiny = BitNetModel.tiny()
         begin = [] if tiny.config.bos_token_id is None else [tiny.config.bos_token_id]

@@ -230,16 +230,36 @@ ALWAYS_INLINE head_rows unpack_rows(const head_rows *packed, uint8_t *bytes, con
   return unpacked;
 }
 
-/* q times the scales of its dims, and the sum of q times their minima. */
-ALWAYS_INLINE float scale_q(const float *q, const char *scales, int32_t dim, float *scaled) {
-  vec sum = {};
+/* q times the scales of its dims, as words of a unit each, and the sums of q times their minima.  A scale
+ * that is NaN has a minimum that is, so the sum says so. */
+ALWAYS_INLINE void scale_queries(const float *const *queries, int num_queries, const char *scales,
+                                 int32_t dim, int16_t (*words)[PKV_MAX_HEAD_DIM], float *units,
+                                 float *minima) {
+  float scaled[4][PKV_MAX_HEAD_DIM + 16] __attribute__((aligned(64)));
+  const float least = 0x1p-100f; /* so that LARGEST_Q_WORD / least is finite */
+  vec sums[4] = {}, most[4];
+  EACH (i, num_queries) most[i] = (vec){} + least;
   for (int32_t d = 0; d < dim; d += WIDTH) {
-    vec own = vec_load(q + d);
     ivec pair = (ivec)vec_load_n((const float *)(scales + 4 * d), dim - d < WIDTH ? PART : WIDTH);
-    sum = vec_fma(own, vec_from_bits(pair & ~0xffff), sum);
-    vec_store(scaled + d, own * vec_from_bits(pair << 16));
+    vec minimum = vec_from_bits(pair & ~0xffff), scale = vec_from_bits(pair << 16);
+    EACH (i, num_queries) {
+      vec own = vec_load(queries[i] + d), product = own * scale;
+      sums[i] = vec_fma(own, minimum, sums[i]);
+      most[i] = vec_max((vec)((ivec)product & 0x7fffffff), most[i]);
+      vec_store(scaled[i] + d, product);
+    }
   }
-  return vec_sum(sum);
+  EACH (i, num_queries) {
+    float largest = vec_maximum(most[i]);
+    vec inverse = (vec){} + LARGEST_Q_WORD / largest;
+    units[i] = largest / LARGEST_Q_WORD;
+    minima[i] = vec_sum(sums[i]);
+    for (int32_t d = dim / 16 * 16; d < (dim + 31) / 32 * 32; d++) words[i][d] = 0;
+    for (int32_t d = 0; d < dim; d += WIDTH) { /* the word is in the low 16 bits */
+      halves low = vec_high_halves((ivec)(vec_load(scaled[i] + d) * inverse + 0x1.8p23f) << 16);
+      memcpy(words[i] + d, &low, sizeof low);
+    }
+  }
 }
 
 /* Score keys whose dims have scales of their own, which are folded into q, for num_queries. */
@@ -248,21 +268,17 @@ ALWAYS_INLINE void score_nibbles(const head_rows *keys, const head_rows *ahead, 
   uint8_t bytes[PKV_RUN_TOKENS * PKV_MAX_HEAD_DIM + 64] __attribute__((aligned(64)));
   int32_t sums[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   int16_t words[4][PKV_MAX_HEAD_DIM] __attribute__((aligned(64)));
-  float scaled[PKV_MAX_HEAD_DIM + 16] __attribute__((aligned(64))), minima[4];
+  float units[4], minima[4];
   const int16_t *q_words[4] = {words[0], words[1], words[2], words[3]};
   const char *rows[PKV_RUN_TOKENS];
-  pkv_q8 q[4];
   head_rows unpacked = unpack_rows(keys, bytes, rows);
-  for (int i = 0; i < num_queries; i++) {
-    minima[i] = scale_q(queries[i], keys->scales[0] + keys->scale_offset, keys->dim, scaled);
-    round_q(scaled, keys->dim, q + i, words[i]);
-  }
+  scale_queries(queries, num_queries, keys->scales[0] + keys->scale_offset, keys->dim, words, units, minima);
   sum_keys(&unpacked, ahead, q_words, num_queries, sums);
   EACH (i, num_queries) {
     for (int32_t t = keys->count; t % WIDTH; t++) sums[i][t] = 0;
     for (int32_t t = 0; t < keys->count; t += WIDTH) {
       vec sum = __builtin_convertvector(ivec_load(sums[i] + t), vec);
-      vec_store(scores[i] + t, vec_fma(sum, (vec){} + q[i].scale, (vec){} + minima[i]));
+      vec_store(scores[i] + t, vec_fma(sum, (vec){} + units[i], (vec){} + minima[i]));
     }
   }
 }

@@ -147,11 +147,20 @@ static void quantise(uint8_t *bytes, uint16_t *scales, const float *values, int6
 ALWAYS_INLINE ivec ivec_from_bytes(const uint8_t *from, int count) {
   typedef uint8_t some_bytes __attribute__((vector_size(WIDTH)));
   some_bytes x = {};
-  memcpy(&x, from, (size_t)count);
+  if (count == WIDTH)
+    memcpy(&x, from, sizeof x);
+  else
+    memcpy(&x, from, PART);
   return __builtin_convertvector(x, ivec);
 }
 
-ALWAYS_INLINE void store_n(float *to, vec x, int count) { memcpy(to, &x, (size_t)count * sizeof *to); }
+/* The first `count` lanes, WIDTH or PART. */
+ALWAYS_INLINE void store_n(void *to, vec x, int count) {
+  if (count == WIDTH)
+    memcpy(to, &x, sizeof x);
+  else
+    memcpy(to, &x, PART * sizeof(float));
+}
 
 ALWAYS_INLINE void dequantise_codes(float *values, const uint8_t *codes, const uint16_t *scales, int32_t dim,
                                     bool is_by_channel) {
@@ -160,8 +169,7 @@ ALWAYS_INLINE void dequantise_codes(float *values, const uint8_t *codes, const u
   for (int32_t i = 0; i < dim; i += WIDTH) {
     int count = HAS_PART && dim - i < WIDTH ? PART : WIDTH;
     if (is_by_channel) {
-      ivec pair = {};
-      memcpy(&pair, scales + 2 * i, (size_t)count * sizeof(int32_t));
+      ivec pair = (ivec)vec_load_n((const float *)(scales + 2 * i), count);
       scale = vec_from_bits(pair << 16);
       minimum = vec_from_bits(pair & ~0xffff);
     }
@@ -225,8 +233,8 @@ ALWAYS_INLINE void code_channels(uint8_t *codes, const float *values, int32_t di
     code = vec_select((ivec)(code > most), most, code);
     code = vec_select((ivec)(code < 0.0f), (vec){}, code);
     uint8_t part[WIDTH];
-    store_low_bytes(part, (ivec)(code + 0x1.8p23f));
-    memcpy(codes + t * dim, part, (size_t)count);
+    store_low_bytes(count == WIDTH ? codes + t * dim : part, (ivec)(code + 0x1.8p23f));
+    if (count != WIDTH) memcpy(codes + t * dim, part, PART);
   }
 }
 
@@ -239,7 +247,7 @@ static void quantise_channels(uint8_t *bytes, int64_t stride, uint16_t *scales, 
     scale_channels(values + d, dim, count, &scale, &minimum);
     code_channels(codes + d, values + d, dim, count, scale, minimum);
     ivec pairs = (ivec)(((ivec)scale >> 16) & 0xffff) | ((ivec)minimum & ~0xffff);
-    memcpy(scales + 2 * d, &pairs, (size_t)count * sizeof(int32_t));
+    store_n(scales + 2 * d, (vec)pairs, count);
   }
   for (int32_t t = 0; t < PKV_CHANNEL_TOKENS; t++) pack_nibbles(bytes + t * stride, codes + t * dim, dim / 2);
 }
