@@ -143,6 +143,43 @@ def finds(opened: Model, prompt: list[int], answer: list[int], dtype: str) -> bo
     return bool((scores[:-1].argmax(1) == answer).all())
 
 
+class TwoSteps:
+    """A step of a bfloat16 cache, whose keys, values and queries go to a cache of another dtype, too."""
+
+    def __init__(self, exact: Any, other: Any) -> None:
+        self.exact, self.other, self.errors = exact, other, {}
+        self.positions = exact.positions
+
+    def attend(self, layer: int, q: Any, *rows: Any, **options: Any) -> Any:
+        # The output may be q's memory, so what is compared comes first.
+        got = np.asarray(
+            self.other.attend(layer, np.array(q), *rows, **(options | {"out": None})), np.float64
+        )
+        out = self.exact.attend(layer, q, *rows, **options)
+        expected = np.asarray(out, np.float64)
+        self.errors[layer] = float(np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()))
+        return out
+
+
+def layer_errors(opened: Model, ids: list[int], dtype: str) -> list[float]:
+    """Of each layer the error of attention, rms over rms, for the last tokens; keys, values and queries are
+    those of the model with bfloat16 pages.
+    """
+    num_pages = 4 * (-(-len(ids) // 64) + 8)
+    new_cache = opened.model.new_cache
+    with (
+        new_cache(num_pages=num_pages, max_sequences=1, **cache_options(BASELINE)) as exact,
+        new_cache(num_pages=num_pages, max_sequences=1, **cache_options(dtype)) as other,
+    ):
+        seqs = exact.sequence(), other.sequence()
+        for begin in range(0, len(ids), CHUNK):
+            chunk = ids[begin : begin + CHUNK]
+            with exact.step([seqs[0]], [len(chunk)]) as one, other.step([seqs[1]], [len(chunk)]) as two:
+                both = TwoSteps(one, two)
+                opened.model.forward(chunk, both, np.arange(1))
+    return [both.errors[layer] for layer in sorted(both.errors)]
+
+
 def measure(opened: Model, dtypes: list[str], num_scored: int, lengths: list[int]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {name: {"dtype": name, "parts": []} for name in dtypes}
     for kind, text in texts().items():
@@ -219,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="with commas; K+V is a pair")
     parser.add_argument("--quick", action="store_true", help="few tokens of short texts, for a test")
+    parser.add_argument("--layers", action="store_true", help="instead: the error of attention in each layer")
     parser.add_argument("--json", help="write the rows to a file")
     parser.add_argument("--plot", help="quality against bytes, as .png or .svg")
     options = parser.parse_args()
@@ -227,6 +265,12 @@ def main() -> None:
     lengths = [256] if options.quick else sorted({min(length, limit) for length in LENGTHS})
     num_scored = 32 if options.quick else min(NUM_SCORED, lengths[0] // 2)
     print(f"{model.name}, texts of {lengths} tokens, the last {num_scored} of each")
+    if options.layers:
+        ids = model.tokenizer.encode(texts()["prose"][: 16 * lengths[0]])[: lengths[0]]
+        for name in options.dtypes.split(","):
+            errors = layer_errors(model, ids, name)
+            print(f"{name:18} error of attention by layer: " + " ".join(f"{error:.4f}" for error in errors))
+        return
     rows = measure(model, options.dtypes.split(","), num_scored, lengths)
     show(rows)
     if options.json:
