@@ -64,7 +64,8 @@ class Steps:
     """Times of a batch's decode steps, without the model and the sampler."""
 
     def __init__(self, batch: Batch, model: Nothing, num_sequences: int) -> None:
-        self.us: list[float] = []
+        self.us: list[float] = []  # of steps of all sequences
+        self.us_of_some: list[float] = []  # of fewer: on a busy machine, some may end before others begin
         self._batch, self._model, self._num_sequences = batch, model, num_sequences
 
     def timed(self, step):
@@ -76,19 +77,22 @@ class Steps:
             elapsed = time.perf_counter() - begin - self._model.seconds
             if len(self._batch.sampled) == self._num_sequences and not self._batch.waiting:
                 self.us.append(1e6 * elapsed)
+            else:
+                self.us_of_some.append(1e6 * elapsed)
             return result
 
         return call
 
     def row(self, name: str) -> dict[str, object]:
-        low, median, high = np.percentile(self.us[5:], [25, 50, 75])
+        times = self.us[5:] or self.us or self.us_of_some
+        low, median, high = np.percentile(times, [25, 50, 75])
         return {
             "what": name,
             "num_sequences": self._num_sequences,
             "us": round(median, 1),
             "us_per_sequence": round(median / self._num_sequences, 2),
             "quartiles": f"{low:.1f} to {high:.1f}",
-            "num_steps": len(self.us),
+            "num_steps": len(times),
         }
 
 

@@ -21,6 +21,7 @@ from .pages.block_table import Packing, Window
 from .pages.counts import Counts
 from .pages.events import Event
 from .pages.layout import (
+    ARRAY_DTYPES,
     BY_CHANNEL,
     DEFAULT_PAGE_SIZE,
     PageLayout,
@@ -198,7 +199,7 @@ class PagedKVCache(Uncopyable):
             clock,
             seconds("retention_half_life", retention_half_life),
             keep_policy,
-            bytes_of("fingerprint", fingerprint),
+            bytes_of("fingerprint", fingerprint) + _format_tag(layout, opened, packing),
             _share("pin_budget", pin_budget),
             packed,
         )
@@ -528,6 +529,15 @@ def _packing(
     return Packing(recent, num_sink_tokens)
 
 
+def _format_tag(layout: PageLayout, opened: PageLayout, packing: Packing | None) -> bytes:
+    """What belongs to a page's hash beside the fingerprint: which values its tokens are rounded to."""
+    if packing is not None:
+        how = f"{packing.recent_tokens},{packing.num_sink_tokens}"
+        return f"|{public_name(opened.dtypes)}>{public_name(layout.dtypes)}|{how}".encode()
+    is_plain = layout.dtypes[0] == layout.dtypes[1] and layout.dtypes[0] in ARRAY_DTYPES
+    return b"" if is_plain else f"|{public_name(layout.dtypes)}".encode()
+
+
 def _open_layout(layout: PageLayout, open_dtype: object) -> PageLayout:
     """What tokens are stored in, before their page is packed."""
     usual = "int8" if layout.dtypes[0] == BY_CHANNEL else "bfloat16"
@@ -557,8 +567,10 @@ def _packed_pages(
         of_a_step = min(of_a_step, num_bytes // 4 // opened.page_bytes)
     else:
         of_a_step = min(of_a_step, num_pages + 1)
-        num_bytes += of_a_step * opened.page_bytes + 2 * packed.page_bytes
+        num_bytes += (of_a_step + 2) * opened.page_bytes
     slabs = slab_sizes(num_bytes, (opened.page_bytes, packed.page_bytes), (of_a_step, 0))
+    if not is_exact:  # what a slab wastes counts for none of them
+        slabs = replace(slabs, num_slabs=slabs.floors[0] + pages_for(num_pages, slabs.places[1]))
     return PackedPages(packed, slabs, packing)
 
 

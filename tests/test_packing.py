@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import KERNELS, make_cache, poison, rows
+from conftest import KERNELS, Tripwire, make_cache, poison, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -427,6 +427,22 @@ def test_memory_is_that_of_packed_pages(rng):
         assert lengths[1] > 1.7 * lengths[0]
 
 
+@pytest.mark.parametrize("num_pages", [1, 5, 40, 300])
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: str(format["dtype"]))
+def test_a_pool_holds_as_many_packed_pages_as_requested(format, num_pages, rng):
+    with make_cache(
+        num_layers=1, num_kv_heads=1, page_size=PAGE, num_pages=num_pages, max_step_tokens=64, **format
+    ) as cache:
+        pool = cache._store.pool
+        assert pool.num_available(1) >= num_pages and pool.num_available(0) >= 2
+        seq = cache.sequence()
+        for _ in range(num_pages):
+            with cache.step([seq], [64]) as step:
+                step.write(0, rows(rng, 64, 1, 32), rows(rng, 64, 1, 32))
+        assert len(seq) == 64 * num_pages
+        cache.check()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -477,3 +493,112 @@ def test_a_sequence_that_a_step_skips_keeps_its_pages(packed_cache, rng):
     step.commit()
     assert packed_pages(packed_cache, fork) == [0] and packed_pages(packed_cache, seq) == []
     packed_cache.check()
+
+
+def test_an_interrupt_in_any_call_of_a_commit_that_packs_loses_nothing(rng):
+    """Whether the step was committed or not, every page is accounted for, and what is found is right."""
+    at, was_raised, ids = 1, True, np.arange(128, dtype=np.int32)
+    k = rows(rng, 128, 2, 32)
+    while was_raised:
+        with make_cache(num_layers=1, dtype="int8", recent_tokens=64, page_size=PAGE, num_pages=20) as cache:
+            seq, fork = cache.sequence(), None
+            with cache.step([seq], [ids[:100]]) as step:
+                step.write(0, k[:100], k[:100])
+            fork = seq.fork()
+            step = cache.step([seq], [ids[100:]])
+            step.write(0, k[100:], k[100:])
+            trip = Tripwire(at)
+            with trip:
+                step.commit()
+            was_raised = bool(trip.raised)
+            trip.raised.clear()
+            del step
+            cache.check()
+            assert len(seq) in (100, 128) and len(fork) == 100
+            np.testing.assert_array_equal(fork.gather(0)[0], as_bfloat16(k[:100]))
+            exact, packed = as_bfloat16(k[:64]), reference.int8_values(as_bfloat16(k[:64]))
+            found = cache.sequence(ids)
+            for one in (seq, found):
+                first = one.gather(0)[0][:64]
+                same = [np.array_equal(first, form[: len(first)]) for form in (exact, packed)]
+                assert any(same), at
+            for one in (seq, fork, found):
+                one.free()
+            cache.check()
+            assert cache.stats().num_used_pages == 0
+        at += 1
+    assert at > 10
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: str(format["dtype"]))
+def test_pages_read_once_for_several_sequences_give_the_same_bits(kernel, format, rng):
+    with make_cache(
+        num_layers=1, num_kv_heads=4, head_dim=64, page_size=PAGE, num_pages=120, **format
+    ) as cache:
+        seq = cache.sequence()
+        k, v = rows(rng, 1200, 4, 64), rows(rng, 1200, 4, 64)
+        with cache.step([seq], [1200]) as step:
+            step.write(0, k, v)
+        seqs = [seq, *seq.fork(3)]
+        q, new = rows(rng, 4, 8, 64), rows(rng, 4, 4, 64)
+        alone = []
+        for i, one in enumerate(seqs):
+            step = cache.step([one], [1])
+            alone.append(step.attend(0, q[i : i + 1], new[i : i + 1], new[i : i + 1]))
+            step.rollback()
+        step = cache.step(seqs, [1] * 4)
+        together = step.attend(0, q, new, new)
+        assert step.bytes_not_read > 0
+        step.rollback()
+        np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+def test_memory_of_another_salt_is_cleared_though_its_pages_had_another_format(rng):
+    shape = {"num_layers": 2, "dtype": "int8", "open_dtype": "bfloat16", "page_size": PAGE, "num_pages": 40}
+    with make_cache(**shape, prefix_caching=False, max_step_tokens=64) as cache:
+        cache._store.pool.data()[:] = 0
+        secret = np.full((64, 2, 32), 3.0, np.float32)
+        writers = [cache.sequence(salt=b"b"), cache.sequence(salt=b"a")]  # so that they share slabs
+        for i in range(100):
+            try:
+                with cache.step([writers[i % 2]], [64]) as step:
+                    for layer in range(2):
+                        step.write(layer, secret, secret)
+            except (OutOfPages, paged_kv.SequenceTooLong):
+                break
+        for one in writers:
+            one.free()
+        assert cache._store.pool.data().any()
+        others = []
+        while True:  # every open page that there can be, a token each
+            others.append(cache.sequence(salt=b"b"))
+            try:
+                with cache.step(others[-1:], [1]) as step:
+                    for layer in range(2):
+                        step.write(layer, np.ones((1, 2, 32), "f4"), np.ones((1, 2, 32), "f4"))
+            except OutOfPages:
+                break
+        cache.check()
+        pool, layout = cache._store.pool, cache._store.layout
+        sizes, data = cache._store.packed.slabs, pool.data()
+        shift = (pool.num_ids // sizes.num_slabs).bit_length() - 1
+        for seq in others[:-1]:
+            (page,) = cache._store.tables.held_pages(cache._store.tables.rows.row(seq._seq_id))[1].tolist()
+            slab, place = page >> shift, page & ((1 << shift) - 1)
+            for layer in range(2):
+                first = slab * sizes.slab_bytes + (layer * sizes.places[0] + place) * layout.page_share_bytes
+                share = data[first : first + layout.page_share_bytes].view(ml_dtypes.bfloat16)
+                assert set(share.astype("f4").tolist()) == {0.0, 1.0}
+        assert len(others) > 8
+
+
+def test_the_format_is_part_of_a_page_s_hash():
+    hashes = set()
+    for options in ({"dtype": "bfloat16"}, {"dtype": "int8"}, *FORMATS):
+        with make_cache(num_layers=1, page_size=PAGE, num_pages=60, **options) as cache:
+            seq, k = cache.sequence(), np.zeros((64, 2, 32), np.float32)
+            with cache.step([seq], [np.arange(64)]) as step:
+                step.write(0, k, k)
+            (event,) = [event for event in cache.events() if type(event).__name__ == "BlockStored"]
+            hashes.add(str(event.block_hashes))
+    assert len(hashes) == 2 + len(FORMATS)

@@ -108,6 +108,7 @@ class BlockTables(Uncopyable):
             arrays["packed_ends"] = self._packed_ends
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
         self._pointers["page_salts"] = ffi.from_buffer("int64_t[]", self.page_salts)
+        lib.pkv_pool_set_salts(pool.handle, self._pointers["page_salts"])
         # Filled and read under the cache's lock, so one of each is enough.
         self.size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
         self._tables = ffi.new(

@@ -60,11 +60,13 @@ pkv_slabs *pkv_slabs_create(const pkv_slab_sizes *sizes) {
     return NULL;
   }
   slabs->formats = malloc((size_t)num_slabs);
+  slabs->was_used = calloc((size_t)num_slabs, 1);
   slabs->num_free = calloc((size_t)num_slabs, sizeof *slabs->num_free);
   slabs->free_places = malloc((size_t)(num_slabs << slabs->shift) * sizeof *slabs->free_places);
   slabs->next = malloc((size_t)num_slabs * sizeof *slabs->next);
   slabs->previous = malloc((size_t)num_slabs * sizeof *slabs->previous);
-  if (!slabs->formats || !slabs->num_free || !slabs->free_places || !slabs->next || !slabs->previous) {
+  if (!slabs->formats || !slabs->was_used || !slabs->num_free || !slabs->free_places || !slabs->next ||
+      !slabs->previous) {
     pkv_slabs_destroy(slabs);
     return NULL;
   }
@@ -80,6 +82,7 @@ pkv_slabs *pkv_slabs_create(const pkv_slab_sizes *sizes) {
 void pkv_slabs_destroy(pkv_slabs *slabs) {
   if (!slabs) return;
   free(slabs->formats);
+  free(slabs->was_used);
   free(slabs->num_free);
   free(slabs->free_places);
   free(slabs->next);
@@ -137,6 +140,10 @@ static void set_format(pkv_slabs *slabs, int32_t slab, int32_t format) {
   slabs->num_empty--;
   int32_t places = slabs->places[format], *free_places = slabs->free_places + ((int64_t)slab << slabs->shift);
   for (int32_t i = 0; i < places; i++) free_places[i] = places - 1 - i;
+  /* The memory held other pages: what a page holds is unknown. */
+  for (int32_t i = 0; slabs->page_salts && slabs->was_used[slab] && i < places; i++)
+    slabs->page_salts[((int64_t)slab << slabs->shift) + i] = -1;
+  slabs->was_used[slab] = 1;
   slabs->formats[slab] = (int8_t)format;
   slabs->num_free[slab] = places;
   slabs->num_slabs_of[format]++;

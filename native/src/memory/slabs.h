@@ -23,6 +23,8 @@ typedef struct {
   int32_t num_slabs_of[PKV_MAX_FORMATS];
   int64_t num_free_of[PKV_MAX_FORMATS];
   int32_t first[PKV_MAX_FORMATS + 1];
+  int64_t *page_salts; /* pkv_tables.page_salts; NULL: salts are not kept */
+  uint8_t *was_used;   /* [num_slabs]: its memory has held pages */
   int8_t *formats;
   int32_t *num_free;
   int32_t *free_places;
