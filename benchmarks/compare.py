@@ -210,7 +210,9 @@ def main() -> None:
                 text = packed({"machine": machine(), "rows": rows})
                 replace_files({Path(options.json): lambda file, text=text: file.write(text)})
     for work in options.work.split(","):
-        show([row for row in rows if row["work"].endswith(work)], False)
+        of_work = [row for row in rows if row["work"].endswith(work)]
+        if of_work:
+            show(of_work, False)
 
 
 if __name__ == "__main__":

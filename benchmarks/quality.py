@@ -16,13 +16,13 @@ found when the likeliest tokens of the answer are its number.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numpy as np
+from harness import machine, packed
 
 from paged_kv.errors import PagedKVError
 from paged_kv.models.bitnet import TINY_BITNET, BitNetModel
@@ -194,7 +194,9 @@ def measure(opened: Model, dtypes: list[str], num_scored: int, lengths: list[int
                 rows[name]["token_bytes"] = token_bytes
                 rows[name]["parts"].append((kind, length, tail, compared(got, expected, ids)))
                 print(f"    {name} {kind} {length}: {time.perf_counter() - begin:.0f} s", flush=True)
-    prompts = [one for length in (1024, 2048) for one in needle_prompts(opened, texts()["prose"], length)]
+    most = opened.max_length - 8  # room for the answer
+    sizes = sorted({min(length, most) for length in ((128,) if max(lengths) < 1024 else (1024, 2048))})
+    prompts = [one for length in sizes for one in needle_prompts(opened, texts()["prose"], length)]
     known = [one for one in prompts if finds(opened, *one, BASELINE)]
     for name in dtypes:
         rows[name]["found"] = sum(finds(opened, *one, name) for one in known)
@@ -247,6 +249,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
                 row["dtype"], (row["token_bytes"], row["kl"]), xytext=(5, 4), textcoords="offset points"
             )
     axes.set(yscale="log", xlabel="bytes a token, all layers", ylabel="mean KL against bfloat16, nats")
+    axes.margins(x=0.15, y=0.1)
     axes.grid(visible=True, alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -274,7 +277,8 @@ def main() -> None:
     rows = measure(model, options.dtypes.split(","), num_scored, lengths)
     show(rows)
     if options.json:
-        Path(options.json).write_text(json.dumps({"model": model.name, "rows": rows}, indent=1) + "\n")
+        named = [{"model": model.name, **row} for row in rows]
+        Path(options.json).write_bytes(packed({"machine": machine(), "rows": named}))
     if options.plot:
         plot(rows, options.plot)
 

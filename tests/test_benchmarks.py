@@ -53,6 +53,22 @@ def test_a_benchmark_prints_a_table():
     assert lines[0].startswith("cpu ") and len(lines) == 4
 
 
+def test_quality_measures_the_embedded_model_too(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    import quality
+
+    def none(_):
+        raise ImportError("no model")
+
+    monkeypatch.setattr(quality.ModelFiles, "open", none)
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--quick", "--dtypes", "bfloat16,int8@64"])
+    quality.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("the embedded BitNet")
+    same, rounded = lines[-2].split(), lines[-1].split()
+    assert same[0] == "bfloat16" and float(same[3]) == 0 and rounded[0] == "int8@64"
+
+
 @pytest.fixture
 def harness(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)

@@ -333,6 +333,31 @@ def test_options_over_pages_of_both_formats(
         _binding.select_kernel(before)
 
 
+def test_keys_by_channel_at_their_edges(kernel, rng):
+    """Constants, subnormals, the largest, and values that are no numbers, of which one makes its dim NaN in a
+    page of its head, and in no other page, head or sequence.
+    """
+    k = rows(rng, 192, 2, 16)
+    with np.errstate(all="ignore"):
+        edges = [0.0, -0.0, 1.5, -1.5, 1e-45, 3.4028235e38, -3.4028235e38, 1e30]
+        k[:64, 0, :8] = np.array(edges, np.float32)
+        k[:64, 1] *= np.float32(10) ** rng.integers(-37, 38, 16).astype(np.float32)
+    k[70, 0, 3], k[71, 1, 4], k[72, 1, 5] = np.nan, np.inf, -np.inf
+    shape = {"num_layers": 1, "head_dim": 16, "open_dtype": "float32", "page_size": PAGE, "num_pages": 30}
+    with make_cache(**shape, dtype=("int4", "int8")) as cache:
+        seq, other = cache.sequence(), cache.sequence()
+        with cache.step([seq, other], [192, 192]) as step:
+            step.write(0, np.concatenate([k, np.ones_like(k)]), np.ones((384, 2, 16), np.float32))
+        got = seq.gather(0)[0][:128]
+        np.testing.assert_array_equal(got, reference.int4_by_channel_values(k[:128]))
+        flawed = np.isnan(got)
+        assert flawed[64:, 0, 3].all() and flawed[64:, 1, 4:6].all() and flawed.sum() == 3 * 64
+        q = rows(rng, 2, 2, 16)
+        step = cache.step([seq, other], [1, 1])
+        out = step.attend(0, q, np.ones((2, 2, 16), "f4"), np.ones((2, 2, 16), "f4"))
+        assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
+
+
 @pytest.fixture
 def packed_cache():
     with make_cache(num_layers=1, dtype="int8", recent_tokens=64, page_size=PAGE, num_pages=40) as cache:

@@ -338,7 +338,12 @@ class BlockTables(Uncopyable):
                 f"the step needs {requested} new pages, "
                 f"{self.pool.num_reclaimable + self.pool.num_trimmed} of {self.pool.num_pages} are free; "
                 "free a sequence, step fewer, or build a larger pool"
-                + (", or give a long prompt in several steps" if self.packing else "")
+                + (
+                    f"; a step may have {self.pool.num_reclaimable * self.page_size} new tokens: give a long "
+                    "prompt in several"
+                    if self.packing
+                    else ""
+                )
             )
         if status == lib.PKV_NEGATIVE_ID:
             raise ArgumentError(f"new[{refusal.index}] holds an id outside [0, 2**31)")
