@@ -131,21 +131,8 @@ class Onnx8(OnnxRuntime):
             pasts.append([codes, *(codes.copy() for _ in range(copies - 1))])
         fixed = {name: value(np.ascontiguousarray(array)) for name, array in fixed.items()}
         out = value(np.empty((batch, 1, q.shape[1] * dim), np.float32))
-        self.held = [pasts, fixed, out]
-        calls = []
-        for i in range(copies):
-            binding = session.io_binding()
-            for name, each in fixed.items():
-                binding.bind_ortvalue_input(name, each)
-            for name, past in (("key", pasts[0][i]), ("value", pasts[1][i])):
-                buffer = value(past)
-                self.held.append(buffer)
-                binding.bind_ortvalue_input(f"past_{name}", buffer)
-                binding.bind_ortvalue_output(f"present_{name}", buffer)
-            binding.bind_ortvalue_output("output", out)
-            calls.append(lambda binding=binding: session.run_with_iobinding(binding))
-        self.out, self.shape = out, q.shape
-        return calls
+        self.shape = q.shape
+        return self.bound(session, fixed, pasts, out)
 
 
 class Onnx4(Onnx8):

@@ -265,21 +265,27 @@ class OnnxRuntime(Rival):
         fixed |= {"total_sequence_length": np.array([context], np.int32)}
         fixed = {name: value(array) for name, array in fixed.items()}
         out = value(np.empty_like(q.reshape(batch, 1, -1).numpy()))
-        pasts = [copies_of(x.transpose(1, 2).contiguous(), copies) for x in (k, v)]
-        self.held = [pasts, fixed, out]
+        pasts = [[past.numpy() for past in copies_of(x.transpose(1, 2).contiguous(), copies)] for x in (k, v)]
+        self.shape = q.shape
+        return self.bound(session, fixed, pasts, out)
+
+    def bound(self, session, fixed, pasts, out):
+        """One call for each copy of the past keys and values, which the operator extends in place."""
+        import onnxruntime
+
+        self.held, self.out = [pasts, fixed, out], out
         calls = []
-        for i in range(copies):
+        for copied in zip(*pasts, strict=True):
             binding = session.io_binding()
             for name, each in fixed.items():
                 binding.bind_ortvalue_input(name, each)
-            for name, past in (("key", pasts[0][i]), ("value", pasts[1][i])):
-                buffer = value(past.numpy())
+            for name, past in zip(("key", "value"), copied, strict=True):
+                buffer = onnxruntime.OrtValue.ortvalue_from_numpy(past)
                 self.held.append(buffer)
                 binding.bind_ortvalue_input(f"past_{name}", buffer)
                 binding.bind_ortvalue_output(f"present_{name}", buffer)
             binding.bind_ortvalue_output("output", out)
             calls.append(lambda binding=binding: session.run_with_iobinding(binding))
-        self.out, self.shape = out, q.shape
         return calls
 
     def result(self, out):

@@ -8,7 +8,7 @@
 #include "chores.h"
 #include "rows.h"
 
-/* A twin of an open page, owned by nobody else; -1: there is no page for it. */
+/* A twin of an open page, without another owner; -1: there is no page for it. */
 static int32_t make_twin(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t open) {
   const pkv_kernel *kernel = pkv_active_kernel();
   int32_t twin;

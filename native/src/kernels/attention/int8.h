@@ -1,5 +1,5 @@
-/* Scores and weighted sums of keys and values of 8 bits (PKV_INT8), and of values of 4 bits (PKV_INT4), in
- * integers.
+/* Scores and weighted sums of keys and values of 8 bits (PKV_INT8), and of 4 bits (PKV_INT4), in integers.
+ * Keys of 4 bits by channel have their scales folded into q, once a page.
  *
  *   scores   s = (sum of q words * (bytes - 128)) * q's scale * the key's scale
  *   values   a = a * rescale + (sum of w words * (bytes - 128)) * unit                    of 8 bits

@@ -60,28 +60,19 @@ static void scale_nibbles(float least, float largest, uint32_t *scale, uint32_t 
   if (float_of_bits(*scale) < 0x1p-100f) *scale = 0;
 }
 
-/* The smallest of `count` values, which are finite. */
-ALWAYS_INLINE float smallest_value(const float *values, int32_t count) {
-  vec most = (vec){} - __builtin_inff();
+/* The smallest and the largest of `count` values, which are finite. */
+ALWAYS_INLINE void range_of(const float *values, int32_t count, float *least, float *largest) {
+  vec below = (vec){} - __builtin_inff(), above = below;
   for (int32_t i = 0; i < count; i += WIDTH) {
     bool is_part = HAS_PART && count - i < WIDTH;
     vec x = is_part ? vec_load_n(values + i, PART) : vec_load(values + i);
     /* Behind a part are zeros, which must not count. */
     if (is_part) x = vec_select(ivec_load(lane_numbers) < PART, x, (vec){} + values[i]);
-    most = vec_max(-x, most);
+    below = vec_max(-x, below);
+    above = vec_max(x, above);
   }
-  return -vec_maximum(most);
-}
-
-ALWAYS_INLINE float largest_value(const float *values, int32_t count) {
-  vec most = (vec){} - __builtin_inff();
-  for (int32_t i = 0; i < count; i += WIDTH) {
-    bool is_part = HAS_PART && count - i < WIDTH;
-    vec x = is_part ? vec_load_n(values + i, PART) : vec_load(values + i);
-    if (is_part) x = vec_select(ivec_load(lane_numbers) < PART, x, (vec){} + values[i]);
-    most = vec_max(x, most);
-  }
-  return vec_maximum(most);
+  *least = -vec_maximum(below);
+  *largest = vec_maximum(above);
 }
 
 /* Low and high halves of a row, side by side. */
@@ -110,7 +101,8 @@ static void quantise_int4(uint8_t *bytes, uint16_t *scales, const float *values,
   uint32_t scale = 0x7fc00000, minimum = 0x7fc00000;
   memset(bytes, 0, (size_t)half);
   if (magnitude == magnitude) {
-    float least = smallest_value(values, dim), largest = largest_value(values, dim);
+    float least, largest;
+    range_of(values, dim, &least, &largest);
     scale_nibbles(least, largest, &scale, &minimum);
   }
   scales[0] = (uint16_t)(scale >> 16);
