@@ -107,7 +107,8 @@ class PagedKVCache(Uncopyable):
     max_step_tokens : of one sequence in one step; limited with a window only
     recent_tokens : new tokens are stored as `open_dtype`; a sequence's commit packs into `dtype` its pages
         whose tokens are all older than the newest recent_tokens, without those of the first num_sink_tokens.
-        None, without open_dtype: 64 for keys of int4, else tokens are stored as `dtype` at once
+        None, without open_dtype: 64 for keys of int4 (and 4 sinks, without a window), else tokens are stored
+        as `dtype` at once
     open_dtype : None: int8 for keys of int4, else bfloat16
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them
@@ -138,7 +139,7 @@ class PagedKVCache(Uncopyable):
         max_seq_len: int | None = None,
         max_step_tokens: int = 2048,
         window: int | None = None,
-        num_sink_tokens: int = 0,
+        num_sink_tokens: int | None = None,
         window_slack: int = 0,
         recent_tokens: int | None = None,
         open_dtype: object = None,
@@ -160,9 +161,15 @@ class PagedKVCache(Uncopyable):
             dtypes=stored_dtypes(dtype),
             page_size=_multiple("page_size", page_size, 16, 2**20),
         )
-        num_sink_tokens = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
+        # Without these, keys of int4 lose some of what a model finds; benchmarks/quality.py.
+        is_usual = layout.dtypes[0] == BY_CHANNEL and open_dtype is None
+        if recent_tokens is None and is_usual:
+            recent_tokens = 64
+        if num_sink_tokens is None:
+            num_sink_tokens = 4 if is_usual and window is None else 0
+        num_sinks = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
         max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
-        packing = _packing(layout, recent_tokens, open_dtype, num_sink_tokens)
+        packing = _packing(layout, recent_tokens, open_dtype, num_sinks)
         opened = layout if packing is None else _open_layout(layout, open_dtype)
         if opened.page_bytes > MAX_PAGE_BYTES:
             raise ArgumentError(
@@ -187,7 +194,7 @@ class PagedKVCache(Uncopyable):
         seen = None
         if window is not None:
             window = integer("window", window, 1, MAX_TOKENS)
-            seen = Window(window, num_sink_tokens, max_step_tokens, slack)
+            seen = Window(window, num_sinks, max_step_tokens, slack)
         self._store = Store(
             opened,
             num_pages,
@@ -520,8 +527,7 @@ def _packing(
 ) -> Packing | None:
     """Which pages are packed; None: tokens are stored in the format of `layout` at once."""
     must_pack = layout.dtypes[0] == BY_CHANNEL
-    usual = 64 if must_pack and open_dtype is None else 0
-    recent = usual if recent_tokens is None else integer("recent_tokens", recent_tokens, 0, MAX_TOKENS)
+    recent = 0 if recent_tokens is None else integer("recent_tokens", recent_tokens, 0, MAX_TOKENS)
     if not recent and open_dtype is None and not must_pack:
         return None
     if layout.page_size % RUN_TOKENS:

@@ -627,3 +627,23 @@ def test_the_format_is_part_of_a_page_s_hash():
             (event,) = [event for event in cache.events() if type(event).__name__ == "BlockStored"]
             hashes.add(str(event.block_hashes))
     assert len(hashes) == 2 + len(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": "int4"}, [1, 2]),
+        ({"dtype": "int4", "num_sink_tokens": 0}, [0, 1, 2]),
+        ({"dtype": "int4", "recent_tokens": 128}, [1]),
+        ({"dtype": "int4", "open_dtype": "int8"}, [0, 1, 2, 3]),
+        ({"dtype": "int8", "recent_tokens": 64}, [0, 1, 2]),
+    ],
+    ids=str,
+)
+def test_what_is_packed_by_default(options, expected):
+    """Of keys of int4 neither the newest 64 tokens nor the first 4; the page of each is open."""
+    rng = np.random.default_rng(1)
+    with make_cache(num_layers=1, page_size=PAGE, num_pages=40, **options) as cache:
+        seq = cache.sequence()
+        filled(cache, seq, 4 * PAGE, rng)
+        assert packed_pages(cache, seq) == expected
