@@ -96,7 +96,8 @@ class PagedKVCache(Uncopyable):
         int8: a token's head is 8-bit integers and one bfloat16 scale, half the memory of bfloat16; int4:
         4-bit integers, a scale and a minimum, of each token's values and of each dim of 64 tokens' keys
     num_pages, memory : exactly one; memory in bytes or as a string ("512MiB"), rounded down to whole pages.
-        Where pages are packed, num_pages are of these, beside open pages for one step
+        Where pages are packed, num_pages are of these, beside open pages for one step; what sequences keep
+        open beyond those takes the room of packed pages
     page_size : tokens per page, a multiple of 16
     max_sequences : int, sequences at a time
     max_seq_len : tokens of one sequence; None: as many as the pool holds, without limit with a window
