@@ -17,9 +17,10 @@ from .errors import ArgumentError, InvariantViolation
 from .frames import Recording, record
 from .gathered import gather
 from .lifetime import Uncopyable
-from .pages.block_table import Packing, Window
+from .pages.block_table import Budget, Packing, Window
 from .pages.counts import Counts
 from .pages.events import Event
+from .pages.eviction import EvictionPolicy, policy_of
 from .pages.layout import (
     ARRAY_DTYPES,
     BY_CHANNEL,
@@ -39,10 +40,12 @@ from .pages.slabs import slab_sizes
 from .pin import Pin, pin
 from .sequence import Sequence, matched_sequence, new_sequences, select_sequences
 from .step import Step, seq_ids_of
-from .store import PackedPages, Store
+from .store import Eviction, PackedPages, Store
 
 #: Packed pages have whole runs, so that a run has one format.
 RUN_TOKENS = 64
+#: Newest tokens of a sequence that no eviction policy drops.
+GRACE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class CacheStats:
     evictions: dict[str, int]  # by cause: "pressure", "time"
     num_unused_evictions: int  # of pages that no sequence began with since they were published
     num_policy_errors: int  # pages that keep_policy gave no key, so that LRU's was used
+    num_dropped_pages: int  # by sequences that held more than their budgets, since the cache was built
 
 
 class PagedKVCache(Uncopyable):
@@ -105,12 +109,17 @@ class PagedKVCache(Uncopyable):
         pages that no later token sees are released at commit.  None: all tokens
     window_slack : tokens that are held beyond the window, so that a sequence can be truncated to its greatest
         length so far less as many
-    max_step_tokens : of one sequence in one step; limited with a window only
+    max_step_tokens : of one sequence in one step; limited with a window or a budget only
     recent_tokens : new tokens are stored as `open_dtype`; a sequence's commit packs into `dtype` its pages
         whose tokens are all older than the newest recent_tokens, without those of the first num_sink_tokens.
         None, without open_dtype: 64 for keys of int4 (and 4 sinks, without a window), else tokens are stored
         as `dtype` at once
     open_dtype : None: int8 for keys of int4, else bfloat16
+    eviction, budget_tokens : a sequence whose commit would leave it with more than budget_tokens, in whole
+        pages, drops pages: "window", the oldest; or those that an object with `drop` names, an
+        `EvictionPolicy`.  The first num_sink_tokens (None: 4) and the newest 64 tokens
+        always stay.  Tokens keep their positions.  What a sequence computes after its first drop is not
+        found by others.  docs/eviction.md says what it costs.  None: all is kept
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them
     fingerprint : bytes that identify the model: part of every page's hash in `events`
@@ -144,6 +153,8 @@ class PagedKVCache(Uncopyable):
         window_slack: int = 0,
         recent_tokens: int | None = None,
         open_dtype: object = None,
+        eviction: str | EvictionPolicy | None = None,
+        budget_tokens: int | None = None,
         prefix_caching: bool = True,
         fingerprint: bytes = b"",
         keep_policy: KeepPolicy | None = None,
@@ -167,7 +178,7 @@ class PagedKVCache(Uncopyable):
         if recent_tokens is None and is_usual:
             recent_tokens = 64
         if num_sink_tokens is None:
-            num_sink_tokens = 4 if is_usual and window is None else 0
+            num_sink_tokens = 4 if window is None and (is_usual or eviction is not None) else 0
         num_sinks = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
         max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
         packing = _packing(layout, recent_tokens, open_dtype, num_sinks)
@@ -183,8 +194,10 @@ class PagedKVCache(Uncopyable):
         if packing is not None:
             packed = _packed_pages(opened, layout, num_pages, packing, max_step_tokens, is_exact)
             num_pages = packed.slabs.num_slabs * max(packed.slabs.places)
+        evicting = _eviction(layout.page_size, eviction, budget_tokens, num_sinks, max_step_tokens, window)
         # Without a window no sequence grows beyond what the pool holds; its row need not be longer.
-        most = MAX_TOKENS if window is not None else min(num_pages * layout.page_size, MAX_TOKENS)
+        is_endless = window is not None or evicting is not None
+        most = MAX_TOKENS if is_endless else min(num_pages * layout.page_size, MAX_TOKENS)
         if max_seq_len is not None:
             most = min(most, integer("max_seq_len", max_seq_len, 1, MAX_TOKENS))
         if type(prefix_caching) is not bool:
@@ -210,6 +223,7 @@ class PagedKVCache(Uncopyable):
             bytes_of("fingerprint", fingerprint) + _format_tag(layout, opened, packing),
             _share("pin_budget", pin_budget),
             packed,
+            evicting,
         )
 
     @property
@@ -249,9 +263,15 @@ class PagedKVCache(Uncopyable):
 
     @property
     def max_step_tokens(self) -> int:
-        """Tokens of one sequence in one step; without a window as many as a sequence may have."""
-        window = self._store.tables.window
-        return self.max_seq_len if window is None else window.max_step_tokens
+        """Tokens of one sequence in one step; without a window or a budget as many as a sequence may have."""
+        limited = self._store.tables.window or self._store.tables.budget
+        return self.max_seq_len if limited is None else limited.max_step_tokens
+
+    @property
+    def budget_tokens(self) -> int | None:
+        """Tokens that a sequence holds between steps, in whole pages; None: all."""
+        budget = self._store.tables.budget
+        return None if budget is None else budget.num_tokens
 
     @property
     def num_available_pages(self) -> int:
@@ -337,6 +357,7 @@ class PagedKVCache(Uncopyable):
             store.reclaim_abandoned(is_alone)
             if store.index is None:
                 return Match(0, "disabled", 0)
+            ids = store.findable(ids)
             found, others = store.index.match(ids, number(salt, 0)), [number(other, 0) for other in also]
             answer = explain(store.index, found, ids, number(salt, 0), store.plans, others)
             return answer.of(ids, salt, store.pool.num_owned(found.page_ids) * store.layout.page_size)
@@ -464,6 +485,7 @@ class PagedKVCache(Uncopyable):
             evictions=dict(counts.evictions),
             num_unused_evictions=counts.num_unused_evictions,
             num_policy_errors=index.retention.num_policy_errors if index else 0,
+            num_dropped_pages=store.num_dropped_pages,
         )
 
     def trim(self, *, cached: bool = False) -> int:
@@ -534,6 +556,34 @@ def _packing(
     if layout.page_size % RUN_TOKENS:
         raise ArgumentError(f"page_size is {layout.page_size}; pages that are packed take a multiple of 64")
     return Packing(recent, num_sink_tokens)
+
+
+def _eviction(
+    page_size: int,
+    eviction: object,
+    budget_tokens: object,
+    num_sink_tokens: int,
+    max_step_tokens: int,
+    window: object,
+) -> Eviction | None:
+    """What sequences may hold; None: all of their tokens."""
+    if eviction is None:
+        if budget_tokens is not None:
+            raise ArgumentError(f"budget_tokens is {budget_tokens!r:.40} without eviction; give both")
+        return None
+    policy = policy_of(eviction)
+    if budget_tokens is None:
+        raise ArgumentError(f"eviction is {eviction!r:.40} without budget_tokens; give both")
+    if window is not None:
+        raise ArgumentError("a window drops pages by itself; give eviction or window")
+    least = least_budget(page_size, num_sink_tokens)
+    tokens = integer("budget_tokens", budget_tokens, least, MAX_TOKENS)
+    return Eviction(Budget(tokens, max_step_tokens, num_sink_tokens, GRACE_TOKENS), policy)
+
+
+def least_budget(page_size: int, num_sink_tokens: int) -> int:
+    """Sinks and newest tokens, which always stay, and two pages."""
+    return pages_for(num_sink_tokens, page_size) * page_size + GRACE_TOKENS + 2 * page_size
 
 
 def _format_tag(layout: PageLayout, opened: PageLayout, packing: Packing | None) -> bytes:

@@ -276,13 +276,14 @@ def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority
         if store.index is None:
             store.tables.add([seq_id], salt=number)
             return handle
+        num_ids, ids = len(ids), store.findable(ids)
         found = store.index.match(ids, number)
         num_tokens, reason = found.num_tokens, explain(store.index, found, ids, number, store.plans).reason
         try:
             row = store.tables.add_pages(seq_id, number, found.page_ids, num_tokens)
             store.index.start(row, found, priority)
             handle._num_cached_tokens = num_tokens
-            store.index.counts.count(len(ids), num_tokens, reason)
+            store.index.counts.count(num_ids, num_tokens, reason)
         except BaseException:
             free_all(store, [seq_id])
             raise

@@ -97,7 +97,7 @@ class Step(Uncopyable):
     @property
     def block_table(self) -> NDArray[np.int32]:
         """int32 [num_seqs, max_pages]: page ids in logical order from `first_page` on; -1 beyond a sequence's
-        end, and for pages between sinks and window that no new token sees.
+        end, for pages between sinks and window that no new token sees, and for pages that were dropped.
 
         Cost: built at each access; attention does not need it.
         """
@@ -201,16 +201,19 @@ class Step(Uncopyable):
         counts : integers, [num_seqs]: how many of each sequence's new tokens stay, its first ones, as when a
             draft is verified; the others are rolled back.  None: all
 
+        Sequences that would hold more than their budgets drop pages, which `eviction` chooses.
         Raises: LayerNotWritten, naming the layer, and then the step is rolled back; ArgumentError for counts
-        that the step does not have; StepClosed, CacheClosed.
+        that the step does not have; what an eviction policy raises, and then the step is open; StepClosed,
+        CacheClosed.
         Cost: O(sequences + released pages).
         """
         kept = None if counts is None else self._kept_counts(counts)
+        drops = self._store.choose_drops(self._plan, kept)
         with self._store.lock:
             self._store.reclaim_abandoned()
             self._require_open()
             try:
-                self._store.commit(self._plan, kept)
+                self._store.commit(self._plan, kept, drops)
             except LayerNotWritten:
                 layer = self._plan.is_written.index(0)
                 self._store.roll_back(self._plan)

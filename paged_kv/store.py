@@ -27,9 +27,11 @@ from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
 from .errors import CacheClosed, OutOfPages
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
-from .pages.block_table import BlockTables, Packing, Window
+from .pages.block_table import BlockTables, Budget, Packing, Window
 from .pages.events import Events
+from .pages.eviction import EvictionPolicy, PagesOfSequence, choose
 from .pages.layout import SCALE_BYTES, PageLayout, Side
+from .pages.layout import num_pages as pages_for
 from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
@@ -54,6 +56,17 @@ class PackedPages(NamedTuple):
     packing: Packing
 
 
+class Eviction(NamedTuple):
+    """How much a sequence may hold, and who says which pages it drops."""
+
+    budget: Budget
+    policy: EvictionPolicy
+
+
+#: Logical pages that rows drop at a commit.
+Drops: TypeAlias = list[tuple[int, NDArray[np.int32]]]
+
+
 class Store(Uncopyable):
     """Pages for `num_pages * layout.page_size` tokens and the rows of `max_sequences` sequences.
 
@@ -75,8 +88,9 @@ class Store(Uncopyable):
         fingerprint: bytes = b"",
         pin_budget: float = 0.5,
         packed: PackedPages | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
-        self.layout, self.packed = layout, packed
+        self.layout, self.packed, self.eviction = layout, packed, eviction
         self.threads = shared_threads(num_threads)
         if packed is None:
             self.pool = PagePool(num_pages, layout.page_bytes, layout.num_layers)
@@ -85,7 +99,13 @@ class Store(Uncopyable):
             num_pages = self.pool.num_pages
         self.rows = Rows(max_sequences, max_seq_len)
         packing = None if packed is None else packed.packing
-        self.tables = BlockTables(self.pool, self.rows, layout.page_size, window, layout.num_layers, packing)
+        budget = None if eviction is None else eviction.budget
+        #: Of each row, how many tokens it may hold.
+        self.budgets = np.full(max_sequences if budget else 0, budget.num_tokens if budget else 0, np.int64)
+        self.num_dropped_pages = 0
+        self.tables = BlockTables(
+            self.pool, self.rows, layout.page_size, window, layout.num_layers, packing, budget
+        )
         self.salts = Salts()
         self.index: PrefixIndex | None = None
         if prefix_caching:
@@ -216,6 +236,13 @@ class Store(Uncopyable):
         )
         return self.salts.number(salt)
 
+    def findable(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Of a prompt's ids, those whose match a sequence can hold, and one that is computed."""
+        budget = self.tables.budget
+        if budget is None:
+            return ids
+        return ids[: pages_for(budget.num_tokens, self.layout.page_size) * self.layout.page_size + 1]
+
     def note_handle(self, handle: object, seq_id: int) -> None:
         """Free the sequence when its handle is collected."""
         noted = Ref(handle, self._abandon_seq_id)
@@ -302,7 +329,44 @@ class Store(Uncopyable):
             reasons.append(f"{len(self.pinned_pages())} are pinned")
         return None if needed <= pool.num_free else "; ".join(reasons)
 
-    def commit(self, plan: Plan, counts: NDArray[np.int32] | None = None) -> None:
+    def choose_drops(self, plan: Plan, counts: NDArray[np.int32] | None) -> Drops:
+        """What rows will have to drop at a commit of a plan.  Raises: what the policy raises, ArgumentError.
+
+        The rows are in the plan's step, so nothing of them changes without the lock.
+        """
+        if self.eviction is None or not plan.is_open:
+            return []
+        tables, page_size = self.tables, self.layout.page_size
+        rows, num_new = plan.rows, np.diff(plan.qo_indptr)
+        new_lens = plan.seq_lens if counts is None else plan.seq_lens - num_new + counts
+        num_held = -(-new_lens // page_size) - tables.num_dropped[rows]
+        excess = num_held - -(-self.budgets[rows] // page_size)
+        has_more = (excess > 0) & (new_lens > tables.rows.seq_lens[rows])
+        return [
+            self._drop_of(plan, i, int(new_lens[i]), int(excess[i]))
+            for i in np.flatnonzero(has_more).tolist()
+        ]
+
+    def _drop_of(self, plan: Plan, i: int, new_len: int, excess: int) -> tuple[int, NDArray[np.int32]]:
+        """What a row drops, of the pages that it will hold at this length."""
+        assert self.eviction is not None
+        budget, page_size = self.eviction.budget, self.layout.page_size
+        begin, end = plan.kv_indptr[i : i + 2]
+        numbers = plan.page_numbers[begin:end]
+        numbers = numbers[numbers < pages_for(new_len, page_size)]
+        recent = max(new_len - budget.recent_tokens, 0) // page_size
+        can_be_dropped = (numbers >= pages_for(budget.num_sink_tokens, page_size)) & (numbers < recent)
+        pages = PagesOfSequence(numbers, can_be_dropped, new_len, page_size)
+        return int(plan.rows[i]), choose(self.eviction.policy, pages, excess * page_size)
+
+    def _drop(self, drops: Drops) -> None:
+        for row, numbers in drops:
+            if self.index is not None:
+                self.index.note_drop(row, numbers)
+            self.tables.drop(row, numbers)
+            self.num_dropped_pages += len(numbers)
+
+    def commit(self, plan: Plan, counts: NDArray[np.int32] | None = None, drops: Drops | None = None) -> None:
         index = self.index
         if index is None or not plan.handle.completes_page:
             self.tables.commit(plan, counts)
@@ -313,6 +377,8 @@ class Store(Uncopyable):
         else:
             self.tables.commit(plan, counts)
             index.publish(plan.rows)
+        if drops:
+            self._drop(drops)
         if self.packed is not None:
             self._pack(plan.rows[np.diff(plan.qo_indptr) > 0])
         self.open_plans.pop(id(plan), None)

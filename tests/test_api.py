@@ -24,6 +24,8 @@ SIGNATURES = {
                 "window_slack",
                 "recent_tokens",
                 "open_dtype",
+                "eviction",
+                "budget_tokens",
                 "prefix_caching",
                 "fingerprint",
             ),

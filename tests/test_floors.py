@@ -33,6 +33,7 @@ FLOORS = [
         "pages.evicted",
         "pages.events",
         "pages.rows",
+        "pages.eviction",
     },
     {"pages.block_table", "pages.retention"},
     {"pages.prefix_index"},

@@ -33,6 +33,18 @@ MAX_SEQ_LEN, MAX_STEP = 400, 60
 ANY = st.integers(0, 2**16)
 
 
+class SomePages:
+    """Drops pages in an order that the model knows, too."""
+
+    @staticmethod
+    def chosen(candidates, length):
+        return sorted(candidates, key=lambda j: (j * 2654435761 + length * 40503) % 1000)
+
+    def drop(self, pages, excess_tokens):
+        candidates = pages.numbers[pages.can_be_dropped].tolist()
+        return self.chosen(candidates, pages.num_tokens)[: -(-excess_tokens // pages.page_size)]
+
+
 class CacheMachine(RuleBasedStateMachine):
     """What the cache must be, in dictionaries.
 
@@ -45,6 +57,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     page_size = 16
     window, sinks, slack = None, 0, 0
+    budget = None
 
     def __init__(self):
         super().__init__()
@@ -55,10 +68,12 @@ class CacheMachine(RuleBasedStateMachine):
             num_pages=NUM_PAGES,
             page_size=self.page_size,
             max_sequences=MAX_SEQUENCES,
-            max_seq_len=None if self.window is None else MAX_SEQ_LEN,
+            max_seq_len=None if self.window is None and self.budget is None else MAX_SEQ_LEN,
             window=self.window,
             num_sink_tokens=self.sinks,
             window_slack=self.slack,
+            eviction=None if self.budget is None else SomePages(),
+            budget_tokens=self.budget,
             max_step_tokens=MAX_STEP,
             num_threads=2,
             prefix_caching=False,  # test_prefix_index.py has a walk of its own
@@ -95,7 +110,12 @@ class CacheMachine(RuleBasedStateMachine):
         return self.pages[seq][self.length(seq) // self.page_size] if is_open else None
 
     def must_hold(self, logical_page, length, slack=0):
-        """Does a sequence of this length need that page: is it a sink's, or not wholly before the window?"""
+        """Does a sequence of this length need that page: is it a sink's, or not wholly before the window?
+
+        With a budget, it is the page that its next token goes into.
+        """
+        if self.budget is not None:
+            return length % self.page_size and logical_page == length // self.page_size
         if self.window is None or logical_page * self.page_size < self.sinks:
             return True
         return (logical_page + 1) * self.page_size > length - self.window - slack
@@ -142,9 +162,29 @@ class CacheMachine(RuleBasedStateMachine):
                 self.filled[pages[last]] = length - last * self.page_size
             self.held[seq] = [(k[:length], v[:length]) for k, v in layers]
             kept_pages = range(self.num_pages_of(length))
-            self.pages[seq] = {
-                j: pages[j] for j in kept_pages if j in pages and self.must_hold(j, length, self.slack)
-            }
+            if self.budget is None:
+                self.pages[seq] = {
+                    j: pages[j] for j in kept_pages if j in pages and self.must_hold(j, length, self.slack)
+                }
+            else:
+                self.pages[seq] = {j: pages[j] for j in kept_pages if j in pages}
+                self.drop(seq, length)
+
+    def drop(self, seq, length):
+        """What a commit of this length drops, by the same choice as the cache's policy."""
+        pages = self.pages[seq]
+        excess = len(pages) - self.num_pages_of(self.budget)
+        first, end = self.num_pages_of(self.sinks), max(0, length - 64) // self.page_size
+        for j in SomePages.chosen([j for j in pages if first <= j < end], length)[: max(0, excess)]:
+            del pages[j]
+            self.known[seq] = self.known[seq][: j * self.page_size]
+
+    def positions(self, pages, length):
+        """Of the tokens that a sequence may attend to."""
+        held = np.zeros(length, bool)
+        for j in pages:
+            held[j * self.page_size : (j + 1) * self.page_size] = True
+        return np.flatnonzero(held)
 
     @rule()
     def create(self):
@@ -170,7 +210,7 @@ class CacheMachine(RuleBasedStateMachine):
         at = self.length(seq) if share is None else int(share * self.length(seq))
         needed = {j for j in range(self.num_pages_of(at)) if self.must_hold(j, at)}
         if not needed <= self.pages[seq].keys():
-            with pytest.raises(ArgumentError, match="pages were released"):
+            with pytest.raises(ArgumentError, match=r"pages were released|was dropped"):
                 seq.fork(count, at=at)
             return
         options = {} if share is None else {"at": at}
@@ -193,7 +233,7 @@ class CacheMachine(RuleBasedStateMachine):
         length = int(share * self.length(seq))
         needed = {j for j in range(self.num_pages_of(length)) if self.must_hold(j, length)}
         if not needed <= self.pages[seq].keys():
-            with pytest.raises(ArgumentError, match="pages were released"):
+            with pytest.raises(ArgumentError, match=r"pages were released|was dropped"):
                 seq.truncate(length)
             return
         seq.truncate(length)
@@ -228,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
         if ending == "leave open":
             self.open[step] = list(zip(seqs, counts, reserved, ids, strict=True))
             return
-        new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
+        new = self.attend_all_layers(step, seqs, counts, reserved, np.random.default_rng(seed))
         if ending == "commit":
             kept = counts if share_kept is None else [int(count * share_kept) for count in counts]
             step.commit(None if share_kept is None else kept)
@@ -252,9 +292,10 @@ class CacheMachine(RuleBasedStateMachine):
                 return SequenceBusy
             if seq in seqs[:i]:
                 return ArgumentError
-            if self.window is not None and count > MAX_STEP:
+            is_endless = self.window is not None or self.budget is not None
+            if is_endless and count > MAX_STEP:
                 return ArgumentError
-            most = NUM_PAGES * self.page_size if self.window is None else MAX_SEQ_LEN
+            most = MAX_SEQ_LEN if is_endless else NUM_PAGES * self.page_size
             if self.length(seq) + count > most:
                 return SequenceTooLong
         reserved = set().union(*(pages.values() for pages in self.reserve(seqs, counts)[0]))
@@ -262,7 +303,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.pages_needed(seqs, counts) == len(new_pages)
         return OutOfPages if len(new_pages) > NUM_PAGES - len(self.used_pages) else None
 
-    def attend_all_layers(self, step, seqs, counts, rng):
+    def attend_all_layers(self, step, seqs, counts, reserved, rng):
         """Returns what each sequence holds if the step is committed, per layer."""
         num_tokens = sum(counts)
         new = [[] for _ in seqs]
@@ -278,6 +319,9 @@ class CacheMachine(RuleBasedStateMachine):
                 all_k, all_v = np.concatenate([old_k, k[own]]), np.concatenate([old_v, v[own]])
                 new[i].append((all_k, all_v))
                 seen = {"window": self.window, "num_sink_tokens": self.sinks}
+                if self.budget is not None:
+                    there = self.positions(reserved[i], len(all_k))
+                    all_k, all_v, seen = all_k[there], all_v[there], {"positions": there}
                 expected = reference.attend(q[own], all_k, all_v, **seen)
                 atol = tolerances(q[own], all_k, all_v)[0]
                 np.testing.assert_allclose(out[own], expected, rtol=0, atol=atol)
@@ -289,7 +333,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         step, entries = self.open.popitem()
         seqs, counts, reserved, ids = zip(*entries, strict=True)
-        new = self.attend_all_layers(step, seqs, counts, np.random.default_rng(seed))
+        new = self.attend_all_layers(step, seqs, counts, reserved, np.random.default_rng(seed))
         if commits:
             step.commit()
             self.commit(seqs, new, reserved, ids, counts)
@@ -336,6 +380,9 @@ class CacheMachine(RuleBasedStateMachine):
             assert len(seq) == self.length(seq)
             if self.window is None:
                 assert tables.known_ids(tables.rows.row(seq._seq_id)).tolist() == self.known[seq]
+            if self.budget is not None:
+                there = self.positions(self.pages[seq], self.length(seq))
+                np.testing.assert_array_equal(seq.held_positions, there)
             for layer, expected in enumerate(layers):
                 held = seq.held_positions
                 np.testing.assert_array_equal(seq.gather(layer), [side[held] for side in expected])
@@ -377,6 +424,14 @@ class LargePagesWindowAndSinks(CacheMachine):
     page_size, window, sinks = 64, 100, 3
 
 
+class Eviction(CacheMachine):
+    budget, sinks = 112, 4
+
+
+class EvictionWithoutSinks(CacheMachine):
+    budget = 96
+
+
 #: Rules in all: a few thousand; `make test-long` sets 200,000.
 NUM_RULES = int(os.environ.get("PAGED_KV_NUM_RULES", "6000"))
 MACHINES = (
@@ -387,6 +442,8 @@ MACHINES = (
     WindowAndSlack,
     WindowSinksAndSlack,
     LargePagesWindowAndSinks,
+    Eviction,
+    EvictionWithoutSinks,
 )
 STEPS = 30
 

@@ -37,6 +37,7 @@ static pkv_tables tables = {.rows = &rows,
                             .token_ids = token_ids,
                             .page_marks = page_marks,
                             .ring_pages = RING,
+                            .max_step_tokens = INT32_MAX,
                             .page_size = PAGE_SIZE};
 
 static union {

@@ -2,8 +2,9 @@
 
 Token t of a sequence is in its logical page ``j = t // page_size`` at offset ``t % page_size``.  Page j is in
 cell j of the sequence's row; with a window, the cells after those of the sinks' ``s`` pages are a ring,
-and it is in ``s + (j - s) % (ring_pages - s)``.  numpy owns the arrays, and C works on them in place, for
-a whole batch in one call.
+and it is in ``s + (j - s) % (ring_pages - s)``.  With a budget, pages in between can be dropped: the cells
+are compact, and ``cell_pages`` has the logical page of each.  numpy owns the arrays, and C works on them in
+place, for a whole batch in one call.
 
 Imports rows, pool, plan, new_tokens and salts.  The caller holds the cache's lock.
 """
@@ -49,6 +50,22 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much of a sequence is held between steps: pages in between are dropped."""
+
+    num_tokens: int
+    max_step_tokens: int
+    num_sink_tokens: int
+    recent_tokens: int  # the newest ones, which are never dropped
+
+    def cells(self, page_size: int) -> int:
+        """That never run out: of a budget, what comes before the first cut, two steps (an interrupt may
+        prevent the cut after one), and a page that is begun."""
+        held = (self.num_tokens, self.recent_tokens, self.max_step_tokens, self.max_step_tokens, 1)
+        return sum(num_pages(tokens, page_size) for tokens in held)
+
+
+@dataclass(frozen=True)
 class Packing:
     """Which pages of a sequence are packed: those that are neither of the newest tokens nor of the first."""
 
@@ -61,6 +78,7 @@ class BlockTables(Uncopyable):
 
     num_layers : that a step has to write before it can be committed
     packing : None: no page is packed
+    budget : None: no page is dropped; else there is no window
     """
 
     def __init__(
@@ -71,8 +89,10 @@ class BlockTables(Uncopyable):
         window: Window | None,
         num_layers: int = 0,
         packing: Packing | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.pool = pool
+        self.budget = budget
         self.rows = rows
         self.page_size = page_size
         self.window = window
@@ -84,6 +104,10 @@ class BlockTables(Uncopyable):
             sinks = min(num_pages(window.num_sink_tokens, page_size), pool.num_pages)
             most = max(pool.num_pages, sinks + 1)
             ring_pages = min(ring_pages, window.ring_pages(page_size), most)
+        if budget is not None:
+            # A step that lacks pages is refused for that.
+            most = pool.num_pages + num_pages(budget.max_step_tokens, page_size) + 1
+            ring_pages = min(most, budget.cells(page_size))
         # Untouched zeros: the rows of sequences that never come cost no memory.
         self.page_ids = _table(max_sequences, ring_pages)
         self.tail_copies = np.zeros(max_sequences, np.int32)
@@ -96,6 +120,9 @@ class BlockTables(Uncopyable):
         #: Of each row, the first page that may have to be packed.
         self._packed_ends = np.zeros(max_sequences, np.int32)
         self._page_marks = np.zeros(pool.num_ids, np.int32)
+        #: With a budget, the logical page of each cell, and of each row, the pages that it has dropped.
+        self.cell_pages = _table(max_sequences if budget else 0, ring_pages)
+        self.num_dropped = np.zeros(max_sequences, np.int32)
         arrays = {
             "page_ids": self.page_ids,
             "tail_copies": self.tail_copies,
@@ -106,11 +133,14 @@ class BlockTables(Uncopyable):
         }
         if packing is not None:
             arrays["packed_ends"] = self._packed_ends
+        if budget is not None:
+            arrays |= {"cell_pages": self.cell_pages, "num_dropped": self.num_dropped}
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
         self._pointers["page_salts"] = ffi.from_buffer("int64_t[]", self.page_salts)
         lib.pkv_pool_set_salts(pool.handle, self._pointers["page_salts"])
         # Filled and read under the cache's lock, so one of each is enough.
         self.size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")
+        limited = window or budget
         self._tables = ffi.new(
             "pkv_tables *",
             {
@@ -122,7 +152,7 @@ class BlockTables(Uncopyable):
                 "window_slack": window.slack if window else 0,
                 "num_sink_tokens": window.num_sink_tokens if window else 0,
                 "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
-                "max_step_tokens": window.max_step_tokens if window else MAX_TOKENS,
+                "max_step_tokens": limited.max_step_tokens if limited else MAX_TOKENS,
                 "num_layers": num_layers,
                 "recent_tokens": packing.recent_tokens if packing else 0,
                 "first_packed": num_pages(packing.num_sink_tokens, page_size) if packing else 0,
@@ -189,6 +219,11 @@ class BlockTables(Uncopyable):
         check(status, "truncate")
 
     def _refuse_length(self, name: str, length: int, row: int) -> NoReturn:
+        if self.budget is not None:
+            raise ArgumentError(
+                f"{name} is {length}, within page {length // self.page_size}, which was dropped; give a "
+                f"multiple of page_size, {self.page_size}, or another length"
+            )
         raise ArgumentError(
             f"at {name} {length} the window would need tokens whose pages were released; "
             f"keep more of the {self.rows.seq_lens[row]} tokens, reset the sequence, or build the cache with "
@@ -206,8 +241,18 @@ class BlockTables(Uncopyable):
             return 0
         return max(max(0, seq_len - self.window.size) // self.page_size, self.sink_pages)
 
+    def drop(self, row: int, numbers: NDArray[np.int32]) -> None:
+        """Release these logical pages of a row, ascending, each full and held."""
+        pages = ffi.from_buffer("int32_t[]", numbers)
+        check(lib.pkv_tables_drop(self.pool.handle, self._tables, row, len(numbers), pages), "drop")
+
+    def tail_page(self, row: int) -> int:
+        """The page that a row's next token goes into, when that page holds tokens of the row."""
+        page = int(self.rows.seq_lens[row]) // self.page_size
+        return int(self.page_ids[row, self.cell(page - int(self.num_dropped[row]))])
+
     def cell(self, page: int) -> int:
-        """Where a logical page is in a row."""
+        """Where a logical page is in a row; with a budget, before the first page that was dropped."""
         ring_pages = self.page_ids.shape[1]
         return (
             page
@@ -219,14 +264,21 @@ class BlockTables(Uncopyable):
         """The logical pages that a row holds, in order, and their ids."""
         seq_len = int(self.rows.seq_lens[row])
         end, first = num_pages(seq_len, self.page_size), int(self.first_held[row])
+        if self.budget is not None:
+            num_held = end - int(self.num_dropped[row])
+            return self.cell_pages[row, :num_held].astype(np.int64), self.page_ids[row, :num_held]
         logical = np.concatenate([np.arange(min(self.sink_pages, end)), np.arange(first, end)])
         if self.window is None:
             return logical, self.page_ids[row, :end]
         return logical, self.page_ids[row, [self.cell(page) for page in logical.tolist()]]
 
     def held_positions(self, row: int) -> NDArray[np.int32]:
-        """Positions of a row's held tokens: the sinks' and the window's, oldest first."""
+        """Positions of a row's held tokens, oldest first: sinks and window, or what was not dropped."""
         seq_len = int(self.rows.seq_lens[row])
+        if self.num_dropped[row]:
+            starts = self.held_pages(row)[0][:, None] * self.page_size
+            positions = (starts + np.arange(self.page_size)).reshape(-1).astype(np.int32)
+            return positions[positions < seq_len]
         if self.window is None or seq_len <= self.window.size:
             return np.arange(seq_len, dtype=np.int32)
         start = seq_len - self.window.size
@@ -236,6 +288,10 @@ class BlockTables(Uncopyable):
     def slots(self, row: int) -> NDArray[np.int64]:
         """The slots of those, in the same order."""
         pages, offsets = np.divmod(self.held_positions(row), self.page_size)
+        if self.budget is not None:
+            cells = np.searchsorted(self.held_pages(row)[0], pages)
+            held: NDArray[np.int64] = self.page_ids[row, cells] * np.int64(self.page_size) + offsets
+            return held
         sinks = num_pages(self.window.num_sink_tokens, self.page_size) if self.window else 0
         ring = self.page_ids.shape[1] - sinks
         cells = np.where(pages < sinks, pages, sinks + (pages - sinks) % max(1, ring))

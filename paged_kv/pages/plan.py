@@ -99,6 +99,11 @@ class Plan(Uncopyable):
         """int32 [num_seqs + 1]: where each sequence's pages begin."""
         return self.int32(self.batch.kv_indptr, self.num_seqs + 1)
 
+    @property
+    def page_numbers(self) -> NDArray[np.int32]:
+        """int32 [num_pages]: the logical page of each, where pages can be dropped."""
+        return self.int32(self.batch.page_numbers, self.num_pages)
+
     def forget_ids(self) -> None:
         """Take the new tokens' ids as unknown."""
         for index in range(self.num_seqs):
@@ -116,7 +121,8 @@ class Plan(Uncopyable):
 
     @property
     def first_page(self) -> NDArray[np.int32]:
-        """int32 [num_seqs]: the logical page at which each row of `block_table` begins; 0 with sinks."""
+        """int32 [num_seqs]: the logical page at which each row of `block_table` begins; 0 with sinks, and
+        where pages can be dropped."""
         first_pages = self.int32(self.batch.first_pages, self.num_seqs)
         return first_pages if not self.batch.sink_pages else read_only(np.zeros_like(first_pages))
 
@@ -126,10 +132,15 @@ class Plan(Uncopyable):
         batch = self.batch
         page_ids = self.int32(batch.kv_indices, self.num_pages)
         num_pages = np.diff(self.kv_indptr)
+        rows = np.repeat(np.arange(self.num_seqs), num_pages)
+        if batch.page_numbers:
+            numbers = self.int32(batch.page_numbers, self.num_pages)
+            table = np.full((self.num_seqs, numbers.max(initial=-1) + 1), -1, np.int32)
+            table[rows, numbers] = page_ids
+            return read_only(table)
         # Page i of a sequence's list goes to column i, or past the gap when it holds no sinks.
         gaps = self.int32(batch.first_pages, self.num_seqs) - self.first_page - batch.sink_pages
         gaps = np.where(num_pages > batch.sink_pages, np.maximum(gaps, 0), 0)
-        rows = np.repeat(np.arange(self.num_seqs), num_pages)
         columns = np.arange(self.num_pages) - np.repeat(np.cumsum(num_pages) - num_pages, num_pages)
         columns += np.where(columns >= batch.sink_pages, gaps[rows], 0)
         table = np.full((self.num_seqs, (num_pages + gaps).max(initial=0)), -1, np.int32)

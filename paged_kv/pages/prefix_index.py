@@ -222,14 +222,28 @@ class PrefixIndex(Uncopyable):
 
     def _left_pages(self, row: int, path: list[Entry]) -> tuple[NDArray[np.int32], Sequence[int]]:
         """The pages of a row's path, and the positions of their first tokens."""
-        pages, positions = self._held_pages(row, len(path))
-        if self._has_other_pages[row]:
-            pages = np.array([entry.page_id for entry in path], np.int32)
-        return pages, positions
+        if not self._has_other_pages[row]:
+            return self._held_pages(row, len(path))
+        # Those of an entry that another row has dropped may hold something else by now.
+        there = [(i, entry.page_id) for i, entry in enumerate(path) if not entry.is_dropped]
+        places, page_ids = zip(*there, strict=True) if there else ((), ())
+        return np.array(page_ids, np.int32), [place * self.page_size for place in places]
 
     def _held_pages(self, row: int, num_pages: int) -> tuple[NDArray[np.int32], Sequence[int]]:
         """A row's first num_pages pages, as far as it holds them, and the positions of their first tokens."""
-        return self.tables.page_ids[row, :num_pages], range(0, num_pages * self.page_size, self.page_size)
+        logical, pages = self.tables.held_pages(row)
+        num_pages = int(np.searchsorted(logical, num_pages))
+        return pages[:num_pages], (logical[:num_pages] * self.page_size).tolist()
+
+    def note_drop(self, row: int, numbers: NDArray[np.int32]) -> None:
+        """Before a row releases these logical pages: its own ones that are indexed stay, as if it ended."""
+        with self._change:
+            logical, pages = self.tables.held_pages(row)
+            pages = pages[np.searchsorted(logical, numbers)]
+            is_own = np.array([page in self.by_page for page in pages.tolist()], bool)
+            if is_own.any():
+                positions = (numbers[is_own] * self.page_size).tolist()
+                self.retention.leave(row, pages[is_own], positions)
 
     def _end_of(self, row: int, path: list[Entry]) -> bytes:
         """What the page after a row's path follows: the last entry, or the salt."""
@@ -425,8 +439,8 @@ class PrefixIndex(Uncopyable):
         with self._change:
             tables = self.tables
             for row in rows:
-                page, offset = divmod(int(tables.rows.seq_lens[row]), self.page_size)
-                indexed = self.by_page.get(int(tables.page_ids[row, tables.cell(page)])) if offset else None
+                offset = int(tables.rows.seq_lens[row]) % self.page_size
+                indexed = self.by_page.get(tables.tail_page(row)) if offset else None
                 if indexed is not None:
                     self.drop(indexed, "pressure")
 

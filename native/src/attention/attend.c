@@ -178,7 +178,6 @@ static pkv_layer layer_of(const pkv_kernel *kernel, const pkv_pages *pages, cons
 
 static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const pkv_batch *batch,
                         const pkv_attention *attention) {
-  int32_t page_size = pages->page_size;
   pkv_call call = {
       .kernel = kernel,
       .pages = pages,
@@ -186,8 +185,8 @@ static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const 
       .layer = layer_of(kernel, pages, attention),
       .num_q_heads = attention->num_q_heads,
       .is_cached = are_cached(pages, batch),
-      .run_tokens = page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size,
-      .span_tokens = page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size,
+      .run_tokens = pkv_run_tokens(pages->page_size),
+      .span_tokens = pkv_span_tokens(pages->page_size),
   };
   if (pages->packed) {
     call.packed = layer_of(kernel, pages->packed, attention);

@@ -36,9 +36,21 @@ static const int32_t *pages_of(const pkv_batch *batch, int32_t seq) {
   return batch->kv_indices + batch->kv_indptr[seq];
 }
 
-/* First pages of which every row of a sequence sees every token. */
+/* First pages of which every row of a sequence sees every token: none behind a hole. */
 static int32_t num_whole_pages(const search *search, int32_t seq) {
-  return num_seen(search->batch, seq, search->batch->qo_indptr[seq]) / search->sharing->page_size;
+  const pkv_batch *batch = search->batch;
+  int32_t num_pages = num_seen(batch, seq, batch->qo_indptr[seq]) / search->sharing->page_size;
+  if (!batch->page_numbers) return num_pages;
+  const int32_t *numbers = batch->page_numbers + batch->kv_indptr[seq];
+  int32_t begin = 0, end = batch->kv_indptr[seq + 1] - batch->kv_indptr[seq];
+  while (begin < end) { /* the pages before the first hole are at their own places */
+    int32_t middle = (begin + end) / 2;
+    if (numbers[middle] == middle)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin < num_pages ? begin : num_pages;
 }
 
 static int compare(const void *a, const void *b) {

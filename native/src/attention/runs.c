@@ -45,20 +45,52 @@ static void locate(const char *address, int64_t stride, int begin, int end, cons
   for (int t = begin; t < end; t++, address += stride) addresses[t] = address;
 }
 
-/* The addresses of the tokens of `mask`; bit 0 is token `start`. */
+/* Where a sequence's list has its first page that is `page` or a later one. */
+static int32_t place_in_list(const pkv_batch *batch, int32_t seq, int32_t page) {
+  const int32_t *numbers = batch->page_numbers + batch->kv_indptr[seq];
+  int32_t begin = 0, end = batch->kv_indptr[seq + 1] - batch->kv_indptr[seq];
+  while (begin < end) {
+    int32_t middle = (begin + end) / 2;
+    if (numbers[middle] < page)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+/* The tokens `start` to `end` - 1 (at most 64) whose pages are listed; bit 0 is `start`. */
+static uint64_t listed(const pkv_call *call, int32_t seq, int32_t start, int32_t end) {
+  const pkv_batch *batch = call->batch;
+  if (!batch->page_numbers) return ~UINT64_C(0);
+  int32_t page_size = call->pages->page_size;
+  uint64_t mask = 0;
+  for (int32_t i = batch->kv_indptr[seq] + place_in_list(batch, seq, start / page_size);
+       i < batch->kv_indptr[seq + 1]; i++) {
+    int64_t page_start = (int64_t)batch->page_numbers[i] * page_size - start;
+    if (page_start >= end - start) break;
+    mask |= bits_between(page_start, page_start + page_size);
+  }
+  return mask;
+}
+
+/* The addresses of the tokens of `mask`, whose pages are listed; bit 0 is token `start`. */
 static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint64_t mask,
                           token_addresses *to) {
   const pkv_pages *pages = call->pages;
   const pkv_batch *batch = call->batch;
   const int32_t *page_ids = batch->kv_indices + batch->kv_indptr[seq];
   int32_t first_page = batch->first_pages ? batch->first_pages[seq] : 0;
+  bool has_holes = batch->page_numbers != NULL;
   int32_t page = start / pages->page_size;
   int64_t page_start = (int64_t)page * pages->page_size - start; /* as a bit */
   for (; mask; page++, page_start += pages->page_size) {
     uint64_t in_page = mask & bits_between(0, page_start + pages->page_size);
     mask &= ~in_page;
     if (!in_page) continue;
-    int64_t page_id = page_ids[page < batch->sink_pages ? page : batch->sink_pages + page - first_page];
+    int64_t page_id = page_ids[has_holes                  ? place_in_list(batch, seq, page)
+                               : page < batch->sink_pages ? page
+                                                          : batch->sink_pages + page - first_page];
     pkv_place place = pkv_place_of(pages, page_id);
     const pkv_pages *own = to->pages = place.pages;
     while (in_page) { /* consecutive tokens, up to a gap */
@@ -161,7 +193,8 @@ static int32_t locate_next_keys(const pkv_call *call, const work_item *item, int
   int32_t last = item->num_rows - 1, row = q_row_of(item, last), seq = seq_of_row(item, last);
   int32_t end = num_seen(call->batch, seq, row);
   if (start >= end) return 0;
-  uint64_t mask = visible(call->batch, seq, row, start, end_of_run(call, start, end));
+  int32_t run_end = end_of_run(call, start, end);
+  uint64_t mask = visible(call->batch, seq, row, start, run_end) & listed(call, seq, start, run_end);
   if (mask & (mask + 1)) return 0; /* a gap between sinks and window: not prefetched */
   locate_tokens(call, seq, start, mask, to);
   return __builtin_popcountll(mask);
@@ -170,10 +203,10 @@ static int32_t locate_next_keys(const pkv_call *call, const work_item *item, int
 static void fold_run_into_rows(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
                                const float *q, float *states) {
   token_addresses tokens, next;
-  uint64_t masks[MAX_ROWS_PER_ITEM], all = 0;
+  uint64_t masks[MAX_ROWS_PER_ITEM], all = 0, has_page = listed(call, item->seq, start, end);
   int32_t num_seen_of[MAX_ROWS_PER_ITEM];
   for (int32_t row = 0; row < item->num_rows; row++) {
-    masks[row] = visible(call->batch, seq_of_row(item, row), q_row_of(item, row), start, end);
+    masks[row] = visible(call->batch, seq_of_row(item, row), q_row_of(item, row), start, end) & has_page;
     num_seen_of[row] = __builtin_popcountll(masks[row]);
     all |= masks[row];
   }

@@ -51,6 +51,7 @@ work pkv_work_of(const pkv_pages *pages, const pkv_batch *batch, int32_t num_q_h
 /* The cost of some rows: the tokens that they read. */
 static int64_t cost_of(const pkv_batch *batch, int32_t seq, int32_t first_row, int32_t num_rows) {
   int64_t visible_tokens = num_seen(batch, seq, first_row + num_rows - 1);
+  if (batch->page_numbers) visible_tokens -= batch->num_lacking[seq];
   if (batch->window && visible_tokens > (int64_t)batch->window + batch->num_sink_tokens)
     visible_tokens = (int64_t)batch->window + batch->num_sink_tokens;
   return num_rows * visible_tokens;

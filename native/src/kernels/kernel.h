@@ -15,6 +15,14 @@
 
 enum { PKV_RUN_TOKENS = 64, PKV_SPAN_TOKENS = 256, PKV_MAX_HEAD_DIM = 256 };
 
+/* Tokens of a run, and of a span: whole pages, or pieces of one (attention/runs.c). */
+static inline int32_t pkv_run_tokens(int32_t page_size) {
+  return page_size > PKV_RUN_TOKENS ? PKV_RUN_TOKENS : PKV_RUN_TOKENS / page_size * page_size;
+}
+static inline int32_t pkv_span_tokens(int32_t page_size) {
+  return page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
+}
+
 static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
 
 /* A dtype that kernels with `multiplies_pairs` read besides the pkv_dtypes: keys and queries of bfloat16,

@@ -19,7 +19,8 @@ void pkv_rows_give_back(pkv_rows *rows, int32_t row);
 
 /* ---- of tables, for twins.c */
 
-/* The cell of a row's logical page. */
+/* Does a row hold this logical page, one of its committed tokens?  And its cell. */
+bool pkv_holds(const pkv_tables *tables, int64_t row, int64_t page);
 int32_t *pkv_cell_of(const pkv_tables *tables, int64_t row, int64_t page);
 /* The first page of a row that may have to be packed. */
 int64_t pkv_first_to_pack(const pkv_tables *tables, int64_t row);

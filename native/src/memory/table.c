@@ -9,6 +9,9 @@
  * when other rows hold the page; so does a row that holds it alone, where no index names it.  Any other row
  * appends to a copy, which waits in tail_copies until commit.
  *
+ * Holes: rows with cell_pages hold their pages in compact cells, so that pages in between can be dropped. The
+ * newest pages are never dropped: page j of them is in cell j - num_dropped.
+ *
  * A page that held another salt is scrubbed by the step that takes it.  Its salt is unknown until that step
  * commits, so the pages of a step that is rolled back are scrubbed again.
  *
@@ -17,20 +20,72 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/kernel.h"
 #include "rows.h"
 
 static int64_t pages_for(const pkv_tables *tables, int64_t num_tokens) {
   return (num_tokens + tables->page_size - 1) / tables->page_size;
 }
 
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- holes */
+
+static bool is_compact(const pkv_tables *tables) { return tables->cell_pages != NULL; }
+
+static int64_t num_dropped_of(const pkv_tables *tables, int64_t row) {
+  return is_compact(tables) ? tables->num_dropped[row] : 0;
+}
+
+static int32_t *numbers_of(const pkv_tables *tables, int64_t row) {
+  return tables->cell_pages + row * tables->ring_pages;
+}
+
+/* The first cell of a compact row whose logical page is `page` or a later one. */
+static int64_t first_cell_from(const pkv_tables *tables, int64_t row, int64_t page) {
+  const int32_t *numbers = numbers_of(tables, row);
+  int64_t begin = 0, end = pages_for(tables, tables->rows->reserved_lens[row]) - num_dropped_of(tables, row);
+  while (begin < end) {
+    int64_t middle = (begin + end) / 2;
+    if (numbers[middle] < page)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+/* The first page from `page` on that a row holds; those from the end of its reserved tokens on count as held.
+ */
+static int64_t next_held(const pkv_tables *tables, int64_t row, int64_t page) {
+  if (!is_compact(tables)) {
+    int64_t first = tables->first_held[row];
+    return page >= tables->sink_pages && page < first ? first : page;
+  }
+  int64_t end = pages_for(tables, tables->rows->reserved_lens[row]);
+  int64_t cell = first_cell_from(tables, row, page);
+  return cell < end - num_dropped_of(tables, row) ? numbers_of(tables, row)[cell] : page > end ? page : end;
+}
+
+/* The cell of a page that a row holds, or that follows those. */
 static int32_t *cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
   int64_t sinks = tables->sink_pages;
+  if (is_compact(tables)) {
+    int64_t newest = page - num_dropped_of(tables, row);
+    bool is_newest = newest >= 0 && numbers_of(tables, row)[newest] == page;
+    return tables->page_ids + row * tables->ring_pages +
+           (is_newest ? newest : first_cell_from(tables, row, page));
+  }
   int64_t cell = page < tables->ring_pages ? page : sinks + (page - sinks) % (tables->ring_pages - sinks);
   return tables->page_ids + row * tables->ring_pages + cell;
 }
 
 int32_t *pkv_cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
   return cell_of(tables, row, page);
+}
+
+bool pkv_holds(const pkv_tables *tables, int64_t row, int64_t page) {
+  return next_held(tables, row, page) == page;
 }
 
 /* The first page behind the sinks that holds any of the last num_tokens tokens. */
@@ -56,11 +111,10 @@ static int64_t first_page_seen(const pkv_tables *tables, int64_t seq_len) {
   return first_page_at(tables, tables->window ? seq_len + 1 : seq_len);
 }
 
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* How many pages a step from old_len to new_len reads. */
-static int64_t num_pages_seen(const pkv_tables *tables, int64_t old_len, int64_t new_len) {
+/* How many pages a row's step from old_len to new_len reads. */
+static int64_t num_pages_seen(const pkv_tables *tables, int64_t row, int64_t old_len, int64_t new_len) {
   int64_t end = pages_for(tables, new_len), first = first_page_seen(tables, old_len);
+  if (is_compact(tables)) return end - num_dropped_of(tables, row);
   return min64(tables->sink_pages, end) + (end > first ? end - first : 0);
 }
 
@@ -127,10 +181,15 @@ static pkv_status measure_sequence(const pkv_pool *pool, const pkv_tables *table
     tables->tail_copies[row] = SKIPPED;
     return PKV_OK;
   }
-  if (tables->window && counts[i] > tables->max_step_tokens)
+  if (counts[i] > tables->max_step_tokens)
     return refuse(refusal, PKV_BAD_ARGUMENT, i, counts[i], tables->max_step_tokens);
   if (new_len > tables->rows->max_seq_len)
     return refuse(refusal, PKV_SEQUENCE_TOO_LONG, i, new_len, tables->rows->max_seq_len);
+  int64_t num_seen = num_pages_seen(tables, row, old_len, new_len);
+  if (is_compact(tables) && num_seen > tables->ring_pages) {
+    int64_t most = (tables->ring_pages + num_dropped_of(tables, row)) * tables->page_size;
+    return refuse(refusal, PKV_SEQUENCE_TOO_LONG, i, new_len, most);
+  }
   tables->rows->reserved_lens[row] = (int32_t)new_len;
   if (needs_copy(pool, tables, row, counts[i])) {
     tables->tail_copies[row] = TO_BE_COPIED;
@@ -138,7 +197,7 @@ static pkv_status measure_sequence(const pkv_pool *pool, const pkv_tables *table
     size->num_new_pages++;
   }
   size->num_tokens += counts[i];
-  size->num_pages += num_pages_seen(tables, old_len, new_len);
+  size->num_pages += num_seen;
   size->num_new_pages += pages_for(tables, new_len) - pages_for(tables, old_len);
   return PKV_OK;
 }
@@ -167,6 +226,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
     return refuse(refusal, PKV_BAD_ARGUMENT, -1, size->num_tokens, INT32_MAX);
   int64_t num_int32 = size->num_tokens + 2 * (num_seqs + 1) + 4 * num_seqs + size->num_pages;
   num_int32 += 3 * size->num_copies + 2 * size->num_new_pages;
+  if (is_compact(tables)) num_int32 += 2 * size->num_pages + 2 * num_seqs + 1;
   size->plan_bytes = (int64_t)sizeof(pkv_plan) + size->num_tokens * (int64_t)sizeof(int64_t);
   size->plan_bytes += num_int32 * (int64_t)sizeof(int32_t) + tables->num_layers;
   int64_t num_free = pkv_pool_num_free(pool);
@@ -208,7 +268,15 @@ static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs
   plan.copied_tokens = plan.copied_to + size->num_copies;
   plan.scrubbed = plan.copied_tokens + size->num_copies;
   plan.scrubbed_for = plan.scrubbed + size->num_new_pages;
-  plan.is_written = (uint8_t *)(plan.scrubbed_for + size->num_new_pages);
+  int32_t *end = plan.scrubbed_for + size->num_new_pages;
+  if (is_compact(tables)) {
+    plan.batch.page_numbers = end;
+    plan.batch.span_indptr = plan.batch.page_numbers + size->num_pages;
+    plan.batch.span_starts = plan.batch.span_indptr + num_seqs + 1;
+    plan.batch.num_lacking = plan.batch.span_starts + size->num_pages;
+    end = plan.batch.num_lacking + num_seqs;
+  }
+  plan.is_written = (uint8_t *)end;
   plan.num_layers = tables->num_layers;
   memset(plan.is_written, 0, (size_t)plan.num_layers);
   return plan;
@@ -217,6 +285,13 @@ static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs
 /* Release the logical pages first .. end - 1 of a row, the last one first. */
 static pkv_status release_pages(pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t first,
                                 int64_t end) {
+  if (is_compact(tables)) {
+    int32_t *cells = tables->page_ids + row * tables->ring_pages;
+    int64_t begin = first_cell_from(tables, row, first), cell = first_cell_from(tables, row, end);
+    while (cell > begin)
+      if (pkv_pool_release(pool, 1, &cells[--cell]) != PKV_OK) return PKV_INVARIANT;
+    return PKV_OK;
+  }
   while (end > first)
     if (pkv_pool_release(pool, 1, cell_of(tables, row, --end)) != PKV_OK) return PKV_INVARIANT;
   return PKV_OK;
@@ -226,10 +301,11 @@ static pkv_status release_pages(pkv_pool *pool, const pkv_tables *tables, int64_
 static pkv_status acquire_pages(pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t first,
                                 int64_t new_len) {
   for (int64_t page = first; page < pages_for(tables, new_len); page++) {
+    if (is_compact(tables)) numbers_of(tables, row)[page - num_dropped_of(tables, row)] = (int32_t)page;
     int32_t *cell = cell_of(tables, row, page);
     pkv_status status = pkv_pool_acquire(pool, 1, cell);
     if (status != PKV_OK) {
-      release_pages(pool, tables, row, first, page);
+      while (page > first) pkv_pool_release(pool, 1, cell_of(tables, row, --page));
       return status;
     }
     tables->filled[*cell] = (int32_t)min64(new_len - page * tables->page_size, tables->page_size);
@@ -281,6 +357,24 @@ static int64_t list_pages(const pkv_tables *tables, int64_t row, int64_t first, 
   return count;
 }
 
+/* The same of a compact row, for entry i of a batch, and the logical pages and spans of its pages. */
+static int64_t list_held_pages(const pkv_tables *tables, int64_t row, int64_t end, int64_t i,
+                               const pkv_batch *batch) {
+  int64_t count = end - num_dropped_of(tables, row), first = batch->kv_indptr[i];
+  int32_t *numbers = batch->page_numbers + first, *starts = batch->span_starts + batch->span_indptr[i];
+  int32_t span_pages = pkv_span_tokens(tables->page_size) / tables->page_size, num_spans = 0;
+  memcpy(batch->kv_indices + first, tables->page_ids + row * tables->ring_pages,
+         (size_t)count * sizeof(int32_t));
+  memcpy(numbers, numbers_of(tables, row), (size_t)count * sizeof(int32_t));
+  for (int64_t j = 0; j < count; j++) {
+    int32_t start = numbers[j] / span_pages * span_pages * tables->page_size;
+    if (!num_spans || starts[num_spans - 1] != start) starts[num_spans++] = start;
+  }
+  batch->span_indptr[i + 1] = batch->span_indptr[i] + num_spans;
+  batch->num_lacking[i] = (int32_t)num_dropped_of(tables, row) * tables->page_size;
+  return count;
+}
+
 static pkv_status give_back(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan);
 
 /* Note that a row's step has taken a page, which is scrubbed if it held another salt. */
@@ -310,6 +404,9 @@ static void skip_row(const pkv_tables *tables, int64_t row, int64_t i, pkv_plan 
   batch->first_pages[i] = (int32_t)first_page_seen(tables, batch->seq_lens[i]);
   batch->qo_indptr[i + 1] = batch->qo_indptr[i];
   batch->kv_indptr[i + 1] = batch->kv_indptr[i];
+  if (!is_compact(tables)) return;
+  batch->span_indptr[i + 1] = batch->span_indptr[i];
+  batch->num_lacking[i] = 0;
 }
 
 static bool is_skipped(const pkv_plan *plan, int64_t i) {
@@ -321,6 +418,7 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
                             pkv_plan *plan) {
   pkv_batch batch = plan->batch;
   batch.qo_indptr[0] = batch.kv_indptr[0] = 0;
+  if (is_compact(tables)) batch.span_indptr[0] = 0;
   for (int64_t i = 0; i < batch.num_seqs; i++) {
     int64_t row = pkv_row_in(seq_ids[i]);
     if (counts[i] == 0) {
@@ -336,10 +434,12 @@ static pkv_status plan_rows(pkv_pool *pool, const pkv_tables *tables, const int6
     }
     int64_t first_page = first_page_seen(tables, old_len), end_page = pages_for(tables, new_len);
     int32_t first = batch.qo_indptr[i], *page_ids = batch.kv_indices + batch.kv_indptr[i];
-    int64_t num_pages = list_pages(tables, row, first_page, end_page, page_ids);
+    int64_t num_pages = is_compact(tables) ? list_held_pages(tables, row, end_page, i, &batch)
+                                           : list_pages(tables, row, first_page, end_page, page_ids);
     if (pkv_pool_ref_count(pool, page_ids[0]) > 1) plan->batch.may_share = PKV_SHARE_WHAT_PAYS;
     /* New tokens from the sinks on see all pages; later ones skip the pages between sinks and window. */
     int64_t skipped = first_page > tables->sink_pages ? first_page - tables->sink_pages : 0;
+    if (is_compact(tables)) skipped = num_dropped_of(tables, row);
     if (tables->tail_copies[row] >= 0) {
       int32_t *tail = page_ids + old_len / tables->page_size - skipped;
       plan->copied_from[plan->num_copies] = *tail;
@@ -475,6 +575,8 @@ static bool is_busy(const pkv_tables *tables, int32_t row) {
 
 /* Does a row hold what it must hold at this length, at most its own? */
 static bool can_end_at(const pkv_tables *tables, int32_t row, int64_t length) {
+  int64_t last = length / tables->page_size;
+  if (is_compact(tables)) return length % tables->page_size == 0 || next_held(tables, row, last) == last;
   return pages_for(tables, length) <= tables->sink_pages ||
          first_page_at(tables, length) >= tables->first_held[row];
 }
@@ -487,14 +589,19 @@ static int32_t first_held_at(const pkv_tables *tables, int32_t row, int64_t leng
 /* Share the pages of the first seq_len tokens of `from`. */
 static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t from, int32_t to,
                               int64_t seq_len) {
-  int32_t first = first_held_at(tables, from, seq_len);
-  for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
-    if (page == tables->sink_pages && page < first) page = first;
+  int64_t end = pages_for(tables, seq_len), num_held = 0;
+  for (int64_t page = next_held(tables, from, 0); page < end; page = next_held(tables, from, page + 1)) {
     int32_t *cell = cell_of(tables, from, page);
     if (pkv_pool_share(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
-    *cell_of(tables, to, page) = *cell;
+    if (is_compact(tables)) {
+      numbers_of(tables, to)[num_held] = (int32_t)page;
+      tables->page_ids[to * tables->ring_pages + num_held++] = *cell;
+    } else {
+      *cell_of(tables, to, page) = *cell;
+    }
   }
-  tables->first_held[to] = first;
+  tables->first_held[to] = first_held_at(tables, from, seq_len);
+  if (is_compact(tables)) tables->num_dropped[to] = (int32_t)(end - num_held);
   if (tables->packed_ends) tables->packed_ends[to] = tables->packed_ends[from];
   reopen_from(tables, to, pages_for(tables, seq_len));
   tables->rows->salts[to] = tables->rows->salts[from];
@@ -516,6 +623,7 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
     int32_t row = pkv_rows_take(tables->rows, seq_ids[i], salt);
     tables->tail_copies[row] = -1;
     tables->first_held[row] = tables->sink_pages;
+    if (is_compact(tables)) tables->num_dropped[row] = 0;
     if (tables->packed_ends) tables->packed_ends[row] = 0;
     if (from >= 0 && share_pages(pool, tables, from, row, length) != PKV_OK) return PKV_INVARIANT;
   }
@@ -526,6 +634,7 @@ pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_
                                 const int32_t *page_ids, int64_t seq_len) {
   if (seq_len < 0 || seq_len > tables->rows->max_seq_len) return PKV_BAD_ARGUMENT;
   int64_t end = pages_for(tables, seq_len), first = first_page_at(tables, seq_len);
+  if (is_compact(tables) && end > tables->ring_pages) return PKV_BAD_ARGUMENT;
   int64_t num_sinks = min64(tables->sink_pages, end), num_pages = num_sinks + (end > first ? end - first : 0);
   for (int64_t i = 0; i < num_pages; i++)
     if (tables->page_salts[page_ids[i]] != salt) return PKV_BAD_ARGUMENT;
@@ -538,7 +647,10 @@ pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_
   }
   int32_t row = (int32_t)pkv_row_in(seq_id);
   for (int64_t page = 0; page < num_sinks; page++) *cell_of(tables, row, page) = *page_ids++;
-  for (int64_t page = first; page < end; page++) *cell_of(tables, row, page) = *page_ids++;
+  for (int64_t page = first; page < end; page++) {
+    if (is_compact(tables)) numbers_of(tables, row)[page] = (int32_t)page;
+    *cell_of(tables, row, page) = *page_ids++;
+  }
   if (end > tables->sink_pages) tables->first_held[row] = (int32_t)first;
   tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = tables->rows->num_known[row] =
       (int32_t)seq_len;
@@ -565,6 +677,8 @@ pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t
   if (status == PKV_OK) status = release_pages(pool, tables, row, num_kept, min64(tables->sink_pages, end));
   if (status != PKV_OK) return status;
   tables->first_held[row] = first_held_at(tables, row, length);
+  if (is_compact(tables))
+    tables->num_dropped[row] = (int32_t)(num_kept - first_cell_from(tables, row, num_kept));
   reopen_from(tables, row, num_kept);
   tables->rows->seq_lens[row] = tables->rows->reserved_lens[row] = (int32_t)length;
   tables->rows->num_known[row] = (int32_t)min64(tables->rows->num_known[row], length);
@@ -575,13 +689,39 @@ pkv_status pkv_tables_reset(pkv_pool *pool, const pkv_tables *tables, int32_t ro
   return pkv_tables_truncate(pool, tables, row, 0);
 }
 
+pkv_status pkv_tables_drop(pkv_pool *pool, const pkv_tables *tables, int32_t row, int64_t count,
+                           const int32_t *numbers) {
+  if (!is_compact(tables) || !pkv_is_row(tables->rows, row)) return PKV_BAD_ARGUMENT;
+  if (is_busy(tables, row)) return PKV_SEQUENCE_BUSY;
+  int64_t num_full = tables->rows->seq_lens[row] / tables->page_size;
+  for (int64_t i = 0; i < count; i++)
+    if (numbers[i] < 0 || numbers[i] >= num_full || (i && numbers[i] <= numbers[i - 1]) ||
+        next_held(tables, row, numbers[i]) != numbers[i])
+      return PKV_BAD_ARGUMENT;
+  int32_t *held = numbers_of(tables, row), *cells = tables->page_ids + row * tables->ring_pages;
+  int64_t num_cells = pages_for(tables, tables->rows->seq_lens[row]) - num_dropped_of(tables, row), left = 0;
+  for (int64_t cell = 0, i = 0; cell < num_cells; cell++) {
+    if (i < count && held[cell] == numbers[i]) {
+      if (pkv_pool_release(pool, 1, &cells[cell]) != PKV_OK) return PKV_INVARIANT;
+      i++;
+      continue;
+    }
+    held[left] = held[cell];
+    cells[left++] = cells[cell];
+  }
+  tables->num_dropped[row] += (int32_t)count;
+  if (count && tables->rows->num_known[row] > numbers[0] * tables->page_size)
+    tables->rows->num_known[row] = numbers[0] * tables->page_size; /* later tokens depend on what is gone */
+  return PKV_OK;
+}
+
 /* ---- what there is */
 
 int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
   for (int64_t row = 0; row < tables->rows->num_rows; row++) {
-    int64_t seq_len = tables->rows->seq_lens[row], first = tables->first_held[row];
-    for (int64_t page = 0; page < pages_for(tables, seq_len); page++) {
-      if (page == tables->sink_pages && page < first) page = first;
+    int64_t seq_len = tables->rows->seq_lens[row];
+    for (int64_t page = next_held(tables, row, 0); page < pages_for(tables, seq_len);
+         page = next_held(tables, row, page + 1)) {
       int32_t filled = (int32_t)min64(seq_len - page * tables->page_size, tables->page_size);
       int32_t *mark = &tables->page_marks[*cell_of(tables, row, page)];
       if (*mark < filled) *mark = filled;
@@ -593,6 +733,21 @@ int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
     tables->page_marks[page_id] = 0;
   }
   return num_tokens;
+}
+
+/* Are a compact row's logical pages ascending, with all that are not full at their end? */
+static bool are_cells_whole(const pkv_tables *tables, int64_t row) {
+  if (!is_compact(tables)) return true;
+  const int32_t *numbers = numbers_of(tables, row);
+  int64_t num_dropped = num_dropped_of(tables, row),
+          end = pages_for(tables, tables->rows->reserved_lens[row]);
+  int64_t num_full = tables->rows->seq_lens[row] / tables->page_size, num_cells = end - num_dropped;
+  if (num_dropped < 0 || num_cells < 0 || num_cells > tables->ring_pages) return false;
+  for (int64_t page = num_full; page < end; page++)
+    if (page < num_dropped || numbers[page - num_dropped] != page) return false;
+  for (int64_t cell = 0; cell < num_cells; cell++)
+    if (numbers[cell] < (cell ? numbers[cell - 1] + 1 : 0) || numbers[cell] >= end) return false;
+  return true;
 }
 
 /* Count the references of the tables to each page, which has as many reserved slots as any row has tokens in
@@ -609,8 +764,9 @@ static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, 
         first > (is_short ? tables->sink_pages : first_page_at(tables, seq_len)))
       return PKV_INVARIANT;
     if (first < first_page_kept(tables, seq_len)) return PKV_INVARIANT;
-    for (int64_t page = 0; page < pages_for(tables, reserved_len); page++) {
-      if (page == tables->sink_pages && page < first) page = first;
+    if (!are_cells_whole(tables, row)) return PKV_INVARIANT;
+    for (int64_t page = next_held(tables, row, 0); page < pages_for(tables, reserved_len);
+         page = next_held(tables, row, page + 1)) {
       int32_t page_id = *cell_of(tables, row, page);
       if (page_id < 0 || page_id >= num_pages) return PKV_INVARIANT;
       references[page_id]++;

@@ -54,6 +54,7 @@ int64_t pkv_tables_pack(pkv_pool *pool, pkv_tables *tables, const pkv_pages *lay
     if (tables->rows->seq_lens[row] != tables->rows->reserved_lens[row]) continue; /* in another open step */
     int64_t old = (int64_t)tables->rows->seq_lens[row] - tables->recent_tokens;
     for (int64_t page = pkv_first_to_pack(tables, row); page < old / tables->page_size; page++) {
+      if (!pkv_holds(tables, row, page)) continue;
       int32_t *cell = pkv_cell_of(tables, row, page);
       if (pkv_pool_format(pool, *cell) == 0) {
         outcome outcome = exchange(pool, tables, layers, cell, &made);
