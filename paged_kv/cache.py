@@ -116,8 +116,8 @@ class PagedKVCache(Uncopyable):
         as `dtype` at once
     open_dtype : None: int8 for keys of int4, else bfloat16
     eviction, budget_tokens : a sequence whose commit would leave it with more than budget_tokens, in whole
-        pages, drops pages: "window", the oldest; or those that an object with `drop` names, an
-        `EvictionPolicy`.  The first num_sink_tokens (None: 4) and the newest 64 tokens
+        pages, drops pages: "attention", those that get least attention; "window", the oldest; or those
+        that an `EvictionPolicy` names.  The first num_sink_tokens (None: 4) and the newest 64 tokens
         always stay.  Tokens keep their positions.  What a sequence computes after its first drop is not
         found by others.  docs/eviction.md says what it costs.  None: all is kept
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
@@ -578,7 +578,8 @@ def _eviction(
         raise ArgumentError("a window drops pages by itself; give eviction or window")
     least = least_budget(page_size, num_sink_tokens)
     tokens = integer("budget_tokens", budget_tokens, least, MAX_TOKENS)
-    return Eviction(Budget(tokens, max_step_tokens, num_sink_tokens, GRACE_TOKENS), policy)
+    budget = Budget(tokens, max_step_tokens, num_sink_tokens, GRACE_TOKENS, policy.needs_mass)
+    return Eviction(budget, policy)
 
 
 def least_budget(page_size: int, num_sink_tokens: int) -> int:

@@ -24,7 +24,8 @@ def attend(
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
     return_lse: bool = False,
-) -> NDArray[np.float64] | tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return_probabilities: bool = False,
+) -> NDArray[np.float64] | tuple[NDArray[np.float64], ...]:
     """Attention of one sequence's newest tokens over those of its tokens that they see.
 
     Parameters
@@ -41,10 +42,11 @@ def attend(
     alibi_slopes : [num_q_heads]; then slope * (j - i) is added
     sinks : [num_q_heads], logits that join the sum of the softmax, and have no value
     return_lse : also the natural logarithm of that sum, float64 [num_tokens, num_q_heads]
+    return_probabilities : also the weights that values get, float64 [num_tokens, num_q_heads, num_keys]
 
     q head h reads kv head ``h // (num_q_heads / num_kv_heads)``.  A row whose sum is 0 gives 0 and -inf.
 
-    Returns: float64 [num_tokens, num_q_heads, head_dim_v], or (it, lse).
+    Returns: float64 [num_tokens, num_q_heads, head_dim_v], or a tuple of it, lse and probabilities.
     Source: Vaswani et al., Attention is all you need, 2017; Ainslie et al., GQA, 2023; Press et al., ALiBi,
     2022; Xiao et al., Attention sinks, 2024.
     """
@@ -57,6 +59,7 @@ def attend(
     sinks = np.full(num_q_heads, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
     out = np.zeros((num_tokens, num_q_heads, v.shape[2]))
     lse = np.full((num_tokens, num_q_heads), -np.inf)
+    probabilities = np.zeros((num_tokens, num_q_heads, num_keys))
     for row in range(num_tokens):
         seen = np.ones(num_keys, bool)
         if causal:
@@ -77,8 +80,10 @@ def attend(
             weights = np.exp(scores - largest)
             total = weights.sum() + np.exp(sinks[head] - largest)
             out[row, head] = weights @ values / total
+            probabilities[row, head, seen] = weights / total
             lse[row, head] = largest + np.log(total)
-    return (out, lse) if return_lse else out
+    others = [*([lse] if return_lse else []), *([probabilities] if return_probabilities else [])]
+    return (out, *others) if others else out
 
 
 def _saturated(x: ArrayLike, limit: float) -> NDArray[np.float32]:

@@ -95,6 +95,12 @@ class Step(Uncopyable):
         return self._plan.first_page
 
     @property
+    def kv_indptr(self) -> NDArray[np.int32]:
+        """int32 [num_seqs + 1]: where each sequence's pages begin in a list of all that the step reads, in
+        logical order; `attend(return_mass=True)` has a row for each."""
+        return self._plan.kv_indptr
+
+    @property
     def block_table(self) -> NDArray[np.int32]:
         """int32 [num_seqs, max_pages]: page ids in logical order from `first_page` on; -1 beyond a sequence's
         end, for pages between sinks and window that no new token sees, and for pages that were dropped.
@@ -140,6 +146,7 @@ class Step(Uncopyable):
         num_sink_tokens: int = 0,
         out: Any = None,
         return_lse: bool = False,
+        return_mass: bool = False,
     ) -> Any:
         """Store k and v as `write` does, then attend: each row of q to its sequence's tokens up to its own.
 
@@ -157,11 +164,15 @@ class Step(Uncopyable):
             position p sees ``p - window + 1`` to p, and the first sinks; None: all up to p
         out : where the result goes, of its shape and q's dtype; q itself will do
         return_lse : also the natural logarithm of the softmax's sum
+        return_mass : also how much attention each page gets; each sequence reads shared pages by itself then
 
-        Returns: [num_tokens, num_q_heads, head_dim_v] of q's dtype and kind, `out` when it was given; or
-        (that, lse), lse float32 [num_tokens, num_q_heads] of q's kind.  Keys and values count as they are
-        stored.  A row's bits depend on its q and its sequence only, not on the batch, the chunks or the
-        threads.
+        Returns: [num_tokens, num_q_heads, head_dim_v] of q's dtype and kind, `out` when it was given; with
+        return_lse or return_mass a tuple of it, lse, float32 [num_tokens, num_q_heads], and mass, float32
+        [pages, num_kv_heads], of q's kind.  The pages are the step's: sequence i has the rows
+        ``kv_indptr[i]`` to ``kv_indptr[i + 1] - 1`` of mass, for each page the probabilities of its tokens,
+        summed over the rows of q and averaged over the q heads of the kv head; NaN counts as 0.  Keys and
+        values count as they are stored.  A row's bits depend on its q and its sequence only, not on the
+        batch, the chunks or the threads.
         Raises: ArgumentError, LayerNotWritten, StepClosed, CacheClosed.
         Cost: reads the keys and values of each sequence once for every block of its rows.
         """
@@ -170,13 +181,16 @@ class Step(Uncopyable):
         pages, calls, threads = self._store.pages(layer), self._calls, self._store.threads
         if window is not None or num_sink_tokens:
             self._require_no_window(window)
-        options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens)
+        options = (
+            *(sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse),
+            *(window, num_sink_tokens, return_mass),
+        )
         verb = "attend" if k is None else "write and attend"
         call, result = calls.pop(verb, None), None
         if call is not None:
             result = call.repeat(threads, pages, self._handle, q, k, v, out, options)
         if result is None:
-            new = PreparedAttention(pages, self._plan.num_tokens, q, k, v, out, options)
+            new = PreparedAttention(pages, self._plan.num_tokens, q, k, v, out, options, self._plan.num_pages)
             result = new.run(threads, pages, self._handle)
             call = new if new.can_repeat else call
         calls[verb] = call

@@ -342,6 +342,8 @@ class Store(Uncopyable):
         num_held = -(-new_lens // page_size) - tables.num_dropped[rows]
         excess = num_held - -(-self.budgets[rows] // page_size)
         has_more = (excess > 0) & (new_lens > tables.rows.seq_lens[rows])
+        if self.eviction.budget.needs_mass:  # pages of a prefix hit begin with none
+            has_more &= tables.mass_rows[rows, 0] + num_new >= self.eviction.budget.recent_tokens
         return [
             self._drop_of(plan, i, int(new_lens[i]), int(excess[i]))
             for i in np.flatnonzero(has_more).tolist()
@@ -354,10 +356,28 @@ class Store(Uncopyable):
         begin, end = plan.kv_indptr[i : i + 2]
         numbers = plan.page_numbers[begin:end]
         numbers = numbers[numbers < pages_for(new_len, page_size)]
+        num_new = new_len - int(self.rows.seq_lens[plan.rows[i]])
+        masses = self._masses_of(plan, i, new_len, numbers) if budget.needs_mass else ()
         recent = max(new_len - budget.recent_tokens, 0) // page_size
         can_be_dropped = (numbers >= pages_for(budget.num_sink_tokens, page_size)) & (numbers < recent)
-        pages = PagesOfSequence(numbers, can_be_dropped, new_len, page_size)
+        pages = PagesOfSequence(numbers, can_be_dropped, new_len, num_new, page_size, *masses)
         return int(plan.rows[i]), choose(self.eviction.policy, pages, excess * page_size)
+
+    def _masses_of(
+        self, plan: Plan, i: int, new_len: int, numbers: NDArray[np.int32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and recent mass of a sequence's pages, once a plan is committed."""
+        tables, row, page_size = self.tables, plan.rows[i], self.layout.page_size
+        old_len, own = (
+            int(tables.rows.seq_lens[row]),
+            slice(plan.kv_indptr[i], plan.kv_indptr[i] + len(numbers)),
+        )
+        total, num_rows = plan.mass[own], np.minimum(new_len - old_len, new_len - numbers * page_size)
+        # Pages that the step has begun have neither mass nor rows of before.
+        num_held = pages_for(old_len, page_size) - tables.num_dropped[row]
+        total[:num_held] += tables.mass[row, :num_held]
+        num_rows[:num_held] += tables.mass_rows[row, :num_held].astype(np.int32)
+        return total / num_rows, plan.recent_mass[own]
 
     def _drop(self, drops: Drops) -> None:
         for row, numbers in drops:

@@ -52,7 +52,7 @@ SIGNATURES = {
     paged_kv.Sequence.gather: (["layer"], []),
     paged_kv.Step.attend: (
         ["layer", "q", "k", "v"],
-        [*SCORES, "window", "num_sink_tokens", "out", "return_lse"],
+        [*SCORES, "window", "num_sink_tokens", "out", "return_lse", "return_mass"],
     ),
     paged_kv.Step.write: (["layer", "k", "v"], []),
     paged_kv.PagedKVCache.gather: (["seqs", "layer"], ["dtype", "out"]),
@@ -81,7 +81,7 @@ SIGNATURES = {
         ["q", "k", "v", "positions"],
         [
             *("window", "num_sink_tokens", "causal", "sm_scale", "logits_soft_cap", "sinks"),
-            *("alibi_slopes", "return_lse"),
+            *("alibi_slopes", "return_lse", "return_probabilities"),
         ],
     ),
     paged_kv.reference.quantise_int8: (["x"], []),

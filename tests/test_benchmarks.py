@@ -36,7 +36,7 @@ def test_every_benchmark_is_among_them():
     scripts = {path.name for path in FOLDER.glob("*.py") if "def main" in path.read_text()}
     need_more = {"compare.py", "plot_rivals.py"}  # rivals, a model, transformers
     need_more |= {"real_model.py", "real_model_quality.py", "transformers_cache.py"}
-    need_more |= {"serving.py", "quality.py"}
+    need_more |= {"serving.py", "quality.py", "quality_budgets.py"}
     assert scripts == {*SCRIPTS, *need_more, "run_all.py"}
 
 
@@ -67,6 +67,21 @@ def test_quality_measures_the_embedded_model_too(monkeypatch, capsys):
     assert lines[0].startswith("the embedded BitNet")
     same, rounded = lines[-2].split(), lines[-1].split()
     assert same[0] == "bfloat16" and float(same[3]) == 0 and rounded[0] == "int8@64"
+
+
+def test_budgets_are_measured_with_the_embedded_model_too(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    import quality
+    import quality_budgets
+
+    def none(_):
+        raise ImportError("no model")
+
+    monkeypatch.setattr(quality.ModelFiles, "open", none)
+    monkeypatch.setattr(sys, "argv", ["quality_budgets.py", "--quick"])
+    quality_budgets.main()
+    shown = capsys.readouterr().out
+    assert shown.startswith("the embedded BitNet") and shown.count("last rows") == 3
 
 
 @pytest.fixture

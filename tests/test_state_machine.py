@@ -4,6 +4,7 @@ After every rule: contents by gather, page counts, check().  Attention of a step
 reference.  Every byte that holds no token is NaN from the start.
 """
 
+import collections
 import itertools
 import os
 
@@ -34,13 +35,17 @@ ANY = st.integers(0, 2**16)
 
 
 class SomePages:
-    """Drops pages in an order that the model knows, too."""
+    """Drops pages in an order that the model knows, too, and keeps what it was given."""
+
+    def __init__(self, needs_mass):
+        self.needs_mass, self.given = needs_mass, []
 
     @staticmethod
     def chosen(candidates, length):
         return sorted(candidates, key=lambda j: (j * 2654435761 + length * 40503) % 1000)
 
     def drop(self, pages, excess_tokens):
+        self.given.append(pages)
         candidates = pages.numbers[pages.can_be_dropped].tolist()
         return self.chosen(candidates, pages.num_tokens)[: -(-excess_tokens // pages.page_size)]
 
@@ -53,14 +58,18 @@ class CacheMachine(RuleBasedStateMachine):
     filled  of each page, by name, the slots that were reserved since it was taken
     known   each live handle's first ids, as far as all of them were given
     open    each open step's handles and counts, and the pages that it reserved for each
+    mass    each live handle's pages, by logical page: their attention so far, and the rows that could look
     """
 
     page_size = 16
     window, sinks, slack = None, 0, 0
-    budget = None
+    budget, needs_mass = None, False
 
     def __init__(self):
         super().__init__()
+        self.policy = None if self.budget is None else SomePages(self.needs_mass)
+        self.mass = collections.defaultdict(dict)
+        self.looks = {}  # of the step that attended last: each sequence's attention, by logical page
         self.cache = make_cache(
             num_layers=NUM_LAYERS,
             num_kv_heads=NUM_KV_HEADS,
@@ -72,7 +81,7 @@ class CacheMachine(RuleBasedStateMachine):
             window=self.window,
             num_sink_tokens=self.sinks,
             window_slack=self.slack,
-            eviction=None if self.budget is None else SomePages(),
+            eviction=self.policy,
             budget_tokens=self.budget,
             max_step_tokens=MAX_STEP,
             num_threads=2,
@@ -157,6 +166,7 @@ class CacheMachine(RuleBasedStateMachine):
             if own_ids and len(self.known[seq]) == self.length(seq):
                 self.known[seq] = self.known[seq] + own_ids[:count]
             length = self.length(seq) + count
+            self.add_mass(seq, count, length, pages)
             if length < len(layers[0][0]):  # the slots that follow are free again
                 last = (length - 1) // self.page_size
                 self.filled[pages[last]] = length - last * self.page_size
@@ -170,13 +180,33 @@ class CacheMachine(RuleBasedStateMachine):
                 self.pages[seq] = {j: pages[j] for j in kept_pages if j in pages}
                 self.drop(seq, length)
 
+    def add_mass(self, seq, count, length, pages):
+        looks, mass = self.looks[seq], self.mass[seq]
+        for j in [j for j in pages if j < self.num_pages_of(length)]:
+            before = mass.get(j, (0.0, 0))
+            mass[j] = before[0] + looks.get(j, 0.0), before[1] + min(count, length - j * self.page_size)
+
+    def check_mass(self, seq):
+        """What the policy was given: the mass of the step's rows, at most 64, and the mean of all."""
+        given = self.policy.given.pop(0)
+        numbers, mass = given.numbers.tolist(), self.mass[seq]
+        recent, mean = (
+            [self.looks[seq].get(j, 0.0) for j in numbers],
+            [mass[j][0] / mass[j][1] for j in numbers],
+        )
+        np.testing.assert_allclose(given.recent_mass, recent, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(given.mean_mass, mean, rtol=1e-4, atol=1e-5)
+
     def drop(self, seq, length):
         """What a commit of this length drops, by the same choice as the cache's policy."""
         pages = self.pages[seq]
         excess = len(pages) - self.num_pages_of(self.budget)
+        if self.needs_mass and excess > 0:
+            self.check_mass(seq)
         first, end = self.num_pages_of(self.sinks), max(0, length - 64) // self.page_size
         for j in SomePages.chosen([j for j in pages if first <= j < end], length)[: max(0, excess)]:
             del pages[j]
+            self.mass[seq].pop(j)
             self.known[seq] = self.known[seq][: j * self.page_size]
 
     def positions(self, pages, length):
@@ -218,6 +248,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.held[fork] = [(k[:at], v[:at]) for k, v in self.held[seq]]
             self.pages[fork] = {j: page for j, page in self.pages[seq].items() if j < self.num_pages_of(at)}
             self.known[fork] = self.known[seq][:at]
+            self.mass[fork] = {j: mass for j, mass in self.mass[seq].items() if j < self.num_pages_of(at)}
             self.handles.append(fork)
 
     @rule(choice=ANY, share=st.floats(0, 1), beyond=st.booleans())
@@ -241,6 +272,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.known[seq] = self.known[seq][:length]
         last = self.num_pages_of(length)
         self.pages[seq] = {j: page for j, page in self.pages[seq].items() if j < last}
+        self.mass[seq] = {j: mass for j, mass in self.mass[seq].items() if j < last}
 
     @rule(
         choices=st.lists(ANY, min_size=1, max_size=4),
@@ -307,6 +339,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Returns what each sequence holds if the step is committed, per layer."""
         num_tokens = sum(counts)
         new = [[] for _ in seqs]
+        self.looks = {seq: collections.Counter() for seq in seqs}
         for layer in range(NUM_LAYERS):
             q = rows(rng, num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM)
             k, v = (rows(rng, num_tokens, NUM_KV_HEADS, HEAD_DIM) for _ in range(2))
@@ -322,7 +355,10 @@ class CacheMachine(RuleBasedStateMachine):
                 if self.budget is not None:
                     there = self.positions(reserved[i], len(all_k))
                     all_k, all_v, seen = all_k[there], all_v[there], {"positions": there}
-                expected = reference.attend(q[own], all_k, all_v, **seen)
+                expected, looks = reference.attend(q[own], all_k, all_v, return_probabilities=True, **seen)
+                if self.needs_mass:
+                    for j in reserved[i]:
+                        self.looks[seq][j] += looks[..., there // self.page_size == j].sum()
                 atol = tolerances(q[own], all_k, all_v)[0]
                 np.testing.assert_allclose(out[own], expected, rtol=0, atol=atol)
         return new
@@ -350,6 +386,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         seq.reset()
         self.held[seq], self.pages[seq], self.known[seq] = self.empty, {}, []
+        self.mass[seq] = {}
 
     @rule(choice=ANY)
     def free(self, choice):
@@ -432,6 +469,10 @@ class EvictionWithoutSinks(CacheMachine):
     budget = 96
 
 
+class EvictionByMass(CacheMachine):
+    budget, sinks, needs_mass = 112, 4, True
+
+
 #: Rules in all: a few thousand; `make test-long` sets 200,000.
 NUM_RULES = int(os.environ.get("PAGED_KV_NUM_RULES", "6000"))
 MACHINES = (
@@ -444,6 +485,7 @@ MACHINES = (
     LargePagesWindowAndSinks,
     Eviction,
     EvictionWithoutSinks,
+    EvictionByMass,
 )
 STEPS = 30
 

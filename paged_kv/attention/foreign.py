@@ -77,7 +77,7 @@ def paged_attention(
     """
     pages = _Pages(k_pages, v_pages, k_scales, v_scales)
     q_shape = array_of("q", q).shape
-    options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens)
+    options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens, False)
     batch = PagedBatch(
         num_pages=pages.shape[0],
         page_size=pages.shape[1],
@@ -182,7 +182,7 @@ class PagedBatch(Uncopyable):
         scales are validated in full.
         Raises: ArgumentError.
         """
-        options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens)
+        options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens, False)
         self._require_sense(k, v, options)
         is_read_only = k is None
         known, result = self._calls.pop(is_read_only, None), None
@@ -227,7 +227,7 @@ class PagedBatch(Uncopyable):
                 raise ArgumentError("k has rows of sequences with fewer tokens than rows; give slots")
             if len(np.unique(places)) < len(places):
                 raise ArgumentError("two rows of k have one slot; sequences that share it cannot both write")
-        call = PreparedAttention(pages.handle, self.num_tokens, q, k, v, out, options, pages.sides)
+        call = PreparedAttention(pages.handle, self.num_tokens, q, k, v, out, options, others=pages.sides)
         result = call.run(self._threads, pages.handle, self._plan)
         can_repeat = call.can_repeat and pages.can_bind and out is None
         return result, (call, pages) if can_repeat else None

@@ -29,9 +29,9 @@ from .arrays import (
 
 OUT_OVERLAPS = lib.PKV_OUT_OVERLAPS
 
-#: sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window and num_sink_tokens, as `Step.attend`
-#: takes them.
-Options = tuple[Any, Any, Any, Any, Any, Any, Any]
+#: sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens and return_mass, as
+#: `Step.attend` takes them.
+Options = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
 
 
 class PreparedAppend:
@@ -88,7 +88,7 @@ class Attention:
     of the inputs.  The other parameters are those of `Step.attend`.
     """
 
-    __slots__ = ("arguments", "lse", "out", "out_rows", "per_head")
+    __slots__ = ("arguments", "lse", "mass", "out", "out_rows", "per_head")
 
     def __init__(
         self,
@@ -98,8 +98,9 @@ class Attention:
         inputs: dict[str, Array],
         out: Any,
         options: Options,
+        num_pages: int = 0,
     ) -> None:
-        return_lse = options[4]
+        return_lse, return_mass = options[4], options[7]
         num_kv_heads, head_dim, head_dim_v = pages.num_kv_heads, pages.head_dim, pages.head_dim_v
         q_array, q_rows = q
         num_q_heads = _num_q_heads(q_rows, num_tokens, num_kv_heads, head_dim)
@@ -126,11 +127,18 @@ class Attention:
         if return_lse:
             self.lse = empty_like(q_array, shape[:2], "float32")
             arguments.lse = ffi.cast("float *", array_of("lse", self.lse).data)
+        if type(return_mass) is not bool:
+            raise ArgumentError(f"return_mass must be True or False, not {return_mass!r:.60}")
+        self.mass = None
+        if return_mass:
+            self.mass = empty_like(q_array, (num_pages, num_kv_heads), "float32")
+            arguments.mass = ffi.cast("float *", array_of("mass", self.mass).data)
 
     @property
     def result(self) -> Any:
-        """out, or (out, lse)."""
-        return self.out if self.lse is None else (self.out, self.lse)
+        """out, or a tuple of it and what else is returned."""
+        others = [other for other in (self.lse, self.mass) if other is not None]
+        return (self.out, *others) if others else self.out
 
 
 class PreparedAttention:
@@ -139,13 +147,13 @@ class PreparedAttention:
     Parameters
     ----------
     pages : a `pkv_pages *`, of any layer of the cache
-    num_tokens : of the step
+    num_tokens, num_pages : of the step
     q, k, v, out, options : as `Step.attend` takes them; k and v may both be None
     others : arrays besides, which out must not overlap
 
     `repeat` runs it with other arrays, for steps of num_tokens in the same cache: a tenth of the time when
-    they look the same.  Calls with an lse are not repeated, nor those of unusual arrays: `can_repeat` is
-    False.
+    they look the same.  Calls that return more than out are not repeated, nor those of unusual arrays:
+    `can_repeat` is False.
     """
 
     __slots__ = (
@@ -161,11 +169,12 @@ class PreparedAttention:
         v: Any,
         out: Any,
         options: Options,
+        num_pages: int = 0,
         others: dict[str, Array] | None = None,
     ) -> None:
         q_rows = array_of("q", q)
         inputs = dict(others or {}) if k is None else new_rows(pages, num_tokens, k, v) | (others or {})
-        call = Attention(pages, num_tokens, (q, q_rows), inputs, out, options)
+        call = Attention(pages, num_tokens, (q, q_rows), inputs, out, options, num_pages)
         self._call: Attention | None = call  # until it has run
         arguments = self._arguments = call.arguments
         if k is not None:
@@ -176,7 +185,7 @@ class PreparedAttention:
         self._head_dim, self._scales, self._per_head = pages.head_dim, scales_of(options), call.per_head
         self._templates = None
         # `repeat` without out makes one of q's kind.
-        if options[4] is False and is_tensor(call.out) == is_tensor(q):
+        if options[4] is False and options[7] is False and is_tensor(call.out) == is_tensor(q):
             described = (q_rows, inputs.get("k"), inputs.get("v"), call.out_rows)
             self._templates = templates_of((q, k, v, call.out), described)
 
@@ -185,7 +194,7 @@ class PreparedAttention:
         return self._templates is not None
 
     def run(self, threads: Any, pages: Any, plan: Any) -> Any:
-        """Attend, once, from a plan's rows.  Returns: out, or (out, lse).
+        """Attend, once, from a plan's rows.  Returns: out, or a tuple of it, lse and mass.
 
         Raises: LayerNotWritten, StepClosed, CacheClosed.
         """
@@ -204,7 +213,7 @@ class PreparedAttention:
         """As `run`, of these arrays, k and v being None as before; None, and nothing was done, when they have
         to be validated in full.
         """
-        if self._templates is None or options[4] is not False:
+        if self._templates is None or options[4] is not False or options[7] is not False:
             return None
         if (options[2] is None) is not (self._per_head[0] is None):
             return None

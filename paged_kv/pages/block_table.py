@@ -57,6 +57,7 @@ class Budget:
     max_step_tokens: int
     num_sink_tokens: int
     recent_tokens: int  # the newest ones, which are never dropped
+    needs_mass: bool  # is attention mass collected?
 
     def cells(self, page_size: int) -> int:
         """That never run out: of a budget, what comes before the first cut, two steps (an interrupt may
@@ -123,6 +124,10 @@ class BlockTables(Uncopyable):
         #: With a budget, the logical page of each cell, and of each row, the pages that it has dropped.
         self.cell_pages = _table(max_sequences if budget else 0, ring_pages)
         self.num_dropped = np.zeros(max_sequences, np.int32)
+        #: Of each cell, the attention mass of its page, and how many rows could see the page since.
+        needs_mass = budget is not None and budget.needs_mass
+        self.mass = np.zeros((max_sequences if needs_mass else 0, ring_pages))
+        self.mass_rows = np.zeros(self.mass.shape, np.int64)
         arrays = {
             "page_ids": self.page_ids,
             "tail_copies": self.tail_copies,
@@ -137,6 +142,9 @@ class BlockTables(Uncopyable):
             arrays |= {"cell_pages": self.cell_pages, "num_dropped": self.num_dropped}
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
         self._pointers["page_salts"] = ffi.from_buffer("int64_t[]", self.page_salts)
+        if needs_mass:
+            self._pointers["mass"] = ffi.from_buffer("double[]", self.mass)
+            self._pointers["mass_rows"] = ffi.from_buffer("int64_t[]", self.mass_rows)
         lib.pkv_pool_set_salts(pool.handle, self._pointers["page_salts"])
         # Filled and read under the cache's lock, so one of each is enough.
         self.size, self._refusal = ffi.new("pkv_step_size *"), ffi.new("pkv_refusal *")

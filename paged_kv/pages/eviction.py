@@ -26,18 +26,30 @@ class PagesOfSequence:
 
     numbers : int32 [n], logical pages, ascending: page j has the tokens from j * page_size on
     can_be_dropped : bool [n]
-    num_tokens : of the sequence, committed ones and those of the step
+    num_tokens, num_new_tokens : of the sequence, once the step is committed, and of the step
     page_size : tokens of a page
+    mean_mass : float64 [n], how much attention a page gets: the probabilities of its tokens, summed over
+        layers and heads, as the mean over all rows that could see the page since the sequence began or was
+        found in the prefix cache.  None unless the policy needs mass
+    recent_mass : float64 [n], the same of the step's last 64 rows, summed
     """
 
     numbers: NDArray[np.int32]
     can_be_dropped: NDArray[np.bool_]
     num_tokens: int
+    num_new_tokens: int
     page_size: int
+    mean_mass: NDArray[np.float64] | None = None
+    recent_mass: NDArray[np.float64] | None = None
 
 
 class EvictionPolicy(Protocol):
-    """Which pages a sequence drops."""
+    """Which pages a sequence drops.
+
+    needs_mass : does `drop` look at attention mass?  It is collected then
+    """
+
+    needs_mass: bool
 
     def drop(self, pages: PagesOfSequence, excess_tokens: int) -> Sequence[int]:
         """Logical pages to drop: at least ceil(excess_tokens / page_size) of those that can be dropped, or
@@ -51,13 +63,36 @@ class KeepNewest:
     Source: Xiao et al., Efficient streaming language models with attention sinks, 2024.
     """
 
+    needs_mass = False
+
     def drop(self, pages: PagesOfSequence, excess_tokens: int) -> Sequence[int]:
         candidates = pages.numbers[pages.can_be_dropped]
         return [int(number) for number in candidates[: num_pages(excess_tokens, pages.page_size)]]
 
 
+class KeepAttended:
+    """Drop the pages that get least attention; of equal ones the oldest.
+
+    At the end of a prompt the last rows count, so that a question there keeps what answers it; after single
+    tokens the mean over all rows.
+
+    Source: Li et al., SnapKV, 2024, for the last rows of a prompt; Zhang et al., H2O, 2023, with the mean
+    over rows in place of the sum, which starves new tokens.
+    """
+
+    needs_mass = True
+
+    def drop(self, pages: PagesOfSequence, excess_tokens: int) -> Sequence[int]:
+        mass = pages.recent_mass if pages.num_new_tokens > 1 else pages.mean_mass
+        assert mass is not None
+        candidates = pages.numbers[pages.can_be_dropped]
+        order = np.argsort(mass[pages.can_be_dropped], kind="stable")
+        chosen = candidates[order[: num_pages(excess_tokens, pages.page_size)]]
+        return [int(number) for number in chosen]
+
+
 #: What `PagedKVCache(eviction=)` takes by name.
-POLICIES: dict[str, type[KeepNewest]] = {"window": KeepNewest}
+POLICIES: dict[str, type[KeepNewest | KeepAttended]] = {"window": KeepNewest, "attention": KeepAttended}
 
 
 def policy_of(eviction: object) -> EvictionPolicy:
@@ -67,6 +102,8 @@ def policy_of(eviction: object) -> EvictionPolicy:
     if isinstance(eviction, str) or not callable(getattr(eviction, "drop", None)):
         names = " or ".join(f'"{name}"' for name in POLICIES)
         raise ArgumentError(f"eviction is {eviction!r:.60}; give {names}, or an object with drop()")
+    if type(getattr(eviction, "needs_mass", None)) is not bool:
+        raise ArgumentError(f"eviction is {eviction!r:.60}; its needs_mass must be True or False")
     policy: EvictionPolicy = eviction  # type: ignore[assignment]
     return policy
 

@@ -104,6 +104,23 @@ class Plan(Uncopyable):
         """int32 [num_pages]: the logical page of each, where pages can be dropped."""
         return self.int32(self.batch.page_numbers, self.num_pages)
 
+    @property
+    def mass(self) -> NDArray[np.float64]:
+        """float64 [num_pages]: attention so far, summed over layers, q heads and rows."""
+        return self._units(self.handle.mass)
+
+    @property
+    def recent_mass(self) -> NDArray[np.float64]:
+        """The same of the last 64 rows of each sequence."""
+        recent, num_rows = self._units(self.handle.recent_mass), np.diff(self.qo_indptr)
+        is_short = np.repeat(num_rows <= 64, np.diff(self.kv_indptr))
+        recent[is_short] = self.mass[is_short]
+        return recent
+
+    def _units(self, pointer: Any) -> NDArray[np.float64]:
+        units = self.int32(pointer, 2 * self.num_pages).view(np.int64)
+        return units.astype(np.float64) * np.float64(2.0**-30)
+
     def forget_ids(self) -> None:
         """Take the new tokens' ids as unknown."""
         for index in range(self.num_seqs):

@@ -26,6 +26,8 @@ def evicting_cache(page_size=16, budget=None, **options):
 class Choice:
     """A policy that drops what a test says, else the oldest."""
 
+    needs_mass = False
+
     def __init__(self, drops=None):
         self.drops, self.seen = drops or [], []
 
@@ -134,6 +136,8 @@ def test_neither_sinks_nor_the_newest_tokens_are_ever_dropped(budget, counts, se
     rng = np.random.default_rng(seed)
 
     class Any:
+        needs_mass = False
+
         def drop(self, pages, excess_tokens):
             count = -(-excess_tokens // 16)
             return rng.permutation(pages.numbers[pages.can_be_dropped])[:count].tolist()
@@ -211,6 +215,8 @@ def test_a_kept_page_that_gives_way_takes_the_rest_of_its_chain():
 
 def test_a_policy_that_raises_leaves_the_step_open():
     class Raises:
+        needs_mass = False
+
         def drop(self, pages, excess_tokens):
             raise ZeroDivisionError
 
@@ -253,7 +259,7 @@ def test_what_a_policy_may_not_name_is_refused(drops, message):
 
 
 def test_more_pages_may_be_dropped_than_have_to():
-    pages = PagesOfSequence(np.arange(9, dtype=np.int32), np.arange(9) < 5, 140, 16)
+    pages = PagesOfSequence(np.arange(9, dtype=np.int32), np.arange(9) < 5, 140, 1, 16)
     assert choose(Choice([[4, 1, 3]]), pages, 16).tolist() == [1, 3, 4]
 
 
@@ -262,7 +268,7 @@ def test_more_pages_may_be_dropped_than_have_to():
     [
         ({"eviction": "window"}, "without budget_tokens"),
         ({"budget_tokens": 512}, "without eviction"),
-        ({"eviction": "h2o", "budget_tokens": 512}, 'give "window", or an object with drop'),
+        ({"eviction": "h2o", "budget_tokens": 512}, 'give "window" or "attention", or an object with drop'),
         ({"eviction": object(), "budget_tokens": 512}, "an object with drop"),
         ({"eviction": "window", "budget_tokens": 111}, "111"),
         ({"eviction": "window", "budget_tokens": 512, "window": 64}, "give eviction or window"),
@@ -293,3 +299,85 @@ def test_a_sequence_that_was_never_cut_is_refused_at_the_end_of_its_cells():
         cache._store.budgets[:] = 112
         grow(cache, seq, 64, rng)
         assert len(seq.held_positions) == 112
+
+
+# ---- attention
+
+
+def directions(begin, count, page_size):
+    """Keys of tokens from `begin` on, that only a query for their page is like."""
+    pages = (begin + np.arange(count)) // page_size % HEAD_DIM
+    return np.repeat(30 * np.eye(HEAD_DIM, dtype=np.float32)[pages][:, None], HEADS, axis=1)
+
+
+def looking_at(cache, seq, count, page, rng):
+    """One step whose new tokens look at one page only, whose keys were written as `page`."""
+    k = directions(len(seq), count, cache.page_size)
+    q = np.zeros((count, 2 * HEADS, HEAD_DIM), np.float32)
+    q[:, :, page % HEAD_DIM] = 30
+    with cache.step([seq], [count]) as step:
+        step.attend(0, q, k, rows(rng, count, HEADS, HEAD_DIM))
+
+
+def held_pages(seq, page_size=16):
+    return sorted(set((seq.held_positions // page_size).tolist()))
+
+
+def test_what_gets_attention_stays():
+    rng = np.random.default_rng(SEED)
+    with evicting_cache(eviction="attention") as cache:
+        seq = cache.sequence()
+        looking_at(cache, seq, 96, 0, rng)
+        # The last rows of a prompt decide: they look at page 3, and the first 32 rows at others.
+        looking_at(cache, seq, 64, 3, rng)
+        assert held_pages(seq) == [0, 3, 5, 6, 7, 8, 9]
+        # Single tokens go by the mean of all rows; pages from 6 on hold the newest 64 tokens.
+        for _ in range(16):
+            looking_at(cache, seq, 1, 5, rng)
+        assert held_pages(seq) == [0, 3, 6, 7, 8, 9, 10]
+        for _ in range(64):
+            looking_at(cache, seq, 1, 3, rng)
+        assert 3 in held_pages(seq)
+
+
+def test_a_new_page_is_not_starved_by_the_sums_of_old_ones():
+    """As in VeloxQuant 137: with sums, the newest pages are the least, and the prompt stays for ever."""
+    rng = np.random.default_rng(SEED)
+    with evicting_cache(eviction="attention") as cache:
+        seq = cache.sequence()
+        looking_at(cache, seq, 100, 2, rng)
+        for _ in range(400):
+            looking_at(cache, seq, 1, len(seq) // 16, rng)
+        assert min(held_pages(seq)[2:]) > 6
+
+
+def test_a_prefix_hit_is_cut_when_64_rows_have_seen_it():
+    rng, ids = np.random.default_rng(SEED), list(range(112))
+    with evicting_cache(eviction="attention") as cache:
+        seq = cache.sequence()
+        k = directions(0, 112, 16)
+        with cache.step([seq], [ids]) as step:
+            step.write(0, k, k)
+        seq.free()
+        seq = cache.sequence([*ids, 7])
+        assert len(seq) == 112
+        for i in range(64):
+            assert len(seq.held_positions) == 112 + i
+            looking_at(cache, seq, 1, 2, rng)
+        assert len(seq) == 176 and len(seq.held_positions) == 112
+        assert 2 in held_pages(seq)
+
+
+def test_mass_is_the_forks_too():
+    rng = np.random.default_rng(SEED)
+    with evicting_cache(eviction="attention", budget=160) as cache:
+        seq = cache.sequence()
+        looking_at(cache, seq, 128, 4, rng)
+        looking_at(cache, seq, 31, 4, rng)
+        fork, early = seq.fork(), seq.fork(at=100)
+        for one in (seq, fork):
+            looking_at(cache, one, 1, 0, rng)
+            looking_at(cache, one, 1, 0, rng)
+            assert 4 in held_pages(one) and 5 not in held_pages(one)
+        looking_at(cache, early, 64, 5, rng)
+        cache.check()

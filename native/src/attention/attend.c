@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "items.h"
+#include "mass.h"
 #include "memory/append.h"
 #include "memory/chores.h"
 #include "memory/gate.h"
@@ -125,17 +126,37 @@ static size_t lay_out(pkv_job *job, const work_size *size, int32_t num_workers, 
   job->shared = take(memory, &used, (size_t)most_shared(job) * sizeof(work_item));
   job->carried = take(memory, &used, num_carried * (size_t)job->work.one_head.state_floats * sizeof(float));
   job->worker_scratch = take(memory, &used, (size_t)num_workers * job->worker_bytes);
+  if (!job->notes_mass) return used;
+  const pkv_batch *batch = job->call.batch;
+  size_t num_pages = (size_t)batch->kv_indptr[batch->num_seqs];
+  job->mass = take(memory, &used, num_pages * (size_t)job->call.pages->num_kv_heads * sizeof(int64_t));
+  job->recent = take(memory, &used, num_pages * sizeof(int64_t));
+  job->noted = take(memory, &used, (size_t)size->num_noted * sizeof(float));
+  job->mass_scratch = take(memory, &used, (size_t)(num_workers * job->mass_floats) * sizeof(float));
+  job->mass_totals = take(memory, &used, (size_t)num_workers * job->totals_bytes);
   return used;
 }
 
+static void clear_mass(pkv_job *job) {
+  size_t num_pages = (size_t)job->call.batch->kv_indptr[job->call.batch->num_seqs];
+  memset(job->mass, 0, num_pages * (size_t)job->call.pages->num_kv_heads * sizeof(int64_t));
+  memset(job->recent, 0, num_pages * sizeof(int64_t));
+}
+
 /* Split the work for up to num_workers, allocate its scratch, do it. */
-static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, pkv_job *job) {
+static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, pkv_job *job, pkv_plan *plan) {
   const pkv_batch *batch = job->call.batch;
   int64_t token_bytes =
       (int64_t)4 * job->call.pages->num_kv_heads * (job->call.pages->head_dim + job->call.pages->head_dim_v);
   if (pkv_cost_of_work(batch) <= (BYTES_WORTH_A_THREAD - 1) / token_bytes) num_workers = 1;
   job->work = pkv_work_of(job->call.pages, batch, job->call.num_q_heads, job->call.span_tokens, num_workers);
-  if (batch->may_share && batch->num_seqs > 1 && !find_shared(job)) return PKV_OUT_OF_MEMORY;
+  /* Notes of attention mass are each row's own: nothing is folded for several sequences. */
+  if (job->notes_mass) {
+    job->work.span_notes = pkv_span_notes(&job->call);
+    pkv_size_masses(job);
+  } else if (batch->may_share && batch->num_seqs > 1 && !find_shared(job)) {
+    return PKV_OUT_OF_MEMORY;
+  }
   work_size size = pkv_cut_work(&job->work, NULL);
   if (size.num_items < num_workers) num_workers = size.num_items ? (int32_t)size.num_items : 1;
   size_t num_bytes = lay_out(job, &size, num_workers, NULL);
@@ -146,10 +167,12 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, pkv_job
   job->num_items = size.num_items;
   pkv_cut_work(&job->work, job->items);
   memset(job->num_ended, 0, (size_t)size.num_items * sizeof(atomic_int));
+  if (job->notes_mass) clear_mass(job);
 
   pkv_write_new_rows(num_workers, size.num_before, job);
   pkv_fold_shared_spans(num_workers, job);
   pkv_attend_items(num_workers, job);
+  if (job->notes_mass) pkv_sum_masses(job, plan);
   if (!threads) free(memory);
   return PKV_OK;
 }
@@ -187,6 +210,7 @@ static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const 
       .is_cached = are_cached(pages, batch),
       .run_tokens = pkv_run_tokens(pages->page_size),
       .span_tokens = pkv_span_tokens(pages->page_size),
+      .span_runs = pkv_span_runs(pages->page_size),
   };
   if (pages->packed) {
     call.packed = layer_of(kernel, pages->packed, attention);
@@ -205,18 +229,19 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
   if (attention->byte_lengths && out_overlaps(attention)) return PKV_OUT_OVERLAPS;
   pkv_job job = {.call = call_of(kernel, pages, batch, attention),
                  .attention = attention,
-                 .scale = attention->sm_scale * LOG2_E};
+                 .scale = attention->sm_scale * LOG2_E,
+                 .notes_mass = attention->mass || (plan && plan->mass)};
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   if (plan && attention->has_rows) {
     pkv_prepare_pages(kernel, pages, plan);
     job.slots = plan->slot_mapping;
   }
   int32_t num_workers = pkv_threads_claim(threads);
-  pkv_status status = attend_with(num_workers ? threads : NULL, num_workers ? num_workers : 1, &job);
+  pkv_status status = attend_with(num_workers ? threads : NULL, num_workers ? num_workers : 1, &job, plan);
   free(job.cascade_memory);
   if (plan) plan->bytes_not_read += job.cascade.tokens_saved * bytes_of_token(pages);
   bool sees_prefixes = !batch->window; /* a call with a window says nothing about those without */
-  if (plan && sees_prefixes && !job.cascade.num_nodes)
+  if (plan && sees_prefixes && !job.notes_mass && !job.cascade.num_nodes)
     plan->batch.may_share = PKV_SHARE_NONE; /* in no other layer either */
   if (num_workers) pkv_threads_release(threads);
   pkv_gate_leave(pages->gate);

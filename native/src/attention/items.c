@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include "mass.h"
 #include "memory/append.h"
 #include "visibility.h"
 
@@ -134,7 +135,8 @@ static void copy_carried(const pkv_job *job, const work_item *item, float *state
 }
 
 /* For an item whose pieces have all ended; its first piece has merged its own spans. */
-static void merge_pieces(const pkv_job *job, const work_item *first) {
+static void merge_pieces(const pkv_job *job, const work_item *first, const pkv_masses *masses,
+                         int32_t worker) {
   const work_item *last = first + first->num_pieces - 1;
   float *states = partial_states(job, first, first->num_carried);
   span_list spans =
@@ -142,6 +144,7 @@ static void merge_pieces(const pkv_job *job, const work_item *first) {
   for (int32_t i = first->end_span; i < last->end_span; i++)
     pkv_merge_span(&job->call, first, start_of_span(spans, i), states, partial_states(job, first, i));
   finish_rows(job, first, states);
+  if (masses) pkv_add_masses(job, first, spans, states, masses, worker);
 }
 
 /* Merge spans as they come; a piece that is not the item's first leaves the states of its spans. */
@@ -157,16 +160,24 @@ static void attend_item(const pkv_job *job, const work_item *item, int32_t worke
   bool is_cut = item->num_pieces > 1, is_first = item->first_span == item->num_carried;
   float *merged = is_cut ? partial_states(job, item, item->num_carried) : scratch.states;
   if (is_first && item->num_carried) copy_carried(job, item, merged, false);
+  pkv_masses noted, of_span, *masses = NULL;
+  if (job->notes_mass) {
+    noted = pkv_masses_of(job, item, spans, worker);
+    masses = &noted;
+    pkv_clear_masses(&job->call, masses, item->num_rows, item->first_span, item->end_span);
+  }
   for (int32_t i = item->first_span; i < item->end_span; i++) {
     int32_t start = start_of_span(spans, i);
     float *states = i == 0 ? merged : is_first ? scratch.span : partial_states(job, item, i);
-    pkv_fold_span(&job->call, item, start, scratch.q, states);
+    if (masses) of_span = pkv_masses_from(&job->call, masses, i);
+    pkv_fold_span(&job->call, item, start, scratch.q, states, masses ? &of_span : NULL);
     if (i > 0 && is_first) pkv_merge_span(&job->call, item, start, merged, scratch.span);
   }
-  if (!is_cut)
+  if (!is_cut) {
     finish_rows(job, item, merged);
-  else if (atomic_fetch_add(&job->num_ended[item->first_piece], 1) == item->num_pieces - 1)
-    merge_pieces(job, &job->items[item->first_piece]);
+    if (masses) pkv_add_masses(job, item, spans, merged, masses, worker);
+  } else if (atomic_fetch_add(&job->num_ended[item->first_piece], 1) == item->num_pieces - 1)
+    merge_pieces(job, &job->items[item->first_piece], masses, worker);
 }
 
 /* ---- shared spans, before all items */
@@ -177,7 +188,7 @@ static void fold_shared_item(const pkv_job *job, const work_item *item, int32_t 
   if (item->num_carried) copy_carried(job, item, scratch.states, false);
   for (int32_t i = item->first_span; i < item->end_span; i++) {
     int32_t start = i * job->call.span_tokens; /* without a window, spans are consecutive */
-    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span);
+    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span, NULL);
     if (i > 0) pkv_merge_span(&job->call, item, start, scratch.states, scratch.span);
   }
   copy_carried(job, item, scratch.states, true);

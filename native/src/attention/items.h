@@ -32,6 +32,16 @@ typedef struct {
   float *partials;       /* states of [span, row] of items in pieces */
   char *worker_scratch;  /* [num_workers] */
   size_t worker_bytes;
+
+  /* Attention mass (mass.h), in units, where it is wanted; else NULL. */
+  int64_t *mass;       /* [num_pages, num_kv_heads] */
+  int64_t *recent;     /* [num_pages]: of each sequence's last rows, where it has more; NULL: not wanted */
+  float *noted;        /* of items in pieces */
+  float *mass_scratch; /* [num_workers, mass_floats] */
+  int64_t mass_floats;
+  char *mass_totals; /* [num_workers] */
+  size_t totals_bytes;
+  bool notes_mass;
 } pkv_job;
 
 /* Floats of scratch that an item of this shape needs. */

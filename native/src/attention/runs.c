@@ -15,8 +15,7 @@
 #include "memory/place.h"
 #include "visibility.h"
 
-/* The end of the run that begins at token `start`. */
-static int32_t end_of_run(const pkv_call *call, int32_t start, int32_t span_end) {
+int32_t pkv_end_of_run(const pkv_call *call, int32_t start, int32_t span_end) {
   int64_t end = (int64_t)start + call->run_tokens; /* may exceed int32 at the end of the longest sequence */
   int32_t page_size = call->pages->page_size;
   if (page_size > PKV_RUN_TOKENS) { /* a piece of a page does not reach into the next page */
@@ -57,6 +56,18 @@ static int32_t place_in_list(const pkv_batch *batch, int32_t seq, int32_t page) 
       end = middle;
   }
   return begin;
+}
+
+int32_t pkv_place_in_list(const pkv_call *call, int32_t seq, int32_t page) {
+  const pkv_batch *batch = call->batch;
+  int32_t count = batch->kv_indptr[seq + 1] - batch->kv_indptr[seq], place;
+  if (batch->page_numbers) {
+    place = place_in_list(batch, seq, page);
+    return place < count && batch->page_numbers[batch->kv_indptr[seq] + place] == page ? place : -1;
+  }
+  int32_t first_page = batch->first_pages ? batch->first_pages[seq] : 0;
+  place = page < batch->sink_pages ? page : batch->sink_pages + page - first_page;
+  return place < count && (page < batch->sink_pages || page >= first_page) ? place : -1;
 }
 
 /* The tokens `start` to `end` - 1 (at most 64) whose pages are listed; bit 0 is `start`. */
@@ -117,6 +128,7 @@ static void locate_tokens(const pkv_call *call, int32_t seq, int32_t start, uint
 typedef struct {
   token_addresses addresses;
   float distances[PKV_RUN_TOKENS];
+  int32_t ends[PKV_MAX_PARTS];
 } own_tokens;
 
 static void set_addresses(pkv_run *run, const token_addresses *all, int first, bool is_evenly_spaced) {
@@ -193,15 +205,23 @@ static int32_t locate_next_keys(const pkv_call *call, const work_item *item, int
   int32_t last = item->num_rows - 1, row = q_row_of(item, last), seq = seq_of_row(item, last);
   int32_t end = num_seen(call->batch, seq, row);
   if (start >= end) return 0;
-  int32_t run_end = end_of_run(call, start, end);
+  int32_t run_end = pkv_end_of_run(call, start, end);
   uint64_t mask = visible(call->batch, seq, row, start, run_end) & listed(call, seq, start, run_end);
   if (mask & (mask + 1)) return 0; /* a gap between sinks and window: not prefetched */
   locate_tokens(call, seq, start, mask, to);
   return __builtin_popcountll(mask);
 }
 
+/* Where the pages of a run end, in tokens of `mask`. */
+static void set_ends(const pkv_call *call, uint64_t mask, int32_t num_parts, int32_t *ends) {
+  for (int32_t part = 0; part < num_parts; part++)
+    ends[part] = part == num_parts - 1
+                     ? __builtin_popcountll(mask)
+                     : __builtin_popcountll(mask & bits_between(0, (part + 1) * call->pages->page_size));
+}
+
 static void fold_run_into_rows(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
-                               const float *q, float *states) {
+                               const float *q, float *states, const pkv_masses *masses) {
   token_addresses tokens, next;
   uint64_t masks[MAX_ROWS_PER_ITEM], all = 0, has_page = listed(call, item->seq, start, end);
   int32_t num_seen_of[MAX_ROWS_PER_ITEM];
@@ -233,6 +253,14 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
       run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
       int32_t to_own = num_seen(call->batch, seq_of_row(item, row), q_row_of(item, row)) - 1 - start;
       set_tokens(call, &run, mask, &tokens, is_in_page, to_own, &own);
+      if (masses) {
+        int64_t before = (int64_t)row * masses->num_heads * masses->num_runs;
+        run.masses = *masses;
+        run.masses.maxima += before;
+        run.masses.sums += before * masses->num_parts;
+        run.masses.ends = own.ends;
+        set_ends(call, mask, masses->num_parts, own.ends);
+      }
       bool is_last = head + run.num_kv_heads == end_head;
       run.k_next = is_last ? next.k : run.k; /* the same tokens of the next head */
       run.num_next = is_last ? num_next : run.num_tokens;
@@ -244,16 +272,21 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
   }
 }
 
-void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q,
-                   float *states) {
+void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q, float *states,
+                   const pkv_masses *masses) {
   for (int32_t row = 0; row < item->num_rows; row++) clear(item->shape, state_at(item->shape, states, row));
   int32_t last = item->num_rows - 1;
   int32_t end = num_seen(call->batch, seq_of_row(item, last), q_row_of(item, last));
   if (end > (int64_t)start + call->span_tokens) end = start + call->span_tokens;
+  pkv_masses of_run;
+  if (masses) of_run = *masses;
   while (start < end) {
-    int32_t run_end = end_of_run(call, start, end);
-    fold_run_into_rows(call, item, start, run_end, q, states);
+    int32_t run_end = pkv_end_of_run(call, start, end);
+    fold_run_into_rows(call, item, start, run_end, q, states, masses ? &of_run : NULL);
     start = run_end;
+    if (!masses) continue;
+    of_run.maxima++;
+    of_run.sums += of_run.num_parts;
   }
 }
 

@@ -22,7 +22,14 @@ typedef struct {
   bool is_cached;      /* the pages that the call reads */
   int32_t run_tokens;  /* of whole pages, or PKV_RUN_TOKENS of a larger one */
   int32_t span_tokens; /* of whole runs */
+  int32_t span_runs;   /* in a span */
 } pkv_call;
+
+/* Where the list of a sequence's pages has this one; -1: it is not listed. */
+int32_t pkv_place_in_list(const pkv_call *call, int32_t seq, int32_t page);
+
+/* The end of the run that begins at token `start`. */
+int32_t pkv_end_of_run(const pkv_call *call, int32_t start, int32_t span_end);
 
 static inline pkv_state state_at(const item_shape *shape, float *states, int64_t index) {
   float *floats = states + index * shape->state_floats;
@@ -41,8 +48,9 @@ static inline void clear(const item_shape *shape, pkv_state state) {
 }
 
 /* Fold the span that begins at token `start` into cleared states, for each row of the item as far as the row
- * sees it. q: [rows], prepared. */
-void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q, float *states);
+ * sees it. q: [rows], prepared.  masses: of its first run; NULL: they are not noted. */
+void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q, float *states,
+                   const pkv_masses *masses);
 
 /* Merge the states of the span that begins at `start` into those of the spans before; the first span that a
  * row sees starts its state. */

@@ -116,12 +116,18 @@ static int64_t own_cost_of_all(const work *work) {
   return total;
 }
 
+/* Floats of an item's notes, in whole vectors of each row's head. */
+static int64_t notes_of(const item_shape *shape, int32_t num_rows, int32_t num_spans, int32_t span_notes) {
+  return (int64_t)num_rows * shape->num_q_heads * (((int64_t)num_spans + 15) / 16 * 16) * span_notes;
+}
+
 /* Add an item of these rows for all kv heads: one per group of heads and piece. */
 static void add_items(work_size *size, work_item *items, work_item next, int32_t num_kv_heads,
-                      int32_t num_spans, bool is_by_itself) {
+                      int32_t num_spans, bool is_by_itself, int32_t span_notes) {
   for (; next.first_head < num_kv_heads; next.first_head += next.shape->num_kv_heads) {
     next.first_piece = size->num_items;
     next.first_partial = size->num_partials;
+    next.first_noted = size->num_noted;
     for (int32_t i = 0; i < next.num_pieces; i++, size->num_items++) {
       next.first_span = next.num_carried + (int32_t)((int64_t)num_spans * i / next.num_pieces);
       next.end_span = next.num_carried + (int32_t)((int64_t)num_spans * (i + 1) / next.num_pieces);
@@ -131,6 +137,7 @@ static void add_items(work_size *size, work_item *items, work_item next, int32_t
       if (is_by_itself && is_last) next.new_rows = WRITTEN_BY_ITSELF; /* the newest token's */
       if (items) items[size->num_items] = next;
     }
+    if (next.num_pieces > 1) size->num_noted += notes_of(next.shape, next.num_rows, num_spans, span_notes);
     if (next.num_pieces > 1)
       size->num_partials += (int64_t)num_spans * next.num_rows * next.shape->state_floats;
   }
@@ -138,7 +145,7 @@ static void add_items(work_size *size, work_item *items, work_item next, int32_t
 
 work_size pkv_cut_work(const work *work, work_item *items) {
   const pkv_batch *batch = work->batch;
-  work_size size = {0, 0, 0};
+  work_size size = {0};
   int64_t total = own_cost_of_all(work), left = 0;
   for (int32_t seq = 0; seq < batch->num_seqs; seq++) {
     bool is_by_head = splits_by_head(work, num_rows_of(batch, seq));
@@ -164,7 +171,7 @@ work_size pkv_cut_work(const work *work, work_item *items) {
       bool is_alone = !is_by_head && num_rows == num_rows_of(batch, seq);
       bool is_by_itself = is_alone && (next.num_pieces == 1 || num_rows == 1);
       if (!is_by_itself) size.num_before += num_rows;
-      add_items(&size, items, next, work->num_kv_heads, num_spans, is_by_itself);
+      add_items(&size, items, next, work->num_kv_heads, num_spans, is_by_itself, work->span_notes);
     }
   }
   return size;

@@ -44,6 +44,7 @@ typedef struct {
   int32_t num_pieces;    /* else 1 */
   int64_t first_piece;   /* index among all items */
   int64_t first_partial; /* float index of the states of span 0 */
+  int64_t first_noted;   /* and of its notes of attention mass */
 } work_item;
 
 /* The work of one call. */
@@ -56,6 +57,7 @@ typedef struct {
   item_shape some_heads; /* of one of as many equal groups of heads as there are workers, or fewer */
   item_shape one_head;
   const pkv_cascade *cascade; /* NULL: nothing is shared */
+  int32_t span_notes;         /* floats that a row's head notes of a span; 0: none */
 } work;
 
 /* The sequence and the q row of an item's row. */
@@ -69,6 +71,7 @@ static inline int32_t q_row_of(const work_item *item, int32_t row) {
 typedef struct {
   int64_t num_items;
   int64_t num_partials; /* floats for states of rows, of items in pieces */
+  int64_t num_noted;    /* floats for their notes of attention mass */
   int64_t num_before;   /* rows whose keys and values are written before any item starts */
 } work_size;
 

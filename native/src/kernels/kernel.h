@@ -23,6 +23,14 @@ static inline int32_t pkv_span_tokens(int32_t page_size) {
   return page_size > PKV_SPAN_TOKENS ? page_size : PKV_SPAN_TOKENS / page_size * page_size;
 }
 
+/* Runs of a span; those of a large page begin with the page. */
+static inline int32_t pkv_span_runs(int32_t page_size) {
+  int32_t span_tokens = pkv_span_tokens(page_size),
+          page_runs = (page_size + PKV_RUN_TOKENS - 1) / PKV_RUN_TOKENS;
+  if (page_size > PKV_RUN_TOKENS) return span_tokens / page_size * page_runs;
+  return (span_tokens + pkv_run_tokens(page_size) - 1) / pkv_run_tokens(page_size);
+}
+
 static inline int32_t pkv_padded(int32_t dim) { return (dim + 15) & ~15; }
 
 /* A dtype that kernels with `multiplies_pairs` read besides the pkv_dtypes: keys and queries of bfloat16,
@@ -82,6 +90,20 @@ typedef struct {
   const float *alibi_slopes; /* [num_q_heads], NULL: none */
 } pkv_layer;
 
+/* Where a run notes how much weight each of its pages gets, for each row and q head of a work item.
+ *
+ * Weights are relative to the maximum so far, which is noted beside their sums. */
+typedef struct {
+  float *maxima; /* [rows, num_heads, num_runs], from this run on; NULL: nothing is noted */
+  float *sums;   /* [rows, num_heads, num_runs, num_parts], from this run on */
+  int64_t num_runs;
+  int32_t num_heads;
+  int32_t first_head;  /* q head */
+  int32_t num_parts;   /* pages of a run, or 1 of a larger page; at most PKV_MAX_PARTS */
+  const int32_t *ends; /* [num_parts]: where they end, in tokens of the run */
+} pkv_masses;
+enum { PKV_MAX_PARTS = 4 };
+
 /* Up to PKV_RUN_TOKENS tokens, some kv heads of them, and the q rows that read them. */
 typedef struct {
   int32_t num_tokens;
@@ -104,6 +126,7 @@ typedef struct {
   int64_t q_stride;          /* floats between rows */
   int64_t state_stride;      /* floats between the states of rows */
   const float *distances;    /* [num_tokens]: position minus the first q row's; read with slopes */
+  pkv_masses masses;
 } pkv_run;
 
 /* The softmax of some q heads of one row, over the runs folded so far. */
@@ -133,6 +156,8 @@ typedef struct {
    * be NULL, and so may `lse`, which takes the natural logarithm of the sum. */
   void (*finish)(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v,
                  float *lse);
+  /* factors[i] = 2^(maxima[i] - maximum) / sum; count is a multiple of 16. */
+  void (*normalise)(float *factors, const float *maxima, int64_t count, float maximum, float sum);
   /* float32 to a dtype with scales, and back; count is a multiple of 8. */
   void (*quantise)(uint8_t *bytes, uint16_t *scales, const float *values, int64_t count, int32_t dtype);
   void (*dequantise)(float *values, const uint8_t *bytes, const uint16_t *scales, int64_t count,

@@ -37,6 +37,21 @@ static int64_t num_dropped_of(const pkv_tables *tables, int64_t row) {
   return is_compact(tables) ? tables->num_dropped[row] : 0;
 }
 
+/* A cell begins with a page that no row has looked at. */
+static void clear_mass(const pkv_tables *tables, int64_t row, int64_t cell) {
+  if (!tables->mass) return;
+  tables->mass[row * tables->ring_pages + cell] = 0;
+  tables->mass_rows[row * tables->ring_pages + cell] = 0;
+}
+
+static void copy_mass(const pkv_tables *tables, int64_t from_row, int64_t from, int64_t to_row, int64_t to) {
+  if (!tables->mass) return;
+  from += from_row * tables->ring_pages;
+  to += to_row * tables->ring_pages;
+  tables->mass[to] = tables->mass[from];
+  tables->mass_rows[to] = tables->mass_rows[from];
+}
+
 static int32_t *numbers_of(const pkv_tables *tables, int64_t row) {
   return tables->cell_pages + row * tables->ring_pages;
 }
@@ -229,6 +244,7 @@ pkv_status pkv_step_measure(const pkv_pool *pool, const pkv_tables *tables, int6
   if (is_compact(tables)) num_int32 += 2 * size->num_pages + 2 * num_seqs + 1;
   size->plan_bytes = (int64_t)sizeof(pkv_plan) + size->num_tokens * (int64_t)sizeof(int64_t);
   size->plan_bytes += num_int32 * (int64_t)sizeof(int32_t) + tables->num_layers;
+  if (tables->mass) size->plan_bytes += 2 * size->num_pages * (int64_t)sizeof(int64_t);
   int64_t num_free = pkv_pool_num_free(pool);
   if (size->num_new_pages > num_free)
     return refuse(refusal, PKV_OUT_OF_PAGES, -1, size->num_new_pages, num_free);
@@ -255,7 +271,14 @@ static pkv_plan lay_out(const pkv_tables *tables, char *memory, int64_t num_seqs
                              .sink_pages = tables->sink_pages,
                              .window = tables->window,
                              .num_sink_tokens = tables->num_sink_tokens}};
-  plan.positions = (int32_t *)(plan.slot_mapping + size->num_tokens);
+  int64_t *end_of_int64 = plan.slot_mapping + size->num_tokens;
+  if (tables->mass) {
+    plan.mass = end_of_int64;
+    plan.recent_mass = plan.mass + size->num_pages;
+    end_of_int64 = plan.recent_mass + size->num_pages;
+    memset(plan.mass, 0, (size_t)(2 * size->num_pages) * sizeof(int64_t));
+  }
+  plan.positions = (int32_t *)end_of_int64;
   plan.batch.qo_indptr = plan.positions + size->num_tokens;
   plan.batch.kv_indptr = plan.batch.qo_indptr + num_seqs + 1;
   plan.batch.seq_lens = plan.batch.kv_indptr + num_seqs + 1;
@@ -301,7 +324,10 @@ static pkv_status release_pages(pkv_pool *pool, const pkv_tables *tables, int64_
 static pkv_status acquire_pages(pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t first,
                                 int64_t new_len) {
   for (int64_t page = first; page < pages_for(tables, new_len); page++) {
-    if (is_compact(tables)) numbers_of(tables, row)[page - num_dropped_of(tables, row)] = (int32_t)page;
+    if (is_compact(tables)) {
+      numbers_of(tables, row)[page - num_dropped_of(tables, row)] = (int32_t)page;
+      clear_mass(tables, row, page - num_dropped_of(tables, row));
+    }
     int32_t *cell = cell_of(tables, row, page);
     pkv_status status = pkv_pool_acquire(pool, 1, cell);
     if (status != PKV_OK) {
@@ -501,6 +527,18 @@ int64_t pkv_first_to_pack(const pkv_tables *tables, int64_t row) {
   return tables->window && first < first_held ? first_held : first;
 }
 
+/* Add the attention mass of a step's entry to its row, which has the same pages in the same order. */
+static void add_mass(const pkv_tables *tables, const pkv_plan *plan, int64_t i, int64_t old_len,
+                     int64_t new_len) {
+  int64_t first = plan->batch.kv_indptr[i], row = plan->rows[i] * (int64_t)tables->ring_pages;
+  int64_t num_cells = pages_for(tables, new_len) - tables->num_dropped[plan->rows[i]];
+  for (int64_t cell = 0; cell < num_cells; cell++) {
+    int64_t page_start = (int64_t)plan->batch.page_numbers[first + cell] * tables->page_size;
+    tables->mass[row + cell] += (double)plan->mass[first + cell] / (1 << 30);
+    tables->mass_rows[row + cell] += min64(new_len - old_len, new_len - page_start);
+  }
+}
+
 /* Keep a row's new tokens up to new_len, and release what the others had. */
 static pkv_status commit_row(pkv_pool *pool, const pkv_tables *tables, const pkv_plan *plan, int64_t i,
                              int64_t new_len) {
@@ -514,6 +552,7 @@ static pkv_status commit_row(pkv_pool *pool, const pkv_tables *tables, const pkv
     *copy = -1;
     reopen_from(tables, row, old_len / tables->page_size);
   }
+  if (tables->mass) add_mass(tables, plan, i, old_len, new_len);
   int64_t num_pages = pages_for(tables, new_len);
   pkv_status status = release_pages(pool, tables, row, num_pages, pages_for(tables, reserved_len));
   if (status != PKV_OK) return status;
@@ -595,6 +634,7 @@ static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t 
     if (pkv_pool_share(pool, 1, cell) != PKV_OK) return PKV_INVARIANT;
     if (is_compact(tables)) {
       numbers_of(tables, to)[num_held] = (int32_t)page;
+      copy_mass(tables, from, first_cell_from(tables, from, page), to, num_held);
       tables->page_ids[to * tables->ring_pages + num_held++] = *cell;
     } else {
       *cell_of(tables, to, page) = *cell;
@@ -649,6 +689,7 @@ pkv_status pkv_tables_add_pages(pkv_pool *pool, pkv_tables *tables, int64_t seq_
   for (int64_t page = 0; page < num_sinks; page++) *cell_of(tables, row, page) = *page_ids++;
   for (int64_t page = first; page < end; page++) {
     if (is_compact(tables)) numbers_of(tables, row)[page] = (int32_t)page;
+    if (is_compact(tables)) clear_mass(tables, row, page);
     *cell_of(tables, row, page) = *page_ids++;
   }
   if (end > tables->sink_pages) tables->first_held[row] = (int32_t)first;
@@ -707,6 +748,7 @@ pkv_status pkv_tables_drop(pkv_pool *pool, const pkv_tables *tables, int32_t row
       continue;
     }
     held[left] = held[cell];
+    copy_mass(tables, row, cell, row, left);
     cells[left++] = cells[cell];
   }
   tables->num_dropped[row] += (int32_t)count;

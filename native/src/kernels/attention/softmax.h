@@ -77,6 +77,30 @@ ALWAYS_INLINE void softmax_queries(float scores[][PKV_RUN_TOKENS], int32_t padde
   }
 }
 
+/* The sum of the weights begin .. end - 1. */
+static float sum_between(const float *weights, int32_t begin, int32_t end) {
+  vec sum = {};
+  float rest = 0;
+  int32_t t = begin;
+  for (; t < end && t % WIDTH; t++) rest += weights[t];
+  for (; t + WIDTH <= end; t += WIDTH) sum += vec_load(weights + t);
+  for (; t < end; t++) rest += weights[t];
+  return vec_sum(sum) + rest;
+}
+
+/* Note the weights of a run for one query, which sees its first num_seen tokens. */
+NOINLINE void note_masses(const pkv_masses *masses, int32_t head, int32_t row, int32_t num_seen,
+                          const float *weights, float maximum) {
+  int64_t at = ((int64_t)row * masses->num_heads + head - masses->first_head) * masses->num_runs;
+  float *sums = masses->sums + at * masses->num_parts;
+  masses->maxima[at] = maximum;
+  for (int32_t part = 0, begin = 0; part < masses->num_parts; part++) {
+    int32_t end = masses->ends[part] < num_seen ? masses->ends[part] : num_seen;
+    sums[part] = sum_between(weights, begin, end);
+    begin = end;
+  }
+}
+
 /* Softmax of the scores of `tile` queries; weights are 0 beyond the tokens that are visible.  *rescale: the
  * factors of what was accumulated before. */
 ALWAYS_INLINE void softmax(const pkv_layer *layer, const pkv_run *run, const int32_t *heads,
@@ -92,4 +116,6 @@ ALWAYS_INLINE void softmax(const pkv_layer *layer, const pkv_run *run, const int
     for (int32_t t = num_seen[i]; t < padded; t++) scores[i][t] = -__builtin_inff();
   }
   softmax_queries(scores, padded, tile, maximum, sum, rescale);
+  if (run->masses.maxima)
+    EACH (i, tile) note_masses(&run->masses, heads[i], rows[i], num_seen[i], scores[i], *maximum[i]);
 }

@@ -24,6 +24,11 @@ ALWAYS_INLINE void vec_store_first(float *to, vec x, int count) {
   memcpy(to, &x, (size_t)(count < WIDTH ? count : WIDTH) * sizeof *to);
 }
 
+static void normalise(float *factors, const float *maxima, int64_t count, float maximum, float sum) {
+  for (int64_t i = 0; i < count; i += WIDTH)
+    vec_store(factors + i, vec_exp2(vec_load(maxima + i) - maximum) / sum);
+}
+
 static void merge(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v) {
   for (int32_t first = 0; first < num_heads; first += WIDTH) {
     int count = num_heads - first < WIDTH ? num_heads - first : WIDTH;
