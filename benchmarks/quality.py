@@ -25,13 +25,14 @@ import numpy as np
 from harness import machine, packed
 
 from paged_kv.errors import PagedKVError
+from paged_kv.formats import Ageing
 from paged_kv.models.bitnet import TINY_BITNET, BitNetModel
 from paged_kv.models.decoder import DecoderModel
 from paged_kv.models.model_files import ModelFiles
 from paged_kv.text.tokenizer import ModelTokenizer, open_tokenizer
 
 #: Names of what `--dtypes` takes: options of a cache.  "K+V" is a pair; "@64" keeps the newest 64 tokens,
-#: and the first four, in bfloat16.
+#: and the first four, in bfloat16; "ageing" is precision_policy=Ageing().
 BASELINE = "bfloat16"
 DTYPES = (
     "bfloat16",
@@ -43,6 +44,7 @@ DTYPES = (
     "int8@64",
     "int8+int4@64",
     "int4@64",
+    "ageing",
 )
 LENGTHS = (2048, 4096)
 CHUNK = 256
@@ -77,6 +79,8 @@ def texts() -> dict[str, str]:
 
 
 def cache_options(name: str) -> dict[str, Any]:
+    if name == "ageing":
+        return {"precision_policy": Ageing()}
     dtype, _, recent = name.partition("@")
     options: dict[str, Any] = {"dtype": tuple(dtype.split("+")) if "+" in dtype else dtype}
     if not recent:
@@ -86,7 +90,7 @@ def cache_options(name: str) -> dict[str, Any]:
 
 def log_probs(opened: Model, ids: list[int], dtype: str, num_scored: int) -> tuple[np.ndarray, int]:
     """Of the next token, after each of the last num_scored ones, float32; and the bytes of the cache's pool
-    for each token, of packed pages.
+    for each token, of packed pages; of pages that age, those in use.
     """
     scored, parts = len(ids) - num_scored, []
     num_pages = 4 * (-(-len(ids) // 64) + 8)  # room for both formats, where old pages are packed
@@ -101,8 +105,10 @@ def log_probs(opened: Model, ids: list[int], dtype: str, num_scored: int) -> tup
                 else:
                     logits = opened.model.forward(chunk, step, rows).astype(np.float32)
                     parts.append(logits - np.logaddexp.reduce(logits, 1)[:, None])
-        smallest = min(one.page_bytes for one in cache.stats().formats.values())
-        return np.concatenate(parts), smallest // 64
+        formats = cache.stats().formats.values()
+        if dtype == "ageing":  # of which most pages have the last format only when a sequence is long
+            return np.concatenate(parts), sum(one.num_bytes for one in formats) // len(ids)
+        return np.concatenate(parts), min(one.page_bytes for one in formats) // 64
 
 
 class Scores(NamedTuple):

@@ -5,7 +5,7 @@ Imports step and sequence.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ._binding import integer, kernels, real
 from .errors import ArgumentError, InvariantViolation
+from .formats import Ageing, ageing_layouts, format_tag, layouts_of, packed_pages
 from .frames import Recording, record
 from .gathered import gather
 from .lifetime import Uncopyable
@@ -22,7 +23,6 @@ from .pages.counts import Counts
 from .pages.events import Event
 from .pages.eviction import EvictionPolicy, policy_of
 from .pages.layout import (
-    ARRAY_DTYPES,
     BY_CHANNEL,
     DEFAULT_PAGE_SIZE,
     PageLayout,
@@ -36,14 +36,11 @@ from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
 from .pages.retention import KeepPolicy, priority_of, seconds
 from .pages.salts import bytes_of
-from .pages.slabs import slab_sizes
 from .pin import Pin, pin
 from .sequence import Sequence, matched_sequence, new_sequences, select_sequences
 from .step import Step, seq_ids_of
-from .store import Eviction, PackedPages, Store
+from .store import Eviction, Store
 
-#: Packed pages have whole runs, so that a run has one format.
-RUN_TOKENS = 64
 #: Newest tokens of a sequence that no eviction policy drops.
 GRACE_TOKENS = 64
 
@@ -115,6 +112,8 @@ class PagedKVCache(Uncopyable):
         None, without open_dtype: 64 for keys of int4 (and 4 sinks, without a window), else tokens are stored
         as `dtype` at once
     open_dtype : None: int8 for keys of int4, else bfloat16
+    precision_policy : Ageing: tokens are stored as `dtype`, and pages are packed twice as they age; with
+        neither recent_tokens nor open_dtype
     eviction, budget_tokens : a sequence whose commit would leave it with more than budget_tokens, in whole
         pages, drops pages: "attention", those that get least attention; "window", the oldest; or those
         that an `EvictionPolicy` names.  The first num_sink_tokens (None: 4) and the newest 64 tokens
@@ -153,6 +152,7 @@ class PagedKVCache(Uncopyable):
         window_slack: int = 0,
         recent_tokens: int | None = None,
         open_dtype: object = None,
+        precision_policy: Ageing | None = None,
         eviction: str | EvictionPolicy | None = None,
         budget_tokens: int | None = None,
         prefix_caching: bool = True,
@@ -165,7 +165,7 @@ class PagedKVCache(Uncopyable):
     ) -> None:
         kernels()  # an unknown PAGED_KV_KERNEL is an error here, before memory is taken
         page_size = DEFAULT_PAGE_SIZE if page_size is None else page_size
-        layout = PageLayout(
+        given = PageLayout(
             num_layers=integer("num_layers", num_layers, 1, 2**16),
             num_kv_heads=integer("num_kv_heads", num_kv_heads, 1, 2**16),
             head_dim=_multiple("head_dim", head_dim, 8, 256),
@@ -173,16 +173,21 @@ class PagedKVCache(Uncopyable):
             dtypes=stored_dtypes(dtype),
             page_size=_multiple("page_size", page_size, 16, 2**20),
         )
+        if precision_policy is not None and (recent_tokens is not None or open_dtype is not None):
+            raise ArgumentError("give precision_policy, or recent_tokens and open_dtype, not both")
         # Without these, keys of int4 lose some of what a model finds; benchmarks/quality.py.
-        is_usual = layout.dtypes[0] == BY_CHANNEL and open_dtype is None
-        if recent_tokens is None and is_usual:
-            recent_tokens = 64
+        is_usual = given.dtypes[0] == BY_CHANNEL and open_dtype is None
         if num_sink_tokens is None:
-            num_sink_tokens = 4 if window is None and (is_usual or eviction is not None) else 0
+            has_sinks = is_usual or eviction is not None or precision_policy is not None
+            num_sink_tokens = 4 if window is None and has_sinks else 0
         num_sinks = integer("num_sink_tokens", num_sink_tokens, 0, MAX_TOKENS)
         max_step_tokens = integer("max_step_tokens", max_step_tokens, 1, MAX_TOKENS)
-        packing = _packing(layout, recent_tokens, open_dtype, num_sinks)
-        opened = layout if packing is None else _open_layout(layout, open_dtype)
+        if precision_policy is None:
+            layouts, recent = layouts_of(given, recent_tokens, open_dtype)
+        else:
+            layouts, recent = ageing_layouts(given, precision_policy)
+        packing = Packing(recent, num_sinks) if recent else None
+        opened, layout = layouts[0], layouts[-1]
         if opened.page_bytes > MAX_PAGE_BYTES:
             raise ArgumentError(
                 f"a page of {layout.page_size} tokens takes {opened.page_bytes:,} bytes in "
@@ -192,7 +197,7 @@ class PagedKVCache(Uncopyable):
         is_exact, packed = memory is not None, None
         num_pages = _num_pages(layout, num_pages, memory)
         if packing is not None:
-            packed = _packed_pages(opened, layout, num_pages, packing, max_step_tokens, is_exact)
+            packed = packed_pages(layouts, num_pages, packing, max_step_tokens, is_exact)
             num_pages = packed.slabs.num_slabs * max(packed.slabs.places)
         evicting = _eviction(layout.page_size, eviction, budget_tokens, num_sinks, max_step_tokens, window)
         # Without a window no sequence grows beyond what the pool holds; its row need not be longer.
@@ -220,7 +225,7 @@ class PagedKVCache(Uncopyable):
             clock,
             seconds("retention_half_life", retention_half_life),
             keep_policy,
-            bytes_of("fingerprint", fingerprint) + _format_tag(layout, opened, packing),
+            bytes_of("fingerprint", fingerprint) + format_tag(layouts, packing),
             _share("pin_budget", pin_budget),
             packed,
             evicting,
@@ -545,19 +550,6 @@ def _share(name: str, value: object) -> float:
     return share
 
 
-def _packing(
-    layout: PageLayout, recent_tokens: object, open_dtype: object, num_sink_tokens: int
-) -> Packing | None:
-    """Which pages are packed; None: tokens are stored in the format of `layout` at once."""
-    must_pack = layout.dtypes[0] == BY_CHANNEL
-    recent = 0 if recent_tokens is None else integer("recent_tokens", recent_tokens, 0, MAX_TOKENS)
-    if not recent and open_dtype is None and not must_pack:
-        return None
-    if layout.page_size % RUN_TOKENS:
-        raise ArgumentError(f"page_size is {layout.page_size}; pages that are packed take a multiple of 64")
-    return Packing(recent, num_sink_tokens)
-
-
 def _eviction(
     page_size: int,
     eviction: object,
@@ -587,55 +579,9 @@ def least_budget(page_size: int, num_sink_tokens: int) -> int:
     return pages_for(num_sink_tokens, page_size) * page_size + GRACE_TOKENS + 2 * page_size
 
 
-def _format_tag(layout: PageLayout, opened: PageLayout, packing: Packing | None) -> bytes:
-    """What belongs to a page's hash beside the fingerprint: which values its tokens are rounded to."""
-    if packing is not None:
-        how = f"{packing.recent_tokens},{packing.num_sink_tokens}"
-        return f"|{public_name(opened.dtypes)}>{public_name(layout.dtypes)}|{how}".encode()
-    is_plain = layout.dtypes[0] == layout.dtypes[1] and layout.dtypes[0] in ARRAY_DTYPES
-    return b"" if is_plain else f"|{public_name(layout.dtypes)}".encode()
-
-
-def _open_layout(layout: PageLayout, open_dtype: object) -> PageLayout:
-    """What tokens are stored in, before their page is packed."""
-    usual = "int8" if layout.dtypes[0] == BY_CHANNEL else "bfloat16"
-    opened = replace(layout, dtypes=stored_dtypes(usual if open_dtype is None else open_dtype))
-    if opened.dtypes[0] == BY_CHANNEL:
-        raise ArgumentError("open_dtype has keys of int4, which only packed pages have")
-    if opened.page_bytes <= layout.page_bytes:
-        raise ArgumentError(
-            f"open pages of {public_name(opened.dtypes)} are no larger than packed ones of "
-            f"{public_name(layout.dtypes)}; leave recent_tokens and open_dtype out"
-        )
-    return opened
-
-
-def _packed_pages(
-    opened: PageLayout,
-    packed: PageLayout,
-    num_pages: int,
-    packing: Packing,
-    max_step_tokens: int,
-    is_exact: bool,
-) -> PackedPages:
-    """Slabs for num_pages packed pages; is_exact: with the open ones, else beside those of a step."""
-    num_bytes = num_pages * packed.page_bytes
-    of_a_step = pages_for(max_step_tokens, packed.page_size) + 1
-    if is_exact:
-        of_a_step = min(of_a_step, num_bytes // 4 // opened.page_bytes)
-    else:
-        of_a_step = min(of_a_step, num_pages + 1)
-        num_bytes += (of_a_step + 2) * opened.page_bytes
-    slabs = slab_sizes(num_bytes, (opened.page_bytes, packed.page_bytes), (of_a_step, 0))
-    if not is_exact:  # what a slab wastes counts for none of them
-        slabs = replace(slabs, num_slabs=slabs.floors[0] + pages_for(num_pages, slabs.places[1]))
-    return PackedPages(packed, slabs, packing)
-
-
 def _formats(store: Store) -> dict[str, FormatStats]:
-    layouts = [store.layout] if store.packed is None else [store.layout, store.packed.layout]
     found = {}
-    for format, layout in enumerate(layouts):
+    for format, layout in enumerate(store.layouts):
         name = public_name(layout.dtypes)
         used = store.pool.num_used(format)
         found[name] = FormatStats(

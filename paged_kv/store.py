@@ -49,9 +49,9 @@ MAX_SPARE_CALLS = 8
 
 
 class PackedPages(NamedTuple):
-    """What old pages are packed into, and when."""
+    """What old pages are packed into, from one layout to the next, and when."""
 
-    layout: PageLayout
+    layouts: tuple[PageLayout, ...]
     slabs: SlabSizes
     packing: Packing
 
@@ -115,8 +115,9 @@ class Store(Uncopyable):
             kind = PrefixIndex if window is None else WindowedIndex
             self.index = kind(self.tables, self.salts, retention, events)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
-        #: Of packed pages, which `layer_pages` point to.
-        self._packed_pages = ffi.new("pkv_pages[]", layout.num_layers if packed else 0)
+        #: Of packed pages, format by format, which `layer_pages` point to.
+        num_packed = len(packed.layouts) if packed else 0
+        self._packed_pages = ffi.new("pkv_pages[]", layout.num_layers * num_packed)
         self._pages_of = [self.layer_pages + layer for layer in range(layout.num_layers)]
         #: Of steps that ended, by their number of tokens, the last one at the end.
         self._spare_calls: dict[int, Calls] = {}
@@ -168,19 +169,23 @@ class Store(Uncopyable):
         self.layer_pages[layer] = self._described(self.layout, first, cached_bytes, layer)
 
     def _describe_slabs(self, layer: int, packed: PackedPages, cached_bytes: int) -> None:
-        """A layer in a pool of slabs: within each, layer after layer, in either format."""
+        """A layer in a pool of slabs: within each, layer after layer, in any format."""
         in_slabs = {
             "slab_formats": lib.pkv_pool_slab_formats(self.pool.handle),
             "slab_bytes": packed.slabs.slab_bytes,
             "slab_shift": lib.pkv_pool_shift(self.pool.handle),
         }
-        places, layouts = packed.slabs.places, (self.layout, packed.layout)
-        opened, sealed = (
-            self._described(one, layer * count * one.page_share_bytes, cached_bytes, layer) | in_slabs
-            for one, count in zip(layouts, places, strict=True)
-        )
-        self._packed_pages[layer] = sealed
-        self.layer_pages[layer] = opened | {"packed": self._packed_pages + layer}
+        following = ffi.NULL  # each points to the pages of the next format
+        for format in reversed(range(len(self.layouts))):
+            one = self.layouts[format]
+            first = layer * packed.slabs.places[format] * one.page_share_bytes
+            described = self._described(one, first, cached_bytes, layer) | in_slabs | {"packed": following}
+            if format == 0:
+                self.layer_pages[layer] = described
+            else:
+                place = (format - 1) * self.layout.num_layers + layer
+                self._packed_pages[place] = described
+                following = self._packed_pages + place
 
     def _described(self, layout: PageLayout, first: int, cached_bytes: int, layer: int) -> dict[str, Any]:
         """A `pkv_pages`: a layer whose first page begins at byte `first` of the pool, or of a slab."""
@@ -196,6 +201,11 @@ class Store(Uncopyable):
             "layer": layer,
             "gate": self.gate,
         }
+
+    @property
+    def layouts(self) -> tuple[PageLayout, ...]:
+        """Of each format, the open one first."""
+        return (self.layout, *(self.packed.layouts if self.packed else ()))
 
     def require_open(self) -> None:
         if self.closed:

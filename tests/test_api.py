@@ -24,6 +24,7 @@ SIGNATURES = {
                 "window_slack",
                 "recent_tokens",
                 "open_dtype",
+                "precision_policy",
                 "eviction",
                 "budget_tokens",
                 "prefix_caching",

@@ -39,7 +39,7 @@ FLOORS = [
     {"pages.prefix_index"},
     {"pages.match", "pages.windowed_index"},
     {"store"},
-    {"gathered", "frames"},
+    {"gathered", "frames", "formats"},
     {"sequence"},
     {"step", "pin"},
     {"cache", "ring"},

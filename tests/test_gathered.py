@@ -70,7 +70,7 @@ def test_torch_gets_tensors(rng):
 
 def test_what_cannot_be_is_refused(rng):
     cache, seqs = filled_cache(rng, [5, 20])
-    k, v = np.empty((2, 20, 2, 32), np.float32), np.empty((2, 20, 2, 32), np.float32)
+    k, v = np.empty((2, 20, 2, 32), np.float32), np.zeros((2, 20, 2, 32), np.float32)
     read_only = v.copy()
     read_only.flags.writeable = False
     for out in (

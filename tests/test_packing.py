@@ -46,22 +46,33 @@ class Packing(RuleBasedStateMachine):
         num_pages=st.sampled_from([40, 80]),
         caching=st.booleans(),
         kernel=st.sampled_from(KERNELS),
+        last=st.sampled_from([None, ("int8", "int4"), ("int4", "int4")]),
+        more=st.sampled_from([0, 64, 150]),
     )
-    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel):
+    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel, last, more):
         self.before = paged_kv.kernels().active
         _binding.select_kernel(kernel)
         if dtypes == ("int8", "int8") and open_dtype == "int8":
             open_dtype = "float32"
-        self.opened, self.recent = open_dtype, recent
-        #: As they are stored, by which values are rounded.
-        self.dtypes = ["int4_by_channel" if dtypes[0] == "int4" else dtypes[0], dtypes[1]]
+        if dtypes[0] == "int4" or dtypes == last:
+            last = None  # pages do not become smaller
+        self.opened = open_dtype
+        #: Of each format the dtypes of both sides, as they are stored, by which values are rounded; and how
+        #: many newest tokens keep it.
+        self.chain = [(open_dtype, open_dtype), dtypes, *([last] if last else [])]
+        self.chain = [("int4_by_channel" if k == "int4" else k, v) for k, v in self.chain]
+        self.recent = [recent, recent + more][: len(self.chain) - 1]
         self.first = -(-sinks // PAGE)
-        options = {"recent_tokens": recent, "num_sink_tokens": sinks, "open_dtype": open_dtype}
-        options |= {"prefix_caching": caching}
+        options = {"num_sink_tokens": sinks, "prefix_caching": caching}
+        if last:
+            policy = paged_kv.Ageing(recent_tokens=recent, then=dtypes, after=recent + more, last=last)
+            options |= {"precision_policy": policy, "dtype": open_dtype}
+        else:
+            options |= {"recent_tokens": recent, "open_dtype": open_dtype, "dtype": dtypes}
         self.cache = make_cache(
-            num_kv_heads=HEADS, head_dim=DIM, dtype=dtypes, num_pages=num_pages, page_size=PAGE, **options
+            num_kv_heads=HEADS, head_dim=DIM, num_pages=num_pages, page_size=PAGE, **options
         )
-        #: Of each sequence its ids, per layer and side what it reads, and which of its pages are packed.
+        #: Of each sequence its ids, per layer and side what it reads, and how often its pages were packed.
         self.seqs, self.next_id = {}, 0
 
     def teardown(self):
@@ -75,24 +86,27 @@ class Packing(RuleBasedStateMachine):
             self.next_id % 7 for _ in range(count - min(count, 3))
         ]
 
-    def packed_side(self, side, dtype):
-        """A page is copied as it is where the side has one dtype, open and packed."""
-        return side if dtype == self.opened else PACK[dtype](side)
+    def pack_page(self, state, page):
+        """A page is copied as it is where the side has one dtype, before and after."""
+        format = state["packed"][page] = state["packed"].get(page, 0) + 1
+        here = slice(page * PAGE, (page + 1) * PAGE)
+        for layer in state["values"]:
+            for side, before, dtype in zip(layer, self.chain[format - 1], self.chain[format], strict=True):
+                side[here] = side[here] if dtype == before else PACK[dtype](side[here])
 
-    def opened_side(self, side, dtype):
-        return side if dtype == self.opened else OPEN[self.opened](side)
+    def opened_sides(self, sides, format):
+        """What an open page has of a packed one."""
+        return [
+            side if dtype == self.opened else OPEN[self.opened](side)
+            for side, dtype in zip(sides, self.chain[format], strict=True)
+        ]
 
     def pack(self, state):
         """What a sequence's own commit does to its old pages."""
-        old = max(0, len(state["ids"]) - self.recent) // PAGE
-        for page in range(self.first, old):
-            if page in state["packed"]:
-                continue
-            state["packed"].add(page)
-            here = slice(page * PAGE, (page + 1) * PAGE)
-            for layer in state["values"]:
-                for side, dtype in zip(layer, self.dtypes, strict=True):
-                    side[here] = self.packed_side(side[here], dtype)
+        for format, recent in enumerate(self.recent):
+            for page in range(self.first, max(0, len(state["ids"]) - recent) // PAGE):
+                if state["packed"].get(page, 0) == format:
+                    self.pack_page(state, page)
 
     def chosen(self, data):
         return data.draw(st.sampled_from(list(self.seqs)))
@@ -101,7 +115,7 @@ class Packing(RuleBasedStateMachine):
     def begin(self):
         if len(self.seqs) < 6:
             empty = [[np.empty((0, HEADS, DIM), np.float32) for _ in "kv"] for _ in range(2)]
-            self.seqs[self.cache.sequence()] = {"ids": [], "values": empty, "packed": set()}
+            self.seqs[self.cache.sequence()] = {"ids": [], "values": empty, "packed": {}}
 
     @precondition(lambda self: any(state["packed"] for state in self.seqs.values()))
     @rule(data=st.data(), count=st.sampled_from([1, 64, 130, 200]), ends=st.sampled_from("ccr"))
@@ -135,15 +149,17 @@ class Packing(RuleBasedStateMachine):
         # A packed tail goes on in an open page, from what was rounded.
         tail, offset = divmod(len(state["ids"]), PAGE)
         if offset and tail in state["packed"]:
-            state["packed"].discard(tail)
+            format = state["packed"].pop(tail)
             for layer in state["values"]:
-                for side, dtype in zip(layer, self.dtypes, strict=True):
-                    side[tail * PAGE :] = self.opened_side(side[tail * PAGE :], dtype)
+                rest = [side[tail * PAGE :] for side in layer]
+                for side, opened in zip(rest, self.opened_sides(rest, format), strict=True):
+                    side[:] = opened
         state["ids"] += ids
         for layer, sides in enumerate(state["values"]):
             for i, new in enumerate(values_of(ids, layer)):
                 sides[i] = np.concatenate([sides[i], OPEN[self.opened](new)])
-        had_room = self.cache._store.pool.num_available(1) >= len(state["ids"]) // PAGE
+        pool, most = self.cache._store.pool, len(state["ids"]) // PAGE
+        had_room = all(pool.num_available(format) >= 2 * most for format in range(1, len(self.chain)))
         step.commit()
         if had_room:
             self.pack(state)
@@ -151,16 +167,17 @@ class Packing(RuleBasedStateMachine):
             self.read_again(seq)
 
     def read_again(self, seq):
-        """Take the form of each page from the cache, where it is one of the two."""
-        state, tables = self.seqs[seq], self.cache._store.tables
+        """Take the format of each page from the cache."""
+        state = self.seqs[seq]
+        for page, format in self.formats_of(seq).items():
+            while state["packed"].get(page, 0) < format:
+                self.pack_page(state, page)
+
+    def formats_of(self, seq):
+        tables = self.cache._store.tables
         pages = tables.held_pages(tables.rows.row(seq._seq_id))[1].tolist()
-        is_packed = {page for page, id in enumerate(pages) if self.cache._store.pool.format_of(id) == 1}
-        for page in is_packed - state["packed"]:
-            here = slice(page * PAGE, (page + 1) * PAGE)
-            for layer in state["values"]:
-                for side, dtype in zip(layer, self.dtypes, strict=True):
-                    side[here] = self.packed_side(side[here], dtype)
-        state["packed"] |= is_packed
+        formats = {page: self.cache._store.pool.format_of(id) for page, id in enumerate(pages)}
+        return {page: format for page, format in formats.items() if format}
 
     @precondition(lambda self: self.seqs)
     @rule(data=st.data(), at=st.none() | st.integers(0, 400))
@@ -176,7 +193,7 @@ class Packing(RuleBasedStateMachine):
         return {
             "ids": state["ids"][:length],
             "values": [[side[:length].copy() for side in layer] for layer in state["values"]],
-            "packed": {page for page in state["packed"] if page * PAGE < length},
+            "packed": {page: format for page, format in state["packed"].items() if page * PAGE < length},
         }
 
     @precondition(lambda self: self.seqs)
@@ -200,17 +217,12 @@ class Packing(RuleBasedStateMachine):
         values = [
             [OPEN[self.opened](side) for side in values_of(ids[: len(seq)], layer)] for layer in range(2)
         ]
-        self.seqs[seq] = {"ids": ids[: len(seq)], "values": values, "packed": set()}
+        self.seqs[seq] = {"ids": ids[: len(seq)], "values": values, "packed": self.formats_of(seq)}
         # What was written before was rounded more than once where a packed page went on as an open one.
         for layer, sides in enumerate(values):
             for i, side in enumerate(seq.gather(layer)):
                 assert np.abs(side - sides[i]).max(initial=0) < 1.2
                 sides[i] = side
-        tables = self.cache._store.tables
-        pages = tables.held_pages(tables.rows.row(seq._seq_id))[1].tolist()
-        self.seqs[seq]["packed"] = {
-            page for page, id in enumerate(pages) if self.cache._store.pool.format_of(id) == 1
-        }
 
     @precondition(lambda self: self.seqs)
     @rule(data=st.data(), group=st.sampled_from([1, 3]))
@@ -231,9 +243,9 @@ class Packing(RuleBasedStateMachine):
         ]
         tail, offset = divmod(len(state["ids"]), PAGE)
         if offset and tail in state["packed"]:
+            rest = self.opened_sides([x[tail * PAGE : -2] for x in both], state["packed"][tail])
             both = [
-                np.concatenate([x[: tail * PAGE], self.opened_side(x[tail * PAGE : -2], dtype), x[-2:]])
-                for x, dtype in zip(both, self.dtypes, strict=True)
+                np.concatenate([x[: tail * PAGE], side, x[-2:]]) for x, side in zip(both, rest, strict=True)
             ]
         step.rollback()
         expected = reference.attend(q, *both)
@@ -265,6 +277,8 @@ FORMATS = [
     {"dtype": "int4"},
     {"dtype": "int4", "open_dtype": "bfloat16", "recent_tokens": 0},
     {"dtype": ("int4", "int8"), "open_dtype": "float32"},
+    {"dtype": "bfloat16", "precision_policy": paged_kv.Ageing(64, "int8", 150, "int4")},
+    {"dtype": "float32", "precision_policy": paged_kv.Ageing(0, ("bfloat16", "int8"), 64, ("int8", "int4"))},
 ]
 
 
@@ -459,7 +473,8 @@ def test_a_pool_holds_as_many_packed_pages_as_requested(format, num_pages, rng):
         num_layers=1, num_kv_heads=1, page_size=PAGE, num_pages=num_pages, max_step_tokens=64, **format
     ) as cache:
         pool = cache._store.pool
-        assert pool.num_available(1) >= num_pages and pool.num_available(0) >= 2
+        last = len(cache._store.layouts) - 1
+        assert pool.num_available(last) >= num_pages and pool.num_available(0) >= 2
         seq = cache.sequence()
         for _ in range(num_pages):
             with cache.step([seq], [64]) as step:
@@ -481,6 +496,14 @@ def test_a_pool_holds_as_many_packed_pages_as_requested(format, num_pages, rng):
         ({"recent_tokens": 64, "open_dtype": "int8"}, "no larger than packed ones"),
         ({"recent_tokens": 64, "open_dtype": "int3"}, "dtype is int3"),
         ({"recent_tokens": 64, "num_pages": None, "memory": "16KiB"}, "give more memory"),
+        ({"precision_policy": paged_kv.Ageing()}, "pages of int8, int8, int4 do not become smaller"),
+        ({"precision_policy": "int4"}, r"give Ageing\(...\)"),
+        ({"precision_policy": paged_kv.Ageing(), "open_dtype": "float32"}, "not both"),
+        ({"precision_policy": paged_kv.Ageing(after=63), "dtype": "float32"}, "after is 63, outside 64 to"),
+        (
+            {"precision_policy": paged_kv.Ageing(then="int4", last=("int4", "int4")), "dtype": "float32"},
+            "int4 has keys of int4, which only the last format can have",
+        ),
     ],
 )
 def test_what_cannot_be_packed_is_refused(options, reason):

@@ -68,9 +68,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Packing:
-    """Which pages of a sequence are packed: those that are neither of the newest tokens nor of the first."""
+    """Which pages of a sequence are packed: those that are neither of the newest tokens nor of the first.
 
-    recent_tokens: int
+    recent_tokens : of each format but the last: so many newest tokens keep their pages in it
+    """
+
+    recent_tokens: tuple[int, ...]
     num_sink_tokens: int
 
 
@@ -118,8 +121,9 @@ class BlockTables(Uncopyable):
         #: [num_ids, page_size]: the id of the token in each slot, where it is known.
         self.token_ids = np.zeros((pool.num_ids, page_size), np.int32)
         self.packing = packing
-        #: Of each row, the first page that may have to be packed.
-        self._packed_ends = np.zeros(max_sequences, np.int32)
+        #: Of each format but the last, and each row, the first page that may have to leave it.
+        num_packings = 0 if packing is None else len(packing.recent_tokens)
+        self._packed_ends = np.zeros((num_packings, max_sequences), np.int32)
         self._page_marks = np.zeros(pool.num_ids, np.int32)
         #: With a budget, the logical page of each cell, and of each row, the pages that it has dropped.
         self.cell_pages = _table(max_sequences if budget else 0, ring_pages)
@@ -162,7 +166,8 @@ class BlockTables(Uncopyable):
                 "sink_pages": num_pages(window.num_sink_tokens, page_size) if window else 0,
                 "max_step_tokens": limited.max_step_tokens if limited else MAX_TOKENS,
                 "num_layers": num_layers,
-                "recent_tokens": packing.recent_tokens if packing else 0,
+                "num_packings": num_packings,
+                "recent_tokens": list(packing.recent_tokens) if packing else [],
                 "first_packed": num_pages(packing.num_sink_tokens, page_size) if packing else 0,
             },
         )
@@ -359,15 +364,16 @@ class BlockTables(Uncopyable):
             check(status, "rollback")
 
     def pack(self, layers: Any, rows: NDArray[np.int32]) -> tuple[list[int], list[int]]:
-        """Exchange old pages of these rows for packed ones.
+        """Exchange old pages of these rows for packed ones, of the next format.
 
         layers : `pkv_pages *`, of all layers
         Returns: open pages that got a packed twin, and the twins.  Where there is no room for one, the row's
         exchange waits.
         """
         assert self.packing is not None
-        old = (self.rows.seq_lens[rows] - self.packing.recent_tokens) // self.page_size
-        most = int(np.maximum(old - self._packed_ends[rows], 0).sum())
+        recent = np.array(self.packing.recent_tokens)[:, None]
+        old = (self.rows.seq_lens[rows] - recent) // self.page_size
+        most = int(np.maximum(old - self._packed_ends[:, rows], 0).sum())
         if not most:
             return [], []
         rows = np.ascontiguousarray(rows, np.int32)

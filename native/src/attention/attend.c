@@ -42,7 +42,9 @@ static bool is_valid(const pkv_pages *pages, int32_t num_q_heads) {
 static void scale_options(pkv_job *job) {
   const float *slopes = job->attention->alibi_slopes, *sinks = job->attention->sinks;
   float *scaled_slopes = job->options, *scaled_sinks = job->options + job->call.num_q_heads;
-  job->call.layer.alibi_slopes = job->call.packed.alibi_slopes = slopes ? scaled_slopes : NULL;
+  job->call.layer.alibi_slopes = slopes ? scaled_slopes : NULL;
+  for (int32_t i = 0; i < job->call.num_packed; i++)
+    job->call.packed[i].alibi_slopes = job->call.layer.alibi_slopes;
   job->sinks = sinks ? scaled_sinks : NULL;
   for (int32_t h = 0; h < job->call.num_q_heads; h++) {
     if (slopes) scaled_slopes[h] = slopes[h] * LOG2_E;
@@ -199,6 +201,15 @@ static pkv_layer layer_of(const pkv_kernel *kernel, const pkv_pages *pages, cons
   return layer;
 }
 
+/* Where q is prepared for keys of this dtype, by the first `count` packed formats or the open one; -1: it is
+ * not. */
+static int32_t prepared_for(const pkv_call *call, int32_t count, int32_t k_dtype) {
+  if (call->layer.k.dtype == k_dtype) return 0;
+  for (int32_t i = 0; i < count; i++)
+    if (call->packed[i].k.dtype == k_dtype) return call->packed_q[i];
+  return -1;
+}
+
 static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const pkv_batch *batch,
                         const pkv_attention *attention) {
   pkv_call call = {
@@ -212,10 +223,14 @@ static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const 
       .span_tokens = pkv_span_tokens(pages->page_size),
       .span_runs = pkv_span_runs(pages->page_size),
   };
-  if (pages->packed) {
-    call.packed = layer_of(kernel, pages->packed, attention);
-    if (call.packed.k.dtype != call.layer.k.dtype)
-      call.open_q_floats = pkv_prepared_floats(pages->head_dim, pages->k_dtype);
+  int32_t end = pkv_prepared_floats(pages->head_dim, pages->k_dtype);
+  for (const pkv_pages *packed = pages->packed; packed; packed = packed->packed) {
+    int32_t i = call.num_packed++;
+    call.packed[i] = layer_of(kernel, packed, attention);
+    call.packed_q[i] = prepared_for(&call, i, call.packed[i].k.dtype);
+    if (call.packed_q[i] >= 0) continue;
+    call.packed_q[i] = end;
+    end += pkv_prepared_floats(pages->head_dim, packed->k_dtype);
   }
   return call;
 }

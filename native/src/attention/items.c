@@ -67,12 +67,16 @@ static void prepare_rows(const pkv_job *job, const work_item *item, float *prepa
     for (int32_t i = 0; i < num_heads; i++) {
       const char *from = q->data + q_row_of(item, (int32_t)row) * q->token_stride +
                          (first_q_head(job, item) + i) * q->head_stride;
-      const pkv_format *open = &call->layer.k, *packed = &call->packed.k;
+      const pkv_format *k = &call->layer.k;
       float *to = prepared + row * item->shape->q_floats;
-      prepare_head(job, open, to + i * pkv_prepared_floats(open->dim, open->dtype), from);
-      if (!call->open_q_floats) continue;
-      to += num_heads * call->open_q_floats;
-      prepare_head(job, packed, to + i * pkv_prepared_floats(packed->dim, packed->dtype), from);
+      prepare_head(job, k, to + i * pkv_prepared_floats(k->dim, k->dtype), from);
+      int32_t end = 0; /* of what is prepared */
+      for (int32_t packed = 0; packed < call->num_packed; packed++) {
+        if (call->packed_q[packed] <= end) continue;
+        k = &call->packed[packed].k;
+        end = call->packed_q[packed];
+        prepare_head(job, k, to + num_heads * end + i * pkv_prepared_floats(k->dim, k->dtype), from);
+      }
     }
 }
 

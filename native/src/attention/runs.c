@@ -175,8 +175,10 @@ static void set_tokens(const pkv_call *call, pkv_run *run, uint64_t mask, const 
 /* Fold the run, of pages of this format, into the states of its rows, from kv head `head` on. */
 static void fold_heads(const pkv_call *call, const pkv_pages *pages, const work_item *item, pkv_run *run,
                        int32_t head, const float *q, pkv_state state) {
-  const pkv_layer *layer = pages == call->pages ? &call->layer : &call->packed;
-  if (layer == &call->packed) q += (int64_t)item->shape->num_q_heads * call->open_q_floats;
+  const pkv_layer *layer = &call->layer;
+  int32_t format = 0;
+  for (const pkv_pages *one = call->pages; one != pages; one = one->packed) layer = &call->packed[format++];
+  if (format) q += (int64_t)item->shape->num_q_heads * call->packed_q[format - 1];
   int32_t own_head = (head - item->first_head) * layer->group; /* within the item's q and state */
   run->first_head = head;
   pkv_fold *fold = pkv_choose_fold(call->kernel, layer, item->num_rows * layer->group, call->is_cached);

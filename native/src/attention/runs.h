@@ -15,9 +15,11 @@ typedef struct {
   const pkv_pages *pages;
   const pkv_batch *batch;
   pkv_layer layer;
-  pkv_layer packed; /* of packed pages, where there may be some */
-  /* Floats of a prepared head for open pages, which those for packed pages follow; 0: they are the same. */
-  int32_t open_q_floats;
+  /* Of packed pages, as many formats as there are; q is prepared once for each dtype of keys: where that of a
+   * format begins, in floats of a head. */
+  pkv_layer packed[PKV_MAX_FORMATS - 1];
+  int32_t num_packed;
+  int32_t packed_q[PKV_MAX_FORMATS - 1];
   int32_t num_q_heads;
   bool is_cached;      /* the pages that the call reads */
   int32_t run_tokens;  /* of whole pages, or PKV_RUN_TOKENS of a larger one */

@@ -19,8 +19,8 @@ enum {
 static item_shape shape_of(const pkv_pages *pages, int32_t num_q_heads, int32_t num_kv_heads) {
   item_shape shape = {.num_kv_heads = num_kv_heads, .num_q_heads = num_q_heads};
   shape.q_floats = (int64_t)num_q_heads * pkv_prepared_floats(pages->head_dim, pages->k_dtype);
-  if (pages->packed)
-    shape.q_floats += (int64_t)num_q_heads * pkv_prepared_floats(pages->head_dim, pages->packed->k_dtype);
+  for (const pkv_pages *packed = pages->packed; packed; packed = packed->packed)
+    shape.q_floats += (int64_t)num_q_heads * pkv_prepared_floats(pages->head_dim, packed->k_dtype);
   shape.value_floats = (int64_t)num_q_heads * pkv_padded(pages->head_dim_v);
   /* Maxima and sums, padded so that accumulators are aligned. */
   shape.state_floats = (2 * (int64_t)num_q_heads + 15) / 16 * 16 + shape.value_floats;

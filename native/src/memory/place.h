@@ -18,7 +18,7 @@ static inline pkv_place pkv_place_of(const pkv_pages *pages, int64_t page) {
     int64_t slab = page >> pages->slab_shift;
     slab_offset = slab * pages->slab_bytes;
     page &= ((int64_t)1 << pages->slab_shift) - 1;
-    if (pages->slab_formats[slab]) pages = pages->packed;
+    for (int32_t format = pages->slab_formats[slab]; format > 0; format--) pages = pages->packed;
   }
   pkv_place place = {.pages = pages,
                      .k = pages->k + slab_offset + page * pages->k_page_stride,

@@ -23,7 +23,9 @@ struct pkv_pool {
   int32_t *free_stack; /* [num_pages]; the first num_free are free pages */
   int32_t *ref_counts; /* [num_pages]: 0 free or kept, 1 owned, more: shared */
   uint8_t *is_indexed; /* [num_pages] */
-  int32_t *twins;      /* [num_pages], of slabs: the page of the same tokens in the other format; -1: none */
+  /* [num_pages], of slabs: the page of the same tokens in the next format, and in the one before; -1: none */
+  int32_t *packed_twins;
+  int32_t *open_twins;
   pkv_kept kept;
   /* A unit has one part in each of num_parts regions of the mapping, which follow each other: a layer's.  A
    * slab has one part. */

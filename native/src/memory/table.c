@@ -516,13 +516,18 @@ pkv_status pkv_step_open(pkv_pool *pool, const pkv_tables *tables, int64_t num_s
   return status;
 }
 
-/* From this page on, a row's pages may be open. */
-static void reopen_from(const pkv_tables *tables, int64_t row, int64_t page) {
-  if (tables->packed_ends && tables->packed_ends[row] > page) tables->packed_ends[row] = (int32_t)page;
+static int32_t *packed_end_of(const pkv_tables *tables, int64_t row, int32_t format) {
+  return tables->packed_ends + (int64_t)format * tables->rows->max_sequences + row;
 }
 
-int64_t pkv_first_to_pack(const pkv_tables *tables, int64_t row) {
-  int64_t first = tables->packed_ends[row], first_held = tables->first_held[row];
+/* From this page on, a row's pages may be open. */
+static void reopen_from(const pkv_tables *tables, int64_t row, int64_t page) {
+  for (int32_t format = 0; format < tables->num_packings; format++)
+    if (*packed_end_of(tables, row, format) > page) *packed_end_of(tables, row, format) = (int32_t)page;
+}
+
+int64_t pkv_first_to_pack(const pkv_tables *tables, int64_t row, int32_t format) {
+  int64_t first = *packed_end_of(tables, row, format), first_held = tables->first_held[row];
   if (first < tables->first_packed) first = tables->first_packed;
   return tables->window && first < first_held ? first_held : first;
 }
@@ -642,7 +647,8 @@ static pkv_status share_pages(pkv_pool *pool, const pkv_tables *tables, int32_t 
   }
   tables->first_held[to] = first_held_at(tables, from, seq_len);
   if (is_compact(tables)) tables->num_dropped[to] = (int32_t)(end - num_held);
-  if (tables->packed_ends) tables->packed_ends[to] = tables->packed_ends[from];
+  for (int32_t format = 0; format < tables->num_packings; format++)
+    *packed_end_of(tables, to, format) = *packed_end_of(tables, from, format);
   reopen_from(tables, to, pages_for(tables, seq_len));
   tables->rows->salts[to] = tables->rows->salts[from];
   tables->rows->seq_lens[to] = tables->rows->reserved_lens[to] = (int32_t)seq_len;
@@ -664,7 +670,7 @@ pkv_status pkv_tables_add(pkv_pool *pool, pkv_tables *tables, int64_t count, con
     tables->tail_copies[row] = -1;
     tables->first_held[row] = tables->sink_pages;
     if (is_compact(tables)) tables->num_dropped[row] = 0;
-    if (tables->packed_ends) tables->packed_ends[row] = 0;
+    for (int32_t format = 0; format < tables->num_packings; format++) *packed_end_of(tables, row, format) = 0;
     if (from >= 0 && share_pages(pool, tables, from, row, length) != PKV_OK) return PKV_INVARIANT;
   }
   return PKV_OK;

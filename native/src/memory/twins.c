@@ -1,4 +1,5 @@
-/* Old pages exchanged for packed twins: pages that hold the same tokens in fewer bits.
+/* Old pages exchanged for packed twins: pages that hold the same tokens in fewer bits.  With several formats
+ * a page leaves one for the next as it ages.
  *
  * Packing makes a second page and never touches the open one.  The first row whose tokens in a page are all
  * old enough makes the twin, at its own commit; other rows that hold the open page keep it until theirs, so
@@ -12,7 +13,8 @@
 static int32_t make_twin(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t open) {
   const pkv_kernel *kernel = pkv_active_kernel();
   int32_t twin;
-  if (!kernel || pkv_pool_acquire_format(pool, 1, 1, &twin) != PKV_OK) return -1;
+  if (!kernel || pkv_pool_acquire_format(pool, pkv_pool_format(pool, open) + 1, 1, &twin) != PKV_OK)
+    return -1;
   for (int32_t layer = 0; layer < tables->num_layers; layer++)
     pkv_copy_page(kernel, layers + layer, open, twin, tables->page_size);
   memcpy(tables->token_ids + (int64_t)twin * tables->page_size,
@@ -46,23 +48,33 @@ static outcome exchange(pkv_pool *pool, pkv_tables *tables, const pkv_pages *lay
   return pkv_pool_release(pool, 1, &open) == PKV_OK ? EXCHANGED : BROKEN;
 }
 
+/* Exchange the pages of a row that are to leave a format. */
+static outcome pack_row(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t row,
+                        int32_t format, new_twins *made) {
+  int32_t *end = tables->packed_ends + (int64_t)format * tables->rows->max_sequences + row;
+  int64_t old = (int64_t)tables->rows->seq_lens[row] - tables->recent_tokens[format];
+  for (int64_t page = pkv_first_to_pack(tables, row, format); page < old / tables->page_size; page++) {
+    if (!pkv_holds(tables, row, page)) continue;
+    int32_t *cell = pkv_cell_of(tables, row, page);
+    int32_t own = pkv_pool_format(pool, *cell);
+    if (own < format) return NO_PAGE; /* it still waits for a page of the format before */
+    if (own == format) {
+      outcome outcome = exchange(pool, tables, layers, cell, made);
+      if (outcome != EXCHANGED) return outcome;
+    }
+    *end = (int32_t)page + 1;
+  }
+  return EXCHANGED;
+}
+
 int64_t pkv_tables_pack(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int64_t num_rows,
                         const int32_t *rows, int64_t most, int32_t *from, int32_t *to) {
   new_twins made = {.most = most, .from = from, .to = to};
   for (int64_t i = 0; i < num_rows; i++) {
-    int32_t row = rows[i], *end = &tables->packed_ends[row];
+    int32_t row = rows[i];
     if (tables->rows->seq_lens[row] != tables->rows->reserved_lens[row]) continue; /* in another open step */
-    int64_t old = (int64_t)tables->rows->seq_lens[row] - tables->recent_tokens;
-    for (int64_t page = pkv_first_to_pack(tables, row); page < old / tables->page_size; page++) {
-      if (!pkv_holds(tables, row, page)) continue;
-      int32_t *cell = pkv_cell_of(tables, row, page);
-      if (pkv_pool_format(pool, *cell) == 0) {
-        outcome outcome = exchange(pool, tables, layers, cell, &made);
-        if (outcome == BROKEN) return -1;
-        if (outcome == NO_PAGE) break;
-      }
-      *end = (int32_t)page + 1;
-    }
+    for (int32_t format = 0; format < tables->num_packings; format++)
+      if (pack_row(pool, tables, layers, row, format, &made) == BROKEN) return -1;
   }
   return made.count;
 }
