@@ -85,6 +85,12 @@ class Step(Uncopyable):
         return int(self._handle.bytes_not_read)
 
     @property
+    def values_not_read(self) -> float:
+        """The share of runs of 64 tokens whose values `attend(skip_values_below=)` has left out so far."""
+        num_runs = int(self._handle.num_value_runs)
+        return int(self._handle.num_value_runs_skipped) / num_runs if num_runs else 0.0
+
+    @property
     def slot_mapping(self) -> NDArray[np.int64]:
         """int64 [num_tokens]: page_id * page_size + offset of each new token."""
         return self._plan.slot_mapping
@@ -147,6 +153,8 @@ class Step(Uncopyable):
         out: Any = None,
         return_lse: bool = False,
         return_mass: bool = False,
+        top_pages: int | None = None,
+        skip_values_below: float = 0.0,
     ) -> Any:
         """Store k and v as `write` does, then attend: each row of q to its sequence's tokens up to its own.
 
@@ -166,6 +174,13 @@ class Step(Uncopyable):
         return_lse : also the natural logarithm of the softmax's sum
         return_mass : also how much attention each page gets; each sequence reads shared pages by itself then
 
+        top_pages : how many pages a kv head reads, of sequences with one new token: those whose mean keys
+            score highest, and always the sinks' pages, the first one at least, and those of the newest 64
+            tokens.  None: all
+        skip_values_below : of sequences with one new token, the values of runs of 64 tokens are not read that
+            together get less than this share of the row's attention: the output is off by at most as much
+            times the largest value.  0: all are read
+
         Returns: [num_tokens, num_q_heads, head_dim_v] of q's dtype and kind, `out` when it was given; with
         return_lse or return_mass a tuple of it, lse, float32 [num_tokens, num_q_heads], and mass, float32
         [pages, num_kv_heads], of q's kind.  The pages are the step's: sequence i has the rows
@@ -183,8 +198,10 @@ class Step(Uncopyable):
             self._require_no_window(window)
         options = (
             *(sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse),
-            *(window, num_sink_tokens, return_mass),
+            *(window, num_sink_tokens, return_mass, top_pages, skip_values_below),
         )
+        if top_pages is not None:
+            self._store.keep_means()
         verb = "attend" if k is None else "write and attend"
         call, result = calls.pop(verb, None), None
         if call is not None:

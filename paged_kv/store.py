@@ -129,6 +129,8 @@ class Store(Uncopyable):
             self._describe_layer(layer, num_pages, cached_bytes)
             if packed is not None:
                 self._describe_slabs(layer, packed, cached_bytes)
+        #: The mean keys of pages, [num_layers, num_ids, heads * dim], and their stamps; None: none are kept.
+        self._means: tuple[NDArray[np.uint16], NDArray[np.uint32]] | None = None
         self.closed = False
         self._lock = OwnedLock()
         self.handles: dict[int, Ref] = {}
@@ -163,6 +165,25 @@ class Store(Uncopyable):
     def renew(self) -> None:
         """In a forked child."""
         lib.pkv_gate_forget_others(self.gate)
+
+    def keep_means(self) -> None:
+        """From now on, pages have mean keys, which attention computes when it first wants them."""
+        if self._means is not None:
+            return
+        layout, num_ids = self.layout, self.pool.num_ids
+        # Untouched zeros: pages whose mean is never wanted cost no memory.
+        means = np.zeros((layout.num_layers, num_ids, layout.num_kv_heads * layout.head_dim), np.uint16)
+        stamps = np.zeros((layout.num_layers, num_ids), np.uint32)
+        with self.lock:
+            self.require_open()
+            if self._means is not None:
+                return
+            self._means = means, stamps
+            for layer in range(layout.num_layers):
+                pages = self.layer_pages[layer]
+                pages.page_stamps = ffi.from_buffer("uint32_t[]", self.tables.page_stamps)
+                pages.mean_stamps = ffi.from_buffer("uint32_t[]", stamps[layer])
+                pages.means = ffi.from_buffer("uint16_t[]", means[layer])
 
     def _describe_layer(self, layer: int, num_pages: int, cached_bytes: int) -> None:
         first = layer * num_pages * self.layout.page_share_bytes

@@ -53,7 +53,11 @@ SIGNATURES = {
     paged_kv.Sequence.gather: (["layer"], []),
     paged_kv.Step.attend: (
         ["layer", "q", "k", "v"],
-        [*SCORES, "window", "num_sink_tokens", "out", "return_lse", "return_mass"],
+        [
+            *SCORES,
+            *("window", "num_sink_tokens", "out", "return_lse", "return_mass"),
+            *("top_pages", "skip_values_below"),
+        ],
     ),
     paged_kv.Step.write: (["layer", "k", "v"], []),
     paged_kv.PagedKVCache.gather: (["seqs", "layer"], ["dtype", "out"]),

@@ -21,6 +21,9 @@ from .prepared import Options, PreparedAttention
 
 INT8 = DTYPE_CODES["int8"]
 
+#: return_mass, top_pages and skip_values_below, which are of a cache's pages.
+NO_CHOICES = (False, None, 0.0)
+
 
 def paged_attention(
     q: Any,
@@ -77,7 +80,16 @@ def paged_attention(
     """
     pages = _Pages(k_pages, v_pages, k_scales, v_scales)
     q_shape = array_of("q", q).shape
-    options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens, False)
+    options = (
+        sm_scale,
+        logits_soft_cap,
+        sinks,
+        alibi_slopes,
+        return_lse,
+        window,
+        num_sink_tokens,
+        *NO_CHOICES,
+    )
     batch = PagedBatch(
         num_pages=pages.shape[0],
         page_size=pages.shape[1],
@@ -182,7 +194,16 @@ class PagedBatch(Uncopyable):
         scales are validated in full.
         Raises: ArgumentError.
         """
-        options = (sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens, False)
+        options = (
+            sm_scale,
+            logits_soft_cap,
+            sinks,
+            alibi_slopes,
+            return_lse,
+            window,
+            num_sink_tokens,
+            *NO_CHOICES,
+        )
         self._require_sense(k, v, options)
         is_read_only = k is None
         known, result = self._calls.pop(is_read_only, None), None

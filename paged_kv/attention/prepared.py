@@ -29,9 +29,9 @@ from .arrays import (
 
 OUT_OVERLAPS = lib.PKV_OUT_OVERLAPS
 
-#: sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens and return_mass, as
-#: `Step.attend` takes them.
-Options = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
+#: sm_scale, logits_soft_cap, sinks, alibi_slopes, return_lse, window, num_sink_tokens, return_mass, top_pages
+#: and skip_values_below, as `Step.attend` takes them.
+Options = tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any, Any]
 
 
 class PreparedAppend:
@@ -233,13 +233,15 @@ class PreparedAttention:
             return None
         if options[2] is not None or options[3] is not None:
             self._set_per_head(options)
-        scale, cap, window, sinks = self._scales
+        scale, cap, window, sinks, top_pages, share = self._scales
         # By identity: what is no number must not be compared.
         if (
             options[0] is not scale
             or options[1] is not cap
             or options[5] is not window
             or options[6] is not sinks
+            or options[8] is not top_pages
+            or options[9] is not share
         ):
             set_scales(self._arguments, self._head_dim, options)
             self._scales = scales_of(options)
@@ -277,19 +279,23 @@ def per_head_of(
     )
 
 
-def scales_of(options: Options) -> tuple[Any, Any, Any, Any]:
-    """What may differ between repeated calls: sm_scale, logits_soft_cap, window and num_sink_tokens."""
-    return options[0], options[1], options[5], options[6]
+def scales_of(options: Options) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """What may differ between repeated calls: sm_scale, logits_soft_cap, window, num_sink_tokens, top_pages
+    and skip_values_below."""
+    return options[0], options[1], options[5], options[6], options[8], options[9]
 
 
 def set_scales(arguments: Any, head_dim: int, options: Options) -> None:
     """Write what `scales_of` names: all, or none when one is invalid."""
-    sm_scale, logits_soft_cap, window, num_sink_tokens = scales_of(options)
+    sm_scale, logits_soft_cap, window, num_sink_tokens, top_pages, skip_values_below = scales_of(options)
     scale = head_dim**-0.5 if sm_scale is None else real("sm_scale", sm_scale)
     cap = real("logits_soft_cap", logits_soft_cap, least=0.0)
     size = 0 if window is None else integer("window", window, 1)
     sinks = integer("num_sink_tokens", num_sink_tokens, 0)
+    num_top = 0 if top_pages is None else integer("top_pages", top_pages, 1)
+    share = real("skip_values_below", skip_values_below, least=0.0)
     arguments.sm_scale, arguments.logits_soft_cap = scale, cap
+    arguments.top_pages, arguments.skip_values_below = num_top, share
     arguments.window, arguments.num_sink_tokens = size, sinks if size else 0
 
 

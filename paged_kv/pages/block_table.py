@@ -145,6 +145,9 @@ class BlockTables(Uncopyable):
         if budget is not None:
             arrays |= {"cell_pages": self.cell_pages, "num_dropped": self.num_dropped}
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
+        #: Of each page a number that changes whenever its slots are reserved.
+        self.page_stamps = np.ones(pool.num_ids, np.uint32)
+        self._pointers["page_stamps"] = ffi.from_buffer("uint32_t[]", self.page_stamps)
         self._pointers["page_salts"] = ffi.from_buffer("int64_t[]", self.page_salts)
         if needs_mass:
             self._pointers["mass"] = ffi.from_buffer("double[]", self.mass)

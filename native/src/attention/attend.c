@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "choose.h"
 #include "items.h"
 #include "mass.h"
 #include "memory/append.h"
@@ -128,6 +129,8 @@ static size_t lay_out(pkv_job *job, const work_size *size, int32_t num_workers, 
   job->shared = take(memory, &used, (size_t)most_shared(job) * sizeof(work_item));
   job->carried = take(memory, &used, num_carried * (size_t)job->work.one_head.state_floats * sizeof(float));
   job->worker_scratch = take(memory, &used, (size_t)num_workers * job->worker_bytes);
+  job->num_skipped = take(memory, &used, 2 * (size_t)num_workers * sizeof(int64_t));
+  if (job->may_choose) job->chosen = take(memory, &used, pkv_choice_bytes(job, num_workers));
   if (!job->notes_mass) return used;
   const pkv_batch *batch = job->call.batch;
   size_t num_pages = (size_t)batch->kv_indptr[batch->num_seqs];
@@ -137,6 +140,20 @@ static size_t lay_out(pkv_job *job, const work_size *size, int32_t num_workers, 
   job->mass_scratch = take(memory, &used, (size_t)(num_workers * job->mass_floats) * sizeof(float));
   job->mass_totals = take(memory, &used, (size_t)num_workers * job->totals_bytes);
   return used;
+}
+
+/* Is there anything that each row decides, or notes, for itself?  Then nothing is folded for several
+ * sequences.
+ */
+static bool is_by_row(const pkv_job *job) {
+  return job->notes_mass || job->skip_values > 0 || job->may_choose;
+}
+
+static void note_skipped(const pkv_job *job, int32_t num_workers, pkv_plan *plan) {
+  for (int32_t i = 0; i < num_workers; i++) {
+    plan->num_value_runs += job->num_skipped[2 * i];
+    plan->num_value_runs_skipped += job->num_skipped[2 * i + 1];
+  }
 }
 
 static void clear_mass(pkv_job *job) {
@@ -152,13 +169,12 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, pkv_job
       (int64_t)4 * job->call.pages->num_kv_heads * (job->call.pages->head_dim + job->call.pages->head_dim_v);
   if (pkv_cost_of_work(batch) <= (BYTES_WORTH_A_THREAD - 1) / token_bytes) num_workers = 1;
   job->work = pkv_work_of(job->call.pages, batch, job->call.num_q_heads, job->call.span_tokens, num_workers);
-  /* Notes of attention mass are each row's own: nothing is folded for several sequences. */
   if (job->notes_mass) {
     job->work.span_notes = pkv_span_notes(&job->call);
     pkv_size_masses(job);
-  } else if (batch->may_share && batch->num_seqs > 1 && !find_shared(job)) {
-    return PKV_OUT_OF_MEMORY;
   }
+  if (batch->may_share && batch->num_seqs > 1 && !is_by_row(job) && !find_shared(job))
+    return PKV_OUT_OF_MEMORY;
   work_size size = pkv_cut_work(&job->work, NULL);
   if (size.num_items < num_workers) num_workers = size.num_items ? (int32_t)size.num_items : 1;
   size_t num_bytes = lay_out(job, &size, num_workers, NULL);
@@ -169,12 +185,15 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, pkv_job
   job->num_items = size.num_items;
   pkv_cut_work(&job->work, job->items);
   memset(job->num_ended, 0, (size_t)size.num_items * sizeof(atomic_int));
+  memset(job->num_skipped, 0, 2 * (size_t)num_workers * sizeof(int64_t));
   if (job->notes_mass) clear_mass(job);
 
   pkv_write_new_rows(num_workers, size.num_before, job);
+  if (job->may_choose) pkv_choose_pages(num_workers, job, (char *)job->chosen);
   pkv_fold_shared_spans(num_workers, job);
   pkv_attend_items(num_workers, job);
   if (job->notes_mass) pkv_sum_masses(job, plan);
+  if (plan) note_skipped(job, num_workers, plan);
   if (!threads) free(memory);
   return PKV_OK;
 }
@@ -222,6 +241,7 @@ static pkv_call call_of(const pkv_kernel *kernel, const pkv_pages *pages, const 
       .run_tokens = pkv_run_tokens(pages->page_size),
       .span_tokens = pkv_span_tokens(pages->page_size),
       .span_runs = pkv_span_runs(pages->page_size),
+      .top_pages = pages->means ? attention->top_pages : 0,
   };
   int32_t end = pkv_prepared_floats(pages->head_dim, pages->k_dtype);
   for (const pkv_pages *packed = pages->packed; packed; packed = packed->packed) {
@@ -245,7 +265,9 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
   pkv_job job = {.call = call_of(kernel, pages, batch, attention),
                  .attention = attention,
                  .scale = attention->sm_scale * LOG2_E,
+                 .skip_values = attention->skip_values_below,
                  .notes_mass = attention->mass || (plan && plan->mass)};
+  job.may_choose = pkv_chooses_pages(&job);
   if (!pkv_gate_enter(pages->gate)) return PKV_CLOSED;
   if (plan && attention->has_rows) {
     pkv_prepare_pages(kernel, pages, plan);
@@ -256,7 +278,7 @@ static pkv_status attend(pkv_threads *threads, const pkv_pages *pages, const pkv
   free(job.cascade_memory);
   if (plan) plan->bytes_not_read += job.cascade.tokens_saved * bytes_of_token(pages);
   bool sees_prefixes = !batch->window; /* a call with a window says nothing about those without */
-  if (plan && sees_prefixes && !job.notes_mass && !job.cascade.num_nodes)
+  if (plan && sees_prefixes && !is_by_row(&job) && !job.cascade.num_nodes)
     plan->batch.may_share = PKV_SHARE_NONE; /* in no other layer either */
   if (num_workers) pkv_threads_release(threads);
   pkv_gate_leave(pages->gate);

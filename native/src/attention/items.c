@@ -17,12 +17,14 @@ typedef struct {
   float *q;      /* [rows], prepared */
   float *states; /* [rows], of the spans merged so far */
   float *span;   /* [rows], of the current span */
+  float *known;  /* maxima and sums of a single row, over its first run and its last */
 } scratch;
 
 static scratch scratch_of(const pkv_job *job, const item_shape *shape, int32_t worker) {
   float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
   int64_t states = shape->num_rows * shape->state_floats;
-  return (scratch){floats + 2 * states, floats, floats + states};
+  float *q = floats + 2 * states;
+  return (scratch){q, floats, floats + states, q + shape->num_rows * shape->q_floats};
 }
 
 static int32_t first_q_head(const pkv_job *job, const work_item *item) {
@@ -146,9 +148,32 @@ static void merge_pieces(const pkv_job *job, const work_item *first, const pkv_m
   span_list spans =
       spans_of(job->call.batch, job->call.span_tokens, first->seq, first->first_row, first->num_rows);
   for (int32_t i = first->end_span; i < last->end_span; i++)
-    pkv_merge_span(&job->call, first, start_of_span(spans, i), states, partial_states(job, first, i));
+    if (pkv_reads_span(&job->call, first, start_of_span(spans, i)))
+      pkv_merge_span(&job->call, first, start_of_span(spans, i), states, partial_states(job, first, i));
   finish_rows(job, first, states);
   if (masses) pkv_add_masses(job, first, spans, states, masses, worker);
+}
+
+/* Note the weights of a single row's first run, which has the sinks, and of its last: so much is known of its
+ * total weight before any span, whoever computes it. */
+static pkv_skipping know_weights(const pkv_job *job, const work_item *item, span_list spans, int32_t worker,
+                                 scratch *scratch) {
+  const pkv_call *call = &job->call;
+  int32_t num_heads = item->shape->num_q_heads, end = num_seen(call->batch, item->seq, item->first_row);
+  int32_t start = start_of_span(spans, 0), last = start_of_span(spans, spans.count - 1);
+  pkv_state state = state_at(item->shape, scratch->span, 0);
+  clear(item->shape, state);
+  int32_t run_end = pkv_end_of_run(call, start, end);
+  pkv_fold_single_run(call, item, start, run_end, scratch->q, scratch->span);
+  while ((run_end = pkv_end_of_run(call, last, end)) < end) last = run_end;
+  if (last != start) pkv_fold_single_run(call, item, last, end, scratch->q, scratch->span);
+  memcpy(scratch->known, state.maximum, (size_t)num_heads * sizeof(float));
+  memcpy(scratch->known + num_heads, state.sum, (size_t)num_heads * sizeof(float));
+  return (pkv_skipping){.share = job->skip_values / (float)((int64_t)spans.count * call->span_runs),
+                        .maxima = scratch->known,
+                        .sums = scratch->known + num_heads,
+                        .first_head = first_q_head(job, item),
+                        .num_skipped = job->num_skipped + 2 * worker};
 }
 
 /* Merge spans as they come; a piece that is not the item's first leaves the states of its spans. */
@@ -164,17 +189,21 @@ static void attend_item(const pkv_job *job, const work_item *item, int32_t worke
   bool is_cut = item->num_pieces > 1, is_first = item->first_span == item->num_carried;
   float *merged = is_cut ? partial_states(job, item, item->num_carried) : scratch.states;
   if (is_first && item->num_carried) copy_carried(job, item, merged, false);
-  pkv_masses noted, of_span, *masses = NULL;
-  if (job->notes_mass) {
-    noted = pkv_masses_of(job, item, spans, worker);
-    masses = &noted;
+  pkv_notes notes = {0};
+  const pkv_masses *masses = job->notes_mass ? &notes.masses : NULL;
+  if (masses) {
+    notes.masses = pkv_masses_of(job, item, spans, worker);
     pkv_clear_masses(&job->call, masses, item->num_rows, item->first_span, item->end_span);
   }
+  if (job->skip_values > 0 && num_rows_of(job->call.batch, item->seq) == 1)
+    notes.skipping = know_weights(job, item, spans, worker, &scratch);
   for (int32_t i = item->first_span; i < item->end_span; i++) {
     int32_t start = start_of_span(spans, i);
     float *states = i == 0 ? merged : is_first ? scratch.span : partial_states(job, item, i);
-    if (masses) of_span = pkv_masses_from(&job->call, masses, i);
-    pkv_fold_span(&job->call, item, start, scratch.q, states, masses ? &of_span : NULL);
+    if (i > 0 && !pkv_reads_span(&job->call, item, start)) continue;
+    pkv_notes of_span = notes;
+    if (masses) of_span.masses = pkv_masses_from(&job->call, masses, i);
+    pkv_fold_span(&job->call, item, start, scratch.q, states, &of_span);
     if (i > 0 && is_first) pkv_merge_span(&job->call, item, start, merged, scratch.span);
   }
   if (!is_cut) {
@@ -188,11 +217,12 @@ static void attend_item(const pkv_job *job, const work_item *item, int32_t worke
 
 static void fold_shared_item(const pkv_job *job, const work_item *item, int32_t worker) {
   scratch scratch = scratch_of(job, item->shape, worker);
+  pkv_notes none = {0};
   prepare_rows(job, item, scratch.q);
   if (item->num_carried) copy_carried(job, item, scratch.states, false);
   for (int32_t i = item->first_span; i < item->end_span; i++) {
     int32_t start = i * job->call.span_tokens; /* without a window, spans are consecutive */
-    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span, NULL);
+    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span, &none);
     if (i > 0) pkv_merge_span(&job->call, item, start, scratch.states, scratch.span);
   }
   copy_carried(job, item, scratch.states, true);

@@ -42,11 +42,17 @@ typedef struct {
   char *mass_totals; /* [num_workers] */
   size_t totals_bytes;
   bool notes_mass;
+
+  bool may_choose;      /* some rows read top_pages only */
+  uint8_t *chosen;      /* the memory of call.chosen, and of choosing (choose.h) */
+  float skip_values;    /* of a row's total weight: the values of runs that get less together are not read; 0:
+                           none */
+  int64_t *num_skipped; /* [num_workers, 2]: runs of a kv head, and those whose values were not read */
 } pkv_job;
 
 /* Floats of scratch that an item of this shape needs. */
 static inline int64_t pkv_scratch_floats(const item_shape *shape) {
-  return shape->num_rows * (2 * shape->state_floats + shape->q_floats);
+  return shape->num_rows * (2 * shape->state_floats + shape->q_floats) + 2 * shape->num_q_heads;
 }
 
 /* Write the rows that other items than their own read, num_before in all.  Then the others, in this order. */

@@ -222,8 +222,69 @@ static void set_ends(const pkv_call *call, uint64_t mask, int32_t num_parts, int
                      : __builtin_popcountll(mask & bits_between(0, (part + 1) * call->pages->page_size));
 }
 
+/* ---- chosen pages */
+
+/* The tokens `start` to `end` - 1 whose pages a sequence's row reads for a kv head. */
+static uint64_t chosen_tokens(const pkv_call *call, int32_t seq, int32_t head, int32_t start, int32_t end) {
+  const uint8_t *chosen = call->chosen + pkv_chosen_at(call, seq, head);
+  int32_t page_size = call->pages->page_size;
+  uint64_t mask = 0;
+  for (int64_t page = start / page_size; page * page_size < end; page++) {
+    int32_t place = pkv_place_in_list(call, seq, (int32_t)page);
+    if (place >= 0 && chosen[place])
+      mask |= bits_between(page * page_size - start, (page + 1) * page_size - start);
+  }
+  return mask;
+}
+
+bool pkv_reads_span(const pkv_call *call, const work_item *item, int32_t start) {
+  if (!call->chosen || item->rows || !pkv_chooses(call, item->seq)) return true;
+  int32_t page_size = call->pages->page_size;
+  for (int32_t i = 0; i < item->shape->num_kv_heads; i++) {
+    const uint8_t *chosen = call->chosen + pkv_chosen_at(call, item->seq, item->first_head + i);
+    for (int64_t page = start / page_size; page * page_size < (int64_t)start + call->span_tokens; page++) {
+      int32_t place = pkv_place_in_list(call, item->seq, (int32_t)page);
+      if (place >= 0 && chosen[place]) return true;
+    }
+  }
+  return false;
+}
+
+/* Fold a run into one row, of each kv head the tokens that it chose. */
+static void fold_chosen(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
+                        uint64_t visible_tokens, const float *q, float *states, const pkv_notes *notes) {
+  token_addresses tokens;
+  own_tokens own;
+  int32_t end_head = item->first_head + item->shape->num_kv_heads;
+  int32_t to_own = num_seen(call->batch, item->seq, item->first_row) - 1 - start;
+  bool is_located = false;
+  for (int32_t head = item->first_head, num_heads; head < end_head; head += num_heads) {
+    uint64_t mask = visible_tokens & chosen_tokens(call, item->seq, head, start, end);
+    num_heads = 1;
+    while (head + num_heads < end_head &&
+           mask == (visible_tokens & chosen_tokens(call, item->seq, head + num_heads, start, end)))
+      num_heads++;
+    if (!mask) continue;
+    if (!is_located) locate_tokens(call, item->seq, start, visible_tokens, &tokens);
+    is_located = true;
+    pkv_run run = {.q_stride = item->shape->q_floats,
+                   .state_stride = item->shape->state_floats,
+                   .num_rows = 1,
+                   .num_kv_heads = num_heads,
+                   .masses = notes->masses,
+                   .skipping = notes->skipping};
+    set_tokens(call, &run, mask, &tokens, are_in_page(call, start, end), to_own, &own);
+    run.masses.ends = own.ends;
+    if (run.masses.maxima) set_ends(call, mask, run.masses.num_parts, own.ends);
+    run.k_next = run.k;
+    fold_heads(call, tokens.pages, item, &run, head, q, state_at(item->shape, states, 0));
+  }
+}
+
+/* ---- folding */
+
 static void fold_run_into_rows(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
-                               const float *q, float *states, const pkv_masses *masses) {
+                               const float *q, float *states, const pkv_notes *notes) {
   token_addresses tokens, next;
   uint64_t masks[MAX_ROWS_PER_ITEM], all = 0, has_page = listed(call, item->seq, start, end);
   int32_t num_seen_of[MAX_ROWS_PER_ITEM];
@@ -233,6 +294,11 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
     all |= masks[row];
   }
   if (!all) return;
+  if (call->chosen && !item->rows && pkv_chooses(call, item->seq)) {
+    fold_chosen(call, item, start, end, all, q, states, notes);
+    return;
+  }
+  const pkv_masses *masses = &notes->masses;
   locate_tokens(call, item->seq, start, all, &tokens);
   int32_t num_next = locate_next_keys(call, item, end, &next);
   if (num_next && next.pages != tokens.pages) num_next = 0; /* heads of another size: not prefetched */
@@ -255,7 +321,8 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
       run.num_seen = mask == masks[row] ? NULL : num_seen_of + row;
       int32_t to_own = num_seen(call->batch, seq_of_row(item, row), q_row_of(item, row)) - 1 - start;
       set_tokens(call, &run, mask, &tokens, is_in_page, to_own, &own);
-      if (masses) {
+      run.skipping = notes->skipping;
+      if (masses->maxima) {
         int64_t before = (int64_t)row * masses->num_heads * masses->num_runs;
         run.masses = *masses;
         run.masses.maxima += before;
@@ -274,21 +341,26 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
   }
 }
 
+void pkv_fold_single_run(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
+                         const float *q, float *states) {
+  pkv_notes none = {0};
+  fold_run_into_rows(call, item, start, end, q, states, &none);
+}
+
 void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q, float *states,
-                   const pkv_masses *masses) {
+                   const pkv_notes *notes) {
   for (int32_t row = 0; row < item->num_rows; row++) clear(item->shape, state_at(item->shape, states, row));
   int32_t last = item->num_rows - 1;
   int32_t end = num_seen(call->batch, seq_of_row(item, last), q_row_of(item, last));
   if (end > (int64_t)start + call->span_tokens) end = start + call->span_tokens;
-  pkv_masses of_run;
-  if (masses) of_run = *masses;
+  pkv_notes of_run = *notes;
   while (start < end) {
     int32_t run_end = pkv_end_of_run(call, start, end);
-    fold_run_into_rows(call, item, start, run_end, q, states, masses ? &of_run : NULL);
+    fold_run_into_rows(call, item, start, run_end, q, states, &of_run);
     start = run_end;
-    if (!masses) continue;
-    of_run.maxima++;
-    of_run.sums += of_run.num_parts;
+    if (!of_run.masses.maxima) continue;
+    of_run.masses.maxima++;
+    of_run.masses.sums += of_run.masses.num_parts;
   }
 }
 

@@ -104,6 +104,16 @@ typedef struct {
 } pkv_masses;
 enum { PKV_MAX_PARTS = 4 };
 
+/* When a run's values are not read: if each query of a kv head gives the run at most `share` of the larger
+ * one of its weight so far and of a weight known before, `sums` at `maxima`. */
+typedef struct {
+  float share;          /* 0: values are always read */
+  const float *maxima;  /* [q heads of the item] */
+  const float *sums;    /* [q heads of the item] */
+  int32_t first_head;   /* q head */
+  int64_t *num_skipped; /* [2]: counts of runs of a kv head, and of those whose values were not read */
+} pkv_skipping;
+
 /* Up to PKV_RUN_TOKENS tokens, some kv heads of them, and the q rows that read them. */
 typedef struct {
   int32_t num_tokens;
@@ -127,6 +137,7 @@ typedef struct {
   int64_t state_stride;      /* floats between the states of rows */
   const float *distances;    /* [num_tokens]: position minus the first q row's; read with slopes */
   pkv_masses masses;
+  pkv_skipping skipping; /* of one row only */
 } pkv_run;
 
 /* The softmax of some q heads of one row, over the runs folded so far. */
@@ -156,6 +167,8 @@ typedef struct {
    * be NULL, and so may `lse`, which takes the natural logarithm of the sum. */
   void (*finish)(char *out, int32_t dtype, pkv_state state, const float *sink, int32_t head_dim_v,
                  float *lse);
+  /* The product of a prepared head of q and a row of PKV_BFLOAT16. */
+  float (*dot_bfloat16)(const float *q, const uint16_t *row, int32_t dim);
   /* factors[i] = 2^(maxima[i] - maximum) / sum; count is a multiple of 16. */
   void (*normalise)(float *factors, const float *maxima, int64_t count, float maximum, float sum);
   /* float32 to a dtype with scales, and back; count is a multiple of 8. */

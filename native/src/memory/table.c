@@ -145,6 +145,11 @@ static int32_t *tail_of(const pkv_tables *tables, int64_t row) {
   return seq_len % tables->page_size ? cell_of(tables, row, seq_len / tables->page_size) : NULL;
 }
 
+/* What a page holds is about to change. */
+static void stamp(const pkv_tables *tables, int32_t page) {
+  if (tables->page_stamps) tables->page_stamps[page]++;
+}
+
 /* Reserve `count` slots in the page that a row appends to, if it may append in place.  Returns: does it need
  * a copy instead? */
 static bool needs_copy(const pkv_pool *pool, const pkv_tables *tables, int64_t row, int64_t count) {
@@ -335,6 +340,7 @@ static pkv_status acquire_pages(pkv_pool *pool, const pkv_tables *tables, int64_
       return status;
     }
     tables->filled[*cell] = (int32_t)min64(new_len - page * tables->page_size, tables->page_size);
+    stamp(tables, *cell);
   }
   return PKV_OK;
 }
@@ -361,6 +367,9 @@ static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t 
     if (status != PKV_OK) return status;
     int32_t offset = seq_len % tables->page_size;
     tables->filled[*copy] = (int32_t)min64(offset + new_len - seq_len, tables->page_size);
+    stamp(tables, *copy);
+  } else if (tail_of(tables, row)) {
+    stamp(tables, *tail_of(tables, row));
   }
   status = acquire_pages(pool, tables, row, pages_for(tables, seq_len), new_len);
   if (status == PKV_OK)

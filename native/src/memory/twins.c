@@ -22,6 +22,7 @@ static int32_t make_twin(pkv_pool *pool, pkv_tables *tables, const pkv_pages *la
          (size_t)tables->page_size * sizeof *tables->token_ids);
   tables->filled[twin] = tables->page_size;
   tables->page_salts[twin] = tables->page_salts[open];
+  if (tables->page_stamps) tables->page_stamps[twin]++;
   pkv_pool_set_twins(pool, open, twin);
   return twin;
 }

@@ -59,15 +59,42 @@ static void softmax_of_queries(const pkv_layer *layer, const pkv_run *run, const
   }
 }
 
+/* Do all queries of a row give the run so little of their weight that its values are left out? */
+static bool gives_little(const pkv_run *run, int count, const int32_t *heads, const int32_t *num_seen,
+                         float weights[][PKV_RUN_TOKENS], float *const *maximum, float *const *sum) {
+  const pkv_skipping *skipping = &run->skipping;
+  skipping->num_skipped[0]++;
+  for (int i = 0; i < count; i++) {
+    int32_t head = heads[i] - skipping->first_head;
+    float known = skipping->sums[head] * vec_exp2((vec){} + (skipping->maxima[head] - *maximum[i]))[0];
+    float total = *sum[i] > known ? *sum[i] : known;
+    if (!(sum_between(weights[i], 0, num_seen[i]) <= skipping->share * total)) return false;
+  }
+  skipping->num_skipped[1]++;
+  return true;
+}
+
+static void rescale_values(int32_t dim, int count, const float *rescale, float *const *accumulated) {
+  for (int i = 0; i < count; i++)
+    for (int32_t d = 0; d < dim; d += WIDTH)
+      vec_store(accumulated[i] + d, vec_load(accumulated[i] + d) * rescale[i]);
+}
+
 static void fold_queries(const pkv_layer *layer, const pkv_run *run, const head_rows *keys,
                          const head_rows *values, const head_rows *next_keys, queries *queries) {
   spare_state spare;
+  int num_own = queries->count;
+  bool may_skip = run->skipping.share > 0; /* values: then the next keys are prefetched in their place */
   if (queries->count % 4 == 3) add_spare(queries, &spare, values->dim);
   float scores[MAX_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   float rescale[MAX_QUERIES]; /* factors of what was accumulated before */
-  score_queries(keys, run->is_resident ? NULL : values, queries, scores);
+  score_queries(keys, run->is_resident ? NULL : may_skip ? next_keys : values, queries, scores);
   softmax_of_queries(layer, run, queries, scores, rescale);
-  accumulate_queries(values, run->is_resident ? NULL : next_keys, queries, scores, rescale);
+  if (may_skip &&
+      gives_little(run, num_own, queries->head, queries->num_seen, scores, queries->maximum, queries->sum))
+    rescale_values(values->dim, num_own, rescale, queries->accumulated);
+  else
+    accumulate_queries(values, run->is_resident || may_skip ? NULL : next_keys, queries, scores, rescale);
 }
 
 /* Fold one kv head's tokens into the states of its group, of each row. */
@@ -120,9 +147,13 @@ ALWAYS_INLINE void fold_heads(const pkv_layer *layer, const pkv_run *run, int32_
     rows[i] = 0;
     num_seen[i] = keys->count;
   }
-  score(keys, now, queries, num_heads, scores);
+  bool may_skip = run->skipping.share > 0;
+  score(keys, may_skip ? next : now, queries, num_heads, scores);
   softmax(layer, run, heads, rows, num_seen, num_heads, scores, maximum, sum, rescale);
-  accumulate(values, next, num_seen, scores, rescale, num_heads, accumulated);
+  if (may_skip && gives_little(run, num_own, heads, num_seen, scores, maximum, sum))
+    rescale_values(values->dim, num_own, rescale, accumulated);
+  else
+    accumulate(values, may_skip ? NULL : next, num_seen, scores, rescale, num_heads, accumulated);
 }
 
 /* A kv head's group of q heads, without looking at what each row sees. */

@@ -24,6 +24,10 @@ ALWAYS_INLINE void vec_store_first(float *to, vec x, int count) {
   memcpy(to, &x, (size_t)(count < WIDTH ? count : WIDTH) * sizeof *to);
 }
 
+static float dot_bfloat16(const float *q, const uint16_t *row, int32_t dim) {
+  return vec_sum(score_row(q, (const char *)row, dim, PKV_BFLOAT16));
+}
+
 static void normalise(float *factors, const float *maxima, int64_t count, float maximum, float sum) {
   for (int64_t i = 0; i < count; i += WIDTH)
     vec_store(factors + i, vec_exp2(vec_load(maxima + i) - maximum) / sum);
