@@ -285,7 +285,14 @@ class PagedKVCache(Uncopyable):
         self._store.require_open()
         return pool.num_reclaimable + pool.num_trimmed
 
-    def sequence(self, tokens: object = None, *, salt: bytes = b"", priority: int = 0) -> Sequence:
+    def sequence(
+        self,
+        tokens: object = None,
+        *,
+        salt: bytes = b"",
+        priority: int = 0,
+        budget_tokens: int | None = None,
+    ) -> Sequence:
         """A new sequence: empty, or with prefix_caching the longest prefix of `tokens` that the cache holds.
 
         Parameters
@@ -301,15 +308,26 @@ class PagedKVCache(Uncopyable):
 
         priority : how long its pages are worth keeping once no sequence has them; `retain` explains it
 
+        budget_tokens : how many tokens it may hold, at most the cache's; None: as many
+
         Pages are shared, and nothing is copied now.  Keys and values must depend on the tokens alone: one
         cache serves one model.
         Raises: OutOfSequences, ArgumentError, CacheClosed.
         Cost: O(tokens); takes no page.
         """
         salt, priority = bytes_of("salt", salt), priority_of(priority)
+        budget = None if budget_tokens is None else self._budget(budget_tokens)
         if tokens is None:
-            return new_sequences(self._store, 1, salt=salt, priority=priority)[0]
-        return matched_sequence(self._store, token_ids_of("tokens", tokens), salt, priority)
+            return new_sequences(self._store, 1, salt=salt, priority=priority, budget=budget)[0]
+        return matched_sequence(self._store, token_ids_of("tokens", tokens), salt, priority, budget)
+
+    def _budget(self, budget_tokens: object) -> int:
+        """Of one sequence."""
+        budget = self._store.tables.budget
+        if budget is None:
+            raise ArgumentError(f"budget_tokens is {budget_tokens!r:.40}; build the cache with eviction=")
+        least = least_budget(self.page_size, budget.num_sink_tokens)
+        return integer("budget_tokens", budget_tokens, least, budget.num_tokens)
 
     def select(self, seqs: list[Sequence], indices: list[int]) -> list[Sequence]:
         """What a batch becomes when its place i goes on from the sequence at indices[i], as beams do.

@@ -60,6 +60,18 @@ class Sequence(Uncopyable):
             self._store.require_open()
             return self._store.tables.held_positions(self._store.tables.rows.row(self._seq_id))
 
+    @property
+    def attention_lost(self) -> float:
+        """How much attention its tokens gave to the pages that it has dropped, while they were there: the sum
+        of the pages' mean shares, of 1 for all that a token gives.  0 unless the eviction policy needs mass.
+
+        What later tokens would have given them is not known; it is an estimate, and no bound.
+        """
+        with self._store.reading():
+            self._store.require_open()
+            row = self._store.tables.rows.row(self._seq_id)
+            return float(self._store.attention_lost[row]) if len(self._store.attention_lost) else 0.0
+
     def gather(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A copy of one layer's keys and values.
 
@@ -140,6 +152,7 @@ class Sequence(Uncopyable):
             if self._store.index is not None:
                 self._store.index.leave(self._store.tables.rows.idle_row(self._seq_id))
             self._store.tables.reset(self._seq_id)
+            self._store.set_lost(self._seq_id, 0.0)
             self._num_cached_tokens = 0
 
     def free(self) -> None:
@@ -183,6 +196,7 @@ def new_sequences(
     at: object = None,
     salt: bytes = b"",
     priority: int = 0,
+    budget: int | None = None,
 ) -> list[Sequence]:
     """Handles of `count` new sequences: empty and of this salt, or with the first `at` tokens of `parent`.
 
@@ -199,6 +213,7 @@ def new_sequences(
         handles = [Sequence(store, seq_id) for seq_id in seq_ids]
         try:
             store.tables.add(seq_ids, seq_id, at, store.salt_number(salt))
+            store.set_budgets(seq_ids, seq_id, budget)
             if parent is not None:
                 _share_prefix(store, parent, handles)
             elif store.index is not None:
@@ -263,7 +278,9 @@ def _share_prefix(store: Store, parent: Sequence, forks: list[Sequence]) -> None
             store.index.fork(store.tables.rows.row(parent._seq_id), row, seq_len)
 
 
-def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority: int) -> Sequence:
+def matched_sequence(
+    store: Store, ids: NDArray[np.int32], salt: bytes, priority: int, budget: int | None = None
+) -> Sequence:
     """A new sequence of a salt that shares the longest prefix of these ids that the cache holds.
 
     Raises: OutOfSequences, CacheClosed.
@@ -275,12 +292,14 @@ def matched_sequence(store: Store, ids: NDArray[np.int32], salt: bytes, priority
         number = store.salt_number(salt)
         if store.index is None:
             store.tables.add([seq_id], salt=number)
+            store.set_budgets([seq_id], None, budget)
             return handle
-        num_ids, ids = len(ids), store.findable(ids)
+        num_ids, ids = len(ids), store.findable(ids, budget)
         found = store.index.match(ids, number)
         num_tokens, reason = found.num_tokens, explain(store.index, found, ids, number, store.plans).reason
         try:
             row = store.tables.add_pages(seq_id, number, found.page_ids, num_tokens)
+            store.set_budgets([seq_id], None, budget)
             store.index.start(row, found, priority)
             handle._num_cached_tokens = num_tokens
             store.index.counts.count(num_ids, num_tokens, reason)

@@ -63,8 +63,12 @@ class Eviction(NamedTuple):
     policy: EvictionPolicy
 
 
-#: Logical pages that rows drop at a commit.
-Drops: TypeAlias = list[tuple[int, NDArray[np.int32]]]
+class Drop(NamedTuple):
+    """What a row drops at a commit."""
+
+    row: int
+    numbers: NDArray[np.int32]  # of logical pages
+    attention_lost: float
 
 
 class Store(Uncopyable):
@@ -102,6 +106,8 @@ class Store(Uncopyable):
         budget = None if eviction is None else eviction.budget
         #: Of each row, how many tokens it may hold.
         self.budgets = np.full(max_sequences if budget else 0, budget.num_tokens if budget else 0, np.int64)
+        #: Of each row, the mean shares of attention of the pages that it has dropped.
+        self.attention_lost = np.zeros(len(self.budgets))
         self.num_dropped_pages = 0
         self.tables = BlockTables(
             self.pool, self.rows, layout.page_size, window, layout.num_layers, packing, budget
@@ -267,12 +273,28 @@ class Store(Uncopyable):
         )
         return self.salts.number(salt)
 
-    def findable(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    def findable(self, ids: NDArray[np.int32], budget: int | None = None) -> NDArray[np.int32]:
         """Of a prompt's ids, those whose match a sequence can hold, and one that is computed."""
-        budget = self.tables.budget
-        if budget is None:
+        if self.tables.budget is None:
             return ids
-        return ids[: pages_for(budget.num_tokens, self.layout.page_size) * self.layout.page_size + 1]
+        budget = self.tables.budget.num_tokens if budget is None else budget
+        return ids[: pages_for(budget, self.layout.page_size) * self.layout.page_size + 1]
+
+    def set_budgets(self, seq_ids: list[int], parent: int | None, budget: int | None) -> None:
+        """Of new sequences: as the parent's, or the cache's where none is given."""
+        if self.tables.budget is None:
+            return
+        rows = [self.rows.row(seq_id) for seq_id in seq_ids]
+        if parent is not None:
+            self.budgets[rows] = self.budgets[self.rows.row(parent)]
+            self.attention_lost[rows] = self.attention_lost[self.rows.row(parent)]
+            return
+        self.budgets[rows] = self.tables.budget.num_tokens if budget is None else budget
+        self.attention_lost[rows] = 0.0
+
+    def set_lost(self, seq_id: int, lost: float) -> None:
+        if self.tables.budget is not None:
+            self.attention_lost[self.rows.row(seq_id)] = lost
 
     def note_handle(self, handle: object, seq_id: int) -> None:
         """Free the sequence when its handle is collected."""
@@ -360,7 +382,7 @@ class Store(Uncopyable):
             reasons.append(f"{len(self.pinned_pages())} are pinned")
         return None if needed <= pool.num_free else "; ".join(reasons)
 
-    def choose_drops(self, plan: Plan, counts: NDArray[np.int32] | None) -> Drops:
+    def choose_drops(self, plan: Plan, counts: NDArray[np.int32] | None) -> list[Drop]:
         """What rows will have to drop at a commit of a plan.  Raises: what the policy raises, ArgumentError.
 
         The rows are in the plan's step, so nothing of them changes without the lock.
@@ -380,7 +402,7 @@ class Store(Uncopyable):
             for i in np.flatnonzero(has_more).tolist()
         ]
 
-    def _drop_of(self, plan: Plan, i: int, new_len: int, excess: int) -> tuple[int, NDArray[np.int32]]:
+    def _drop_of(self, plan: Plan, i: int, new_len: int, excess: int) -> Drop:
         """What a row drops, of the pages that it will hold at this length."""
         assert self.eviction is not None
         budget, page_size = self.eviction.budget, self.layout.page_size
@@ -392,7 +414,12 @@ class Store(Uncopyable):
         recent = max(new_len - budget.recent_tokens, 0) // page_size
         can_be_dropped = (numbers >= pages_for(budget.num_sink_tokens, page_size)) & (numbers < recent)
         pages = PagesOfSequence(numbers, can_be_dropped, new_len, num_new, page_size, *masses)
-        return int(plan.rows[i]), choose(self.eviction.policy, pages, excess * page_size)
+        dropped = choose(self.eviction.policy, pages, excess * page_size)
+        lost = 0.0
+        if pages.mean_mass is not None and (given := float(plan.mass[begin:end].sum())) > 0:
+            # All that the step's tokens gave, by token: the pages' masses are sums over layers and heads.
+            lost = float(pages.mean_mass[np.isin(numbers, dropped)].sum()) * plan.num_new(i) / given
+        return Drop(int(plan.rows[i]), dropped, lost)
 
     def _masses_of(
         self, plan: Plan, i: int, new_len: int, numbers: NDArray[np.int32]
@@ -410,14 +437,17 @@ class Store(Uncopyable):
         num_rows[:num_held] += tables.mass_rows[row, :num_held].astype(np.int32)
         return total / num_rows, plan.recent_mass[own]
 
-    def _drop(self, drops: Drops) -> None:
-        for row, numbers in drops:
+    def _drop(self, drops: list[Drop]) -> None:
+        for row, numbers, lost in drops:
             if self.index is not None:
                 self.index.note_drop(row, numbers)
             self.tables.drop(row, numbers)
             self.num_dropped_pages += len(numbers)
+            self.attention_lost[row] += lost
 
-    def commit(self, plan: Plan, counts: NDArray[np.int32] | None = None, drops: Drops | None = None) -> None:
+    def commit(
+        self, plan: Plan, counts: NDArray[np.int32] | None = None, drops: list[Drop] | None = None
+    ) -> None:
         index = self.index
         if index is None or not plan.handle.completes_page:
             self.tables.commit(plan, counts)

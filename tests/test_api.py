@@ -33,7 +33,7 @@ SIGNATURES = {
             *("keep_policy", "retention_half_life", "pin_budget", "clock", "num_threads"),
         ],
     ),
-    paged_kv.PagedKVCache.sequence: (["tokens"], ["salt", "priority"]),
+    paged_kv.PagedKVCache.sequence: (["tokens"], ["salt", "priority", "budget_tokens"]),
     paged_kv.PagedKVCache.select: (["seqs", "indices"], []),
     paged_kv.PagedKVCache.match: (["tokens", "salt"], ["also"]),
     paged_kv.PagedKVCache.reset_prefix_cache: ([], []),

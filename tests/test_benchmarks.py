@@ -20,6 +20,7 @@ SCRIPTS = {
     "sharing.py": {"what", "num_tokens", "us", "of_empty"},
     "serving_overhead.py": {"what", "num_sequences", "us", "us_per_sequence"},
     "planning.py": {"num_sequences", "us", "us_per_sequence"},
+    "budgets.py": {"what", "batch", "us_plain", "us", "of_plain", "low", "high", "bar"},
     "utilization.py": {
         *("trace", "policy", "page_size", "utilization"),
         *("bound", "of_all_memory", "sequences_at_once", "bytes"),

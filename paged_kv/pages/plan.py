@@ -104,6 +104,10 @@ class Plan(Uncopyable):
         """int32 [num_pages]: the logical page of each, where pages can be dropped."""
         return self.int32(self.batch.page_numbers, self.num_pages)
 
+    def num_new(self, index: int) -> int:
+        """New tokens of one sequence."""
+        return int(self.qo_indptr[index + 1] - self.qo_indptr[index])
+
     @property
     def mass(self) -> NDArray[np.float64]:
         """float64 [num_pages]: attention so far, summed over layers, q heads and rows."""

@@ -53,7 +53,8 @@ class Admission:
     @classmethod
     def pages_of(cls, cache: PagedKVCache) -> "Admission":
         page_size = cache.page_size
-        most = MAX_TOKENS if cache.window is None else cache.max_sequence_pages * page_size
+        has_limit = cache.window is not None or cache.budget_tokens is not None
+        most = MAX_TOKENS if not has_limit else cache.max_sequence_pages * page_size
         return cls(
             cache.stats().num_pages,
             lambda num_tokens: num_pages(min(num_tokens, most), page_size),

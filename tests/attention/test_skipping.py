@@ -233,8 +233,8 @@ def test_pages_that_get_next_to_nothing_are_left_out_whoever_computes_them():
         with make_cache(num_layers=1, num_pages=800, num_threads=num_threads) as cache:
             own = np.random.default_rng(SEED)
             k, v = (rows(own, 4000, HEADS, HEAD_DIM) for _ in range(2))
-            q = 3 * rows(own, 1, HEADS * GROUP, HEAD_DIM)
-            k[0] = 3 * q[0].reshape(HEADS, GROUP, -1).mean(axis=1)
+            q = np.repeat(rows(own, 1, HEADS, HEAD_DIM), GROUP, axis=1)
+            k[0] = 5 * q[0, ::GROUP]
             seqs = [cache.sequence() for _ in range(num_seqs)]
             with cache.step(seqs, [4000] * num_seqs) as step:
                 step.write(0, *(np.concatenate([side] * num_seqs) for side in (k, v)))

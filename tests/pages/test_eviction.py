@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import tolerances
 
-from paged_kv import ArgumentError, SequenceTooLong, reference
+from paged_kv import Ageing, ArgumentError, SequenceTooLong, reference
 from paged_kv.pages.eviction import KeepNewest, PagesOfSequence, choose
 
 HEADS, HEAD_DIM = 2, 32
@@ -381,3 +381,103 @@ def test_mass_is_the_forks_too():
             assert 4 in held_pages(one) and 5 not in held_pages(one)
         looking_at(cache, early, 64, 5, rng)
         cache.check()
+
+
+def test_the_attention_that_dropped_pages_got_is_known():
+    class Oldest(KeepNewest):
+        needs_mass = True
+
+    rng = np.random.default_rng(SEED)
+    with evicting_cache(eviction=Oldest()) as cache:
+        seq = cache.sequence()
+        looking_at(cache, seq, 112, 1, rng)
+        assert seq.attention_lost == 0
+        looking_at(cache, seq, 1, 4, rng)
+        # Page 1 had all attention of the 96 tokens that could see it, and none of the last one.
+        assert 1 not in held_pages(seq)
+        np.testing.assert_allclose(seq.attention_lost, 96 / 97, rtol=1e-3)
+        fork = seq.fork()
+        assert fork.attention_lost == seq.attention_lost
+        seq.reset()
+        assert seq.attention_lost == 0 and fork.attention_lost > 0
+
+
+def test_a_sequence_has_a_budget_of_its_own():
+    rng = np.random.default_rng(SEED)
+    with evicting_cache(budget=200, num_pages=60) as cache:
+        small, usual = cache.sequence(budget_tokens=112), cache.sequence()
+        for seq in (small, usual):
+            grow(cache, seq, 128, rng)
+            grow(cache, seq, 128, rng)
+        assert [len(seq.held_positions) for seq in (small, usual)] == [112, 208]
+        fork = small.fork()
+        grow(cache, fork, 60, rng)
+        assert len(fork.held_positions) == 108
+        for budget in (111, 201):
+            with pytest.raises(ArgumentError, match=f"budget_tokens is {budget}, outside 112 to 200"):
+                cache.sequence(budget_tokens=budget)
+        ids = list(range(250))
+        k = rows(rng, 125, HEADS, HEAD_DIM)
+        seq = cache.sequence()
+        with cache.step([seq], [ids[:125]]) as step:
+            step.write(0, k, k)
+        assert len(cache.sequence(ids)) == 125 and len(cache.sequence(ids, budget_tokens=112)) == 112
+    with make_cache() as cache, pytest.raises(ArgumentError, match="build the cache with eviction="):
+        cache.sequence(budget_tokens=512)
+
+
+@pytest.mark.parametrize("policy", ["window", "attention"])
+def test_pages_that_age_are_dropped_too(policy):
+    """Rounding is a page's own, whatever is dropped between; forks go on from what they share."""
+    rng = np.random.default_rng(SEED)
+    ageing = Ageing(recent_tokens=64, then="int8", after=150, last=("int8", "int4"))
+    options = {"precision_policy": ageing, "dtype": "bfloat16", "num_pages": 60}
+    with evicting_cache(64, budget=448, eviction=policy, **options) as cache:
+        seqs = [cache.sequence()]
+        written = {seqs[0]: no_tokens()}
+        for count in (128, 100, 1, 64, 128, 3, 128, 90, 1, 64):
+            for seq in list(seqs):
+                k, v = (rows(rng, count, HEADS, HEAD_DIM) for _ in range(2))
+                with cache.step([seq], [count]) as step:
+                    step.attend(0, rows(rng, count, 2 * HEADS, HEAD_DIM), k, v)
+                written[seq] = [
+                    np.concatenate([old, new]) for old, new in zip(written[seq], (k, v), strict=True)
+                ]
+                held = seq.held_positions
+                for got, exact in zip(seq.gather(0), written[seq], strict=True):
+                    np.testing.assert_allclose(got, exact[held], rtol=0, atol=0.4)
+                    recent = held >= len(seq) - 64
+                    np.testing.assert_allclose(got[recent], exact[held][recent], rtol=2**-8, atol=1e-6)
+                cache.check()
+            if len(seqs) < 3:
+                seqs.append(seqs[0].fork())
+                written[seqs[-1]] = written[seqs[0]]
+        assert set(cache.stats().formats) == {"bfloat16", "int8", "int8,int4"}
+        assert all(one.num_pages for one in cache.stats().formats.values())
+        assert cache.stats().num_dropped_pages > 0
+
+
+def test_forks_with_holes_give_the_same_bits_together_and_alone():
+    class Latest:
+        needs_mass = False
+
+        def drop(self, pages, excess_tokens):
+            return pages.numbers[pages.can_be_dropped][-(excess_tokens // 16) :].tolist()
+
+    rng = np.random.default_rng(SEED)
+    with evicting_cache(budget=640, eviction=Latest(), num_pages=200, num_threads=2) as cache:
+        seq = cache.sequence()
+        for _ in range(8):
+            grow(cache, seq, 128, rng)
+        assert 39 not in held_pages(seq) and 31 in held_pages(seq)
+        forks = [seq.fork() for _ in range(6)]
+        q, k, v = (rows(rng, 6, heads, HEAD_DIM) for heads in (2 * HEADS, HEADS, HEADS))
+        step = cache.step(forks, [1] * 6)
+        step._handle.batch.may_share = 2  # PKV_SHARE_ALL
+        together = step.attend(0, q, k, v)
+        assert step.bytes_not_read > 0
+        step.rollback()
+        for i, fork in enumerate(forks):
+            own, step = slice(i, i + 1), cache.step([fork], [1])
+            np.testing.assert_array_equal(step.attend(0, q[own], k[own], v[own]), together[own])
+            step.rollback()

@@ -459,7 +459,45 @@ class PressedSinksMachine(PressedMachine):
     num_pages, window = 14, {"window": 33, "num_sink_tokens": 20, "window_slack": 15}
 
 
-MACHINES = [PrefixMachine, PressedMachine, WindowedMachine, PressedWindowedMachine, PressedSinksMachine]
+class Scattered:
+    """Drops pages here and there."""
+
+    needs_mass = True
+
+    def drop(self, pages, excess_tokens):
+        candidates = sorted(
+            pages.numbers[pages.can_be_dropped].tolist(), key=lambda j: (7 * j + len(pages.numbers)) % 5
+        )
+        return candidates[: -(-excess_tokens // PAGE_SIZE)]
+
+
+class BudgetMachine(PrefixMachine):
+    """What is computed after a drop is not offered, so less may be found than is held."""
+
+    is_roomy = False
+    window = MappingProxyType({"eviction": Scattered(), "budget_tokens": 112, "max_step_tokens": 64})
+
+    @rule(choice=st.integers(0, 99), ids=st.lists(st.sampled_from([1, 2, 3]), min_size=60, max_size=60))
+    def grow_beyond_the_budget(self, choice, ids):
+        seq = self.idle(choice)
+        for _ in range(3 if seq is not None else 0):
+            salt, *held = self.held[seq]
+            try:
+                extend(self.cache, seq, held, ids, salt).commit()
+            except OutOfPages:
+                assert self.cache.stats().num_used_pages + 6 > self.num_pages
+                return
+            self.held[seq] = self.held[seq] + ids
+
+
+class PressedBudgetMachine(BudgetMachine):
+    num_pages = 24
+
+
+MACHINES = [
+    *(PrefixMachine, PressedMachine, WindowedMachine, PressedWindowedMachine, PressedSinksMachine),
+    *(BudgetMachine, PressedBudgetMachine),
+]
 
 
 @pytest.mark.parametrize("machine", MACHINES)

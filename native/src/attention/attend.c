@@ -130,6 +130,11 @@ static size_t lay_out(pkv_job *job, const work_size *size, int32_t num_workers, 
   job->carried = take(memory, &used, num_carried * (size_t)job->work.one_head.state_floats * sizeof(float));
   job->worker_scratch = take(memory, &used, (size_t)num_workers * job->worker_bytes);
   job->num_skipped = take(memory, &used, 2 * (size_t)num_workers * sizeof(int64_t));
+  if (job->skip_values > 0) {
+    size_t num_seqs = (size_t)job->call.batch->num_seqs;
+    job->known = take(memory, &used, 2 * num_seqs * (size_t)job->call.num_q_heads * sizeof(float));
+    job->was_skipped = take(memory, &used, (size_t)num_workers * (size_t)job->call.num_q_heads);
+  }
   if (job->may_choose) job->chosen = take(memory, &used, pkv_choice_bytes(job, num_workers));
   if (!job->notes_mass) return used;
   const pkv_batch *batch = job->call.batch;
@@ -186,10 +191,12 @@ static pkv_status attend_with(pkv_threads *threads, int32_t num_workers, pkv_job
   pkv_cut_work(&job->work, job->items);
   memset(job->num_ended, 0, (size_t)size.num_items * sizeof(atomic_int));
   memset(job->num_skipped, 0, 2 * (size_t)num_workers * sizeof(int64_t));
+  if (job->skip_values > 0) memset(job->was_skipped, 0, (size_t)num_workers * (size_t)job->call.num_q_heads);
   if (job->notes_mass) clear_mass(job);
 
   pkv_write_new_rows(num_workers, size.num_before, job);
   if (job->may_choose) pkv_choose_pages(num_workers, job, (char *)job->chosen);
+  if (job->skip_values > 0) pkv_know_weights(num_workers, job);
   pkv_fold_shared_spans(num_workers, job);
   pkv_attend_items(num_workers, job);
   if (job->notes_mass) pkv_sum_masses(job, plan);

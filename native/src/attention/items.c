@@ -17,14 +17,12 @@ typedef struct {
   float *q;      /* [rows], prepared */
   float *states; /* [rows], of the spans merged so far */
   float *span;   /* [rows], of the current span */
-  float *known;  /* maxima and sums of a single row, over its first run and its last */
 } scratch;
 
 static scratch scratch_of(const pkv_job *job, const item_shape *shape, int32_t worker) {
   float *floats = (float *)(job->worker_scratch + (size_t)worker * job->worker_bytes);
   int64_t states = shape->num_rows * shape->state_floats;
-  float *q = floats + 2 * states;
-  return (scratch){q, floats, floats + states, q + shape->num_rows * shape->q_floats};
+  return (scratch){floats + 2 * states, floats, floats + states};
 }
 
 static int32_t first_q_head(const pkv_job *job, const work_item *item) {
@@ -154,26 +152,65 @@ static void merge_pieces(const pkv_job *job, const work_item *first, const pkv_m
   if (masses) pkv_add_masses(job, first, spans, states, masses, worker);
 }
 
-/* Note the weights of a single row's first run, which has the sinks, and of its last: so much is known of its
- * total weight before any span, whoever computes it. */
-static pkv_skipping know_weights(const pkv_job *job, const work_item *item, span_list spans, int32_t worker,
-                                 scratch *scratch) {
+/* ---- weights that are known before any item */
+
+static bool skips_values(const pkv_job *job, int32_t seq) {
+  return job->skip_values > 0 && num_rows_of(job->call.batch, seq) == 1;
+}
+
+/* Of a single row and a kv head, the weights of the first run, which has the sinks, and of the last one,
+ * without the newest token, which may not be written yet.  So much is known of the row's total, whoever
+ * computes it. */
+static void know_weights(const pkv_job *job, int32_t seq, int32_t head, int32_t worker) {
   const pkv_call *call = &job->call;
-  int32_t num_heads = item->shape->num_q_heads, end = num_seen(call->batch, item->seq, item->first_row);
-  int32_t start = start_of_span(spans, 0), last = start_of_span(spans, spans.count - 1);
-  pkv_state state = state_at(item->shape, scratch->span, 0);
-  clear(item->shape, state);
-  int32_t run_end = pkv_end_of_run(call, start, end);
-  pkv_fold_single_run(call, item, start, run_end, scratch->q, scratch->span);
-  while ((run_end = pkv_end_of_run(call, last, end)) < end) last = run_end;
-  if (last != start) pkv_fold_single_run(call, item, last, end, scratch->q, scratch->span);
-  memcpy(scratch->known, state.maximum, (size_t)num_heads * sizeof(float));
-  memcpy(scratch->known + num_heads, state.sum, (size_t)num_heads * sizeof(float));
+  const item_shape *shape = &job->work.one_head;
+  work_item item = {.shape = shape,
+                    .seq = seq,
+                    .first_head = head,
+                    .first_row = call->batch->qo_indptr[seq],
+                    .num_rows = 1};
+  scratch scratch = scratch_of(job, shape, worker);
+  span_list spans = spans_of(call->batch, call->span_tokens, seq, item.first_row, 1);
+  int32_t end = num_seen(call->batch, seq, item.first_row) - 1, run_end;
+  pkv_state state = state_at(shape, scratch.span, 0);
+  clear(shape, state);
+  prepare_rows(job, &item, scratch.q);
+  int32_t start = spans.count ? start_of_span(spans, 0) : end, last = start;
+  if (start < end) {
+    pkv_fold_single_run(call, &item, start, pkv_end_of_run(call, start, end), scratch.q, scratch.span);
+    for (int32_t i = spans.count - 1; i > 0 && last == start; i--)
+      if (start_of_span(spans, i) < end) last = start_of_span(spans, i);
+    while ((run_end = pkv_end_of_run(call, last, end)) < end) last = run_end;
+    if (last != start) pkv_fold_single_run(call, &item, last, end, scratch.q, scratch.span);
+  }
+  int32_t num_q_heads = job->call.num_q_heads;
+  float *known = job->known + 2 * (int64_t)seq * num_q_heads + head * shape->num_q_heads;
+  memcpy(known, state.maximum, (size_t)shape->num_q_heads * sizeof(float));
+  memcpy(known + num_q_heads, state.sum, (size_t)shape->num_q_heads * sizeof(float));
+}
+
+static void know_all_weights(void *context, int32_t worker) {
+  pkv_job *job = context;
+  int32_t num_heads = job->call.pages->num_kv_heads;
+  long long i, count = job->call.batch->num_seqs * num_heads;
+  while ((i = atomic_fetch_add(&job->next_item, 1)) < count)
+    if (skips_values(job, (int32_t)(i / num_heads)))
+      know_weights(job, (int32_t)(i / num_heads), (int32_t)(i % num_heads), worker);
+}
+
+void pkv_know_weights(int32_t num_workers, pkv_job *job) {
+  pkv_threads_run(num_workers, know_all_weights, job);
+  atomic_store(&job->next_item, 0);
+}
+
+static pkv_skipping skipping_of(const pkv_job *job, const work_item *item, span_list spans, int32_t worker) {
+  const pkv_call *call = &job->call;
+  const float *known = job->known + 2 * (int64_t)item->seq * call->num_q_heads;
   return (pkv_skipping){.share = job->skip_values / (float)((int64_t)spans.count * call->span_runs),
-                        .maxima = scratch->known,
-                        .sums = scratch->known + num_heads,
-                        .first_head = first_q_head(job, item),
-                        .num_skipped = job->num_skipped + 2 * worker};
+                        .maxima = known,
+                        .sums = known + call->num_q_heads,
+                        .num_skipped = job->num_skipped + 2 * worker,
+                        .was_skipped = job->was_skipped + (int64_t)worker * call->num_q_heads};
 }
 
 /* Merge spans as they come; a piece that is not the item's first leaves the states of its spans. */
@@ -195,8 +232,7 @@ static void attend_item(const pkv_job *job, const work_item *item, int32_t worke
     notes.masses = pkv_masses_of(job, item, spans, worker);
     pkv_clear_masses(&job->call, masses, item->num_rows, item->first_span, item->end_span);
   }
-  if (job->skip_values > 0 && num_rows_of(job->call.batch, item->seq) == 1)
-    notes.skipping = know_weights(job, item, spans, worker, &scratch);
+  if (skips_values(job, item->seq)) notes.skipping = skipping_of(job, item, spans, worker);
   for (int32_t i = item->first_span; i < item->end_span; i++) {
     int32_t start = start_of_span(spans, i);
     float *states = i == 0 ? merged : is_first ? scratch.span : partial_states(job, item, i);

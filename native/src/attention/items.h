@@ -43,20 +43,25 @@ typedef struct {
   size_t totals_bytes;
   bool notes_mass;
 
-  bool may_choose;      /* some rows read top_pages only */
-  uint8_t *chosen;      /* the memory of call.chosen, and of choosing (choose.h) */
-  float skip_values;    /* of a row's total weight: the values of runs that get less together are not read; 0:
-                           none */
+  bool may_choose;   /* some rows read top_pages only */
+  uint8_t *chosen;   /* the memory of call.chosen, and of choosing (choose.h) */
+  float skip_values; /* of a row's total weight: the values of runs that get less together are not read; 0:
+                        none */
+  float
+      *known; /* [num_seqs, 2, num_q_heads]: maxima and sums of single rows, over their first run and last */
+  uint8_t *was_skipped; /* [num_workers, num_q_heads] */
   int64_t *num_skipped; /* [num_workers, 2]: runs of a kv head, and those whose values were not read */
 } pkv_job;
 
 /* Floats of scratch that an item of this shape needs. */
 static inline int64_t pkv_scratch_floats(const item_shape *shape) {
-  return shape->num_rows * (2 * shape->state_floats + shape->q_floats) + 2 * shape->num_q_heads;
+  return shape->num_rows * (2 * shape->state_floats + shape->q_floats);
 }
 
 /* Write the rows that other items than their own read, num_before in all.  Then the others, in this order. */
 void pkv_write_new_rows(int32_t num_workers, int64_t num_before, pkv_job *job);
+/* With skip_values: what is known of the weights of single rows. */
+void pkv_know_weights(int32_t num_workers, pkv_job *job);
 void pkv_fold_shared_spans(int32_t num_workers, pkv_job *job);
 void pkv_attend_items(int32_t num_workers, pkv_job *job);
 

@@ -10,8 +10,8 @@
 
 #include <math.h>
 
-enum { RECENT_ROWS = 64 };                  /* of a sequence: its last ones count once more by themselves */
-static const float UNIT = 1.0f / (1 << 30); /* of probability */
+enum { RECENT_ROWS = 64 }; /* of a sequence: its last ones count once more by themselves */
+static const double UNIT = 1.0 / PKV_MASS_UNITS; /* of probability */
 
 static int32_t parts_of(const pkv_call *call) {
   int32_t page_size = call->pages->page_size;
@@ -115,19 +115,6 @@ static void find_places(const pkv_job *job, const work_item *item, span_list spa
   }
 }
 
-/* Probabilities of a row's head, in units, added to totals. */
-static void add_head(const pkv_masses *masses, int64_t index, const float *factors, int64_t num_runs,
-                     int64_t *totals, int64_t *recent) {
-  const float *sums = masses->sums + index * masses->num_runs * masses->num_parts;
-  for (int64_t i = 0; i < num_runs * masses->num_parts; i++) {
-    float probability = sums[i] * factors[i / masses->num_parts];
-    if (!(probability > 0 && probability <= 2)) continue; /* nor NaN, of a row that has some */
-    int64_t units = (int64_t)(probability / UNIT + 0.5f);
-    totals[i] += units;
-    if (recent) recent[i] += units;
-  }
-}
-
 void pkv_add_masses(const pkv_job *job, const work_item *item, span_list spans, float *states,
                     const pkv_masses *masses, int32_t worker) {
   const pkv_call *call = &job->call;
@@ -151,7 +138,9 @@ void pkv_add_masses(const pkv_job *job, const work_item *item, span_list spans, 
       call->kernel->normalise(factors, masses->maxima + index * masses->num_runs, masses->num_runs, maximum,
                               sum);
       bool is_recent = has_recent && item->first_row + row >= end_row - RECENT_ROWS;
-      add_head(masses, index, factors, num_runs, totals + i / group * num_places, is_recent ? recent : NULL);
+      const float *sums = masses->sums + index * masses->num_runs * num_parts;
+      call->kernel->tally(totals + i / group * num_places, sums, factors, num_runs, num_parts);
+      if (is_recent) call->kernel->tally(recent, sums, factors, num_runs, num_parts);
     }
   int64_t first_page = call->batch->kv_indptr[item->seq], num_heads = call->pages->num_kv_heads;
   for (int64_t i = 0; i < num_places; i++) {

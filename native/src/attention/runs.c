@@ -250,34 +250,75 @@ bool pkv_reads_span(const pkv_call *call, const work_item *item, int32_t start) 
   return false;
 }
 
-/* Fold a run into one row, of each kv head the tokens that it chose. */
+/* A run of which some kv heads that follow each other read the same tokens. */
+typedef struct {
+  int32_t start, end;
+  int32_t head, num_heads;
+  uint64_t mask;
+} chosen_run;
+
+/* What follows `run` in a span that ends at `end`: other heads of the run, or those of a later one.  False:
+ * nothing. */
+static bool next_chosen(const pkv_call *call, const work_item *item, int32_t end, chosen_run *run) {
+  int32_t end_head = item->first_head + item->shape->num_kv_heads, head = run->head + run->num_heads;
+  for (int32_t start = run->start; start < end; start = run->end, head = item->first_head) {
+    run->start = start;
+    run->end = pkv_end_of_run(call, start, end);
+    uint64_t seen = visible(call->batch, item->seq, item->first_row, start, run->end);
+    for (; seen && head < end_head; head++) {
+      run->mask = seen & chosen_tokens(call, item->seq, head, start, run->end);
+      if (!run->mask) continue;
+      run->head = head++;
+      while (head < end_head && run->mask == (seen & chosen_tokens(call, item->seq, head, start, run->end)))
+        head++;
+      run->num_heads = head - run->head;
+      return true;
+    }
+  }
+  return false;
+}
+
+/* Fold the span from `start` to `end` into one row, of each kv head the tokens that it chose. */
 static void fold_chosen(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
-                        uint64_t visible_tokens, const float *q, float *states, const pkv_notes *notes) {
-  token_addresses tokens;
+                        const float *q, float *states, const pkv_notes *notes) {
+  token_addresses addresses[2], *here = addresses, *ahead = addresses + 1;
   own_tokens own;
-  int32_t end_head = item->first_head + item->shape->num_kv_heads;
-  int32_t to_own = num_seen(call->batch, item->seq, item->first_row) - 1 - start;
-  bool is_located = false;
-  for (int32_t head = item->first_head, num_heads; head < end_head; head += num_heads) {
-    uint64_t mask = visible_tokens & chosen_tokens(call, item->seq, head, start, end);
-    num_heads = 1;
-    while (head + num_heads < end_head &&
-           mask == (visible_tokens & chosen_tokens(call, item->seq, head + num_heads, start, end)))
-      num_heads++;
-    if (!mask) continue;
-    if (!is_located) locate_tokens(call, item->seq, start, visible_tokens, &tokens);
-    is_located = true;
+  int32_t to_own = num_seen(call->batch, item->seq, item->first_row) - 1, run_index = 0;
+  chosen_run next = {.start = start, .end = start, .head = item->first_head};
+  bool is_there = next_chosen(call, item, end, &next);
+  if (is_there) locate_tokens(call, item->seq, next.start, next.mask, here);
+  for (int32_t run_start = start; is_there;) {
+    chosen_run now = next;
+    for (; run_start != now.start; run_start = pkv_end_of_run(call, run_start, end)) run_index++;
+    is_there = next_chosen(call, item, end, &next);
+    bool is_same = is_there && next.start == now.start && next.mask == now.mask;
+    if (is_there && !is_same) locate_tokens(call, item->seq, next.start, next.mask, ahead);
+    const token_addresses *of_next = is_same ? here : ahead;
     pkv_run run = {.q_stride = item->shape->q_floats,
                    .state_stride = item->shape->state_floats,
                    .num_rows = 1,
-                   .num_kv_heads = num_heads,
+                   .num_kv_heads = now.num_heads,
                    .masses = notes->masses,
                    .skipping = notes->skipping};
-    set_tokens(call, &run, mask, &tokens, are_in_page(call, start, end), to_own, &own);
-    run.masses.ends = own.ends;
-    if (run.masses.maxima) set_ends(call, mask, run.masses.num_parts, own.ends);
-    run.k_next = run.k;
-    fold_heads(call, tokens.pages, item, &run, head, q, state_at(item->shape, states, 0));
+    set_tokens(call, &run, now.mask, here, are_in_page(call, now.start, now.end), to_own - now.start, &own);
+    if (run.masses.maxima) {
+      run.masses.maxima += run_index;
+      run.masses.sums += (int64_t)run_index * run.masses.num_parts;
+      run.masses.ends = own.ends;
+      set_ends(call, now.mask, run.masses.num_parts, own.ends);
+    }
+    /* The next keys are prefetched where they are without a gap, and of the same format. */
+    int first = is_there ? __builtin_ctzll(next.mask) : 0;
+    uint64_t shifted = is_there ? next.mask >> first : 0;
+    bool is_near = shifted && !(shifted & (shifted + 1)) && of_next->pages == here->pages;
+    run.k_next = is_near ? of_next->k + first : run.k;
+    run.num_next = is_near ? __builtin_popcountll(shifted) : 0;
+    run.next_head = next.head;
+    fold_heads(call, here->pages, item, &run, now.head, q, state_at(item->shape, states, 0));
+    if (is_same) continue;
+    token_addresses *other = here;
+    here = ahead;
+    ahead = other;
   }
 }
 
@@ -294,10 +335,6 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
     all |= masks[row];
   }
   if (!all) return;
-  if (call->chosen && !item->rows && pkv_chooses(call, item->seq)) {
-    fold_chosen(call, item, start, end, all, q, states, notes);
-    return;
-  }
   const pkv_masses *masses = &notes->masses;
   locate_tokens(call, item->seq, start, all, &tokens);
   int32_t num_next = locate_next_keys(call, item, end, &next);
@@ -344,7 +381,10 @@ static void fold_run_into_rows(const pkv_call *call, const work_item *item, int3
 void pkv_fold_single_run(const pkv_call *call, const work_item *item, int32_t start, int32_t end,
                          const float *q, float *states) {
   pkv_notes none = {0};
-  fold_run_into_rows(call, item, start, end, q, states, &none);
+  if (call->chosen && pkv_chooses(call, item->seq))
+    fold_chosen(call, item, start, end, q, states, &none);
+  else
+    fold_run_into_rows(call, item, start, end, q, states, &none);
 }
 
 void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, const float *q, float *states,
@@ -353,6 +393,10 @@ void pkv_fold_span(const pkv_call *call, const work_item *item, int32_t start, c
   int32_t last = item->num_rows - 1;
   int32_t end = num_seen(call->batch, seq_of_row(item, last), q_row_of(item, last));
   if (end > (int64_t)start + call->span_tokens) end = start + call->span_tokens;
+  if (call->chosen && !item->rows && pkv_chooses(call, item->seq)) {
+    fold_chosen(call, item, start, end, q, states, notes);
+    return;
+  }
   pkv_notes of_run = *notes;
   while (start < end) {
     int32_t run_end = pkv_end_of_run(call, start, end);

@@ -102,16 +102,16 @@ typedef struct {
   int32_t num_parts;   /* pages of a run, or 1 of a larger page; at most PKV_MAX_PARTS */
   const int32_t *ends; /* [num_parts]: where they end, in tokens of the run */
 } pkv_masses;
-enum { PKV_MAX_PARTS = 4 };
+enum { PKV_MAX_PARTS = 4, PKV_MASS_UNITS = 1 << 30 /* of a probability of 1 */ };
 
 /* When a run's values are not read: if each query of a kv head gives the run at most `share` of the larger
  * one of its weight so far and of a weight known before, `sums` at `maxima`. */
 typedef struct {
   float share;          /* 0: values are always read */
-  const float *maxima;  /* [q heads of the item] */
-  const float *sums;    /* [q heads of the item] */
-  int32_t first_head;   /* q head */
+  const float *maxima;  /* [num_q_heads] */
+  const float *sums;    /* [num_q_heads] */
   int64_t *num_skipped; /* [2]: counts of runs of a kv head, and of those whose values were not read */
+  uint8_t *was_skipped; /* [num_q_heads], at the first one of a fold: were its last run's values not read? */
 } pkv_skipping;
 
 /* Up to PKV_RUN_TOKENS tokens, some kv heads of them, and the q rows that read them. */
@@ -169,6 +169,9 @@ typedef struct {
                  float *lse);
   /* The product of a prepared head of q and a row of PKV_BFLOAT16. */
   float (*dot_bfloat16)(const float *q, const uint16_t *row, int32_t dim);
+  /* Add the probabilities sums[run][part] * factors[run] to totals[run][part], in units; NaN counts as 0. */
+  void (*tally)(int64_t *totals, const float *sums, const float *factors, int64_t num_runs,
+                int32_t num_parts);
   /* factors[i] = 2^(maxima[i] - maximum) / sum; count is a multiple of 16. */
   void (*normalise)(float *factors, const float *maxima, int64_t count, float maximum, float sum);
   /* float32 to a dtype with scales, and back; count is a multiple of 8. */

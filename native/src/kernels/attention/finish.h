@@ -19,4 +19,4 @@ static void finish(char *out, int32_t dtype, pkv_state state, const float *sink,
 #define KERNEL_FUNCTIONS                                                                                  \
   .prepare_q = prepare_q, .prepare_q8 = prepare_q8, .merge = merge, .finish = finish, .narrow = narrow,   \
   .widen = widen, .quantise = quantise, .dequantise = dequantise, .quantise_channels = quantise_channels, \
-  .normalise = normalise, .dot_bfloat16 = dot_bfloat16, .copy_past_caches = copy_past_caches
+  .normalise = normalise, .tally = tally, .dot_bfloat16 = dot_bfloat16, .copy_past_caches = copy_past_caches

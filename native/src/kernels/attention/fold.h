@@ -51,26 +51,28 @@ static void accumulate_queries(const head_rows *values, const head_rows *ahead, 
 }
 
 static void softmax_of_queries(const pkv_layer *layer, const pkv_run *run, const queries *queries,
-                               float scores[][PKV_RUN_TOKENS], float *rescale) {
+                               float scores[][PKV_RUN_TOKENS], float *rescale, float *added) {
   for (int i = 0, tile; i < queries->count; i += tile) {
     tile = tile_size(queries->count - i);
     softmax(layer, run, queries->head + i, queries->row + i, queries->num_seen + i, tile, scores + i,
-            queries->maximum + i, queries->sum + i, rescale + i);
+            queries->maximum + i, queries->sum + i, rescale + i, added + i);
   }
 }
 
 /* Do all queries of a row give the run so little of their weight that its values are left out? */
-static bool gives_little(const pkv_run *run, int count, const int32_t *heads, const int32_t *num_seen,
-                         float weights[][PKV_RUN_TOKENS], float *const *maximum, float *const *sum) {
+static bool gives_little(const pkv_run *run, int count, const int32_t *heads, const float *added,
+                         float *const *maximum, float *const *sum) {
   const pkv_skipping *skipping = &run->skipping;
   skipping->num_skipped[0]++;
+  skipping->was_skipped[heads[0]] = 0;
   for (int i = 0; i < count; i++) {
-    int32_t head = heads[i] - skipping->first_head;
-    float known = skipping->sums[head] * vec_exp2((vec){} + (skipping->maxima[head] - *maximum[i]))[0];
+    float before = skipping->maxima[heads[i]] - *maximum[i];
+    float known = skipping->sums[heads[i]] * vec_exp2((vec){} + before)[0];
     float total = *sum[i] > known ? *sum[i] : known;
-    if (!(sum_between(weights[i], 0, num_seen[i]) <= skipping->share * total)) return false;
+    if (!(added[i] <= skipping->share * total)) return false;
   }
   skipping->num_skipped[1]++;
+  skipping->was_skipped[heads[0]] = 1;
   return true;
 }
 
@@ -84,17 +86,19 @@ static void fold_queries(const pkv_layer *layer, const pkv_run *run, const head_
                          const head_rows *values, const head_rows *next_keys, queries *queries) {
   spare_state spare;
   int num_own = queries->count;
-  bool may_skip = run->skipping.share > 0; /* values: then the next keys are prefetched in their place */
+  bool may_skip = run->skipping.share > 0;
+  /* Values are prefetched, unless those of the run before were not read: then the next keys are. */
+  bool will_skip = may_skip && run->skipping.was_skipped[queries->head[0]];
   if (queries->count % 4 == 3) add_spare(queries, &spare, values->dim);
   float scores[MAX_QUERIES][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   float rescale[MAX_QUERIES]; /* factors of what was accumulated before */
-  score_queries(keys, run->is_resident ? NULL : may_skip ? next_keys : values, queries, scores);
-  softmax_of_queries(layer, run, queries, scores, rescale);
-  if (may_skip &&
-      gives_little(run, num_own, queries->head, queries->num_seen, scores, queries->maximum, queries->sum))
+  float added[MAX_QUERIES];   /* sums of weights */
+  score_queries(keys, run->is_resident ? NULL : will_skip ? next_keys : values, queries, scores);
+  softmax_of_queries(layer, run, queries, scores, rescale, added);
+  if (may_skip && gives_little(run, num_own, queries->head, added, queries->maximum, queries->sum))
     rescale_values(values->dim, num_own, rescale, queries->accumulated);
   else
-    accumulate_queries(values, run->is_resident || may_skip ? NULL : next_keys, queries, scores, rescale);
+    accumulate_queries(values, run->is_resident || will_skip ? NULL : next_keys, queries, scores, rescale);
 }
 
 /* Fold one kv head's tokens into the states of its group, of each row. */
@@ -133,7 +137,7 @@ ALWAYS_INLINE void fold_heads(const pkv_layer *layer, const pkv_run *run, int32_
                               const head_rows *now, const head_rows *next, const float *q, pkv_state state) {
   float scores[4][PKV_RUN_TOKENS] __attribute__((aligned(64)));
   const float *queries[4];
-  float *maximum[4], *sum[4], *accumulated[4], rescale[4];
+  float *maximum[4], *sum[4], *accumulated[4], rescale[4], added[4];
   int32_t heads[4], rows[4], num_seen[4];
   spare_state spare;
   if (num_own < num_heads) spare_begin(&spare, values->dim);
@@ -147,13 +151,13 @@ ALWAYS_INLINE void fold_heads(const pkv_layer *layer, const pkv_run *run, int32_
     rows[i] = 0;
     num_seen[i] = keys->count;
   }
-  bool may_skip = run->skipping.share > 0;
-  score(keys, may_skip ? next : now, queries, num_heads, scores);
-  softmax(layer, run, heads, rows, num_seen, num_heads, scores, maximum, sum, rescale);
-  if (may_skip && gives_little(run, num_own, heads, num_seen, scores, maximum, sum))
+  bool may_skip = run->skipping.share > 0, will_skip = may_skip && run->skipping.was_skipped[head];
+  score(keys, will_skip ? next : now, queries, num_heads, scores);
+  softmax(layer, run, heads, rows, num_seen, num_heads, scores, maximum, sum, rescale, added);
+  if (may_skip && gives_little(run, num_own, heads, added, maximum, sum))
     rescale_values(values->dim, num_own, rescale, accumulated);
   else
-    accumulate(values, may_skip ? NULL : next, num_seen, scores, rescale, num_heads, accumulated);
+    accumulate(values, will_skip ? NULL : next, num_seen, scores, rescale, num_heads, accumulated);
 }
 
 /* A kv head's group of q heads, without looking at what each row sees. */

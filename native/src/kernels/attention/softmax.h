@@ -35,9 +35,10 @@ ALWAYS_INLINE void exponentiate(float scores[][PKV_RUN_TOKENS], int32_t padded, 
 }
 
 /* Turn the `padded` scores of some queries into weights, side by side, since the steps for one query
- * depend on each other.  Maxima, sums and factors are lanes of one vector, a lane per query. */
+ * depend on each other.  Maxima, sums and factors are lanes of one vector, a lane per query.  added: the sums
+ * of the weights. */
 ALWAYS_INLINE void softmax_tile(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                                float *const *maximum, float *const *sum, float *rescale) {
+                                float *const *maximum, float *const *sum, float *rescale, float *added) {
   vec most[4], largest = {}, before = {};
   EACH (i, num_queries) {
     most[i] = (vec){} + *maximum[i];
@@ -49,7 +50,7 @@ ALWAYS_INLINE void softmax_tile(float scores[][PKV_RUN_TOKENS], int32_t padded, 
   /* Scores of -inf alone have no maximum to subtract; their weights are 0. */
   vec subtracted = vec_select((ivec)(largest == -__builtin_inff()), (vec){}, largest);
   vec powers = vec_exp2(before - subtracted);
-  float added[4], each[4];
+  float each[4];
   EACH (i, num_queries) each[i] = subtracted[i];
   exponentiate(scores, padded, num_queries, each, added);
   EACH (i, num_queries) {
@@ -61,19 +62,19 @@ ALWAYS_INLINE void softmax_tile(float scores[][PKV_RUN_TOKENS], int32_t padded, 
 
 #define SOFTMAX(name, num_queries)                                                          \
   NOINLINE void name(float scores[][PKV_RUN_TOKENS], int32_t padded, float *const *maximum, \
-                     float *const *sum, float *rescale) {                                   \
-    softmax_tile(scores, padded, num_queries, maximum, sum, rescale);                       \
+                     float *const *sum, float *rescale, float *added) {                     \
+    softmax_tile(scores, padded, num_queries, maximum, sum, rescale, added);                \
   }
 SOFTMAX(softmax_1, 1)
 SOFTMAX(softmax_2, 2)
 SOFTMAX(softmax_4, 4)
 
 ALWAYS_INLINE void softmax_queries(float scores[][PKV_RUN_TOKENS], int32_t padded, int num_queries,
-                                   float *const *maximum, float *const *sum, float *rescale) {
+                                   float *const *maximum, float *const *sum, float *rescale, float *added) {
   switch (num_queries) {
-    case 4: softmax_4(scores, padded, maximum, sum, rescale); break;
-    case 2: softmax_2(scores, padded, maximum, sum, rescale); break;
-    case 1: softmax_1(scores, padded, maximum, sum, rescale); break;
+    case 4: softmax_4(scores, padded, maximum, sum, rescale, added); break;
+    case 2: softmax_2(scores, padded, maximum, sum, rescale, added); break;
+    case 1: softmax_1(scores, padded, maximum, sum, rescale, added); break;
   }
 }
 
@@ -88,12 +89,16 @@ static float sum_between(const float *weights, int32_t begin, int32_t end) {
   return vec_sum(sum) + rest;
 }
 
-/* Note the weights of a run for one query, which sees its first num_seen tokens. */
-NOINLINE void note_masses(const pkv_masses *masses, int32_t head, int32_t row, int32_t num_seen,
-                          const float *weights, float maximum) {
+/* Note the weights of a run for one query, which sees its first num_seen tokens; `added` is their sum. */
+ALWAYS_INLINE void note_masses(const pkv_masses *masses, int32_t head, int32_t row, int32_t num_seen,
+                               const float *weights, float maximum, float added) {
   int64_t at = ((int64_t)row * masses->num_heads + head - masses->first_head) * masses->num_runs;
   float *sums = masses->sums + at * masses->num_parts;
   masses->maxima[at] = maximum;
+  if (masses->num_parts == 1) {
+    *sums = added;
+    return;
+  }
   for (int32_t part = 0, begin = 0; part < masses->num_parts; part++) {
     int32_t end = masses->ends[part] < num_seen ? masses->ends[part] : num_seen;
     sums[part] = sum_between(weights, begin, end);
@@ -102,11 +107,11 @@ NOINLINE void note_masses(const pkv_masses *masses, int32_t head, int32_t row, i
 }
 
 /* Softmax of the scores of `tile` queries; weights are 0 beyond the tokens that are visible.  *rescale: the
- * factors of what was accumulated before. */
+ * factors of what was accumulated before; added: the sums of the weights. */
 ALWAYS_INLINE void softmax(const pkv_layer *layer, const pkv_run *run, const int32_t *heads,
                            const int32_t *rows, const int32_t *num_seen, int tile,
                            float scores[][PKV_RUN_TOKENS], float *const *maximum, float *const *sum,
-                           float *rescale) {
+                           float *rescale, float *added) {
   int32_t padded = 0;
   EACH (i, tile)
     if (num_seen[i] > padded) padded = num_seen[i];
@@ -115,7 +120,8 @@ ALWAYS_INLINE void softmax(const pkv_layer *layer, const pkv_run *run, const int
     if (transforms_scores(layer)) transform_scores(layer, run, heads[i], rows[i], scores[i]);
     for (int32_t t = num_seen[i]; t < padded; t++) scores[i][t] = -__builtin_inff();
   }
-  softmax_queries(scores, padded, tile, maximum, sum, rescale);
+  softmax_queries(scores, padded, tile, maximum, sum, rescale, added);
   if (run->masses.maxima)
-    EACH (i, tile) note_masses(&run->masses, heads[i], rows[i], num_seen[i], scores[i], *maximum[i]);
+    for (int i = 0; i < tile; i++)
+      note_masses(&run->masses, heads[i], rows[i], num_seen[i], scores[i], *maximum[i], added[i]);
 }

@@ -33,6 +33,23 @@ static void normalise(float *factors, const float *maxima, int64_t count, float 
     vec_store(factors + i, vec_exp2(vec_load(maxima + i) - maximum) / sum);
 }
 
+/* A probability in units; it fits an int32. */
+ALWAYS_INLINE int32_t units_of(float probability) {
+  float valid = probability > 0 ? probability : 0; /* nor NaN */
+  return (int32_t)((valid < 1 ? valid : 1) * (float)PKV_MASS_UNITS + 0.5f);
+}
+
+static void tally(int64_t *totals, const float *sums, const float *factors, int64_t num_runs,
+                  int32_t num_parts) {
+  if (num_parts == 1) {
+    for (int64_t run = 0; run < num_runs; run++) totals[run] += units_of(sums[run] * factors[run]);
+    return;
+  }
+  for (int64_t run = 0; run < num_runs; run++)
+    for (int32_t part = 0; part < num_parts; part++)
+      totals[run * num_parts + part] += units_of(sums[run * num_parts + part] * factors[run]);
+}
+
 static void merge(pkv_state state, pkv_state later, int32_t num_heads, int32_t head_dim_v) {
   for (int32_t first = 0; first < num_heads; first += WIDTH) {
     int count = num_heads - first < WIDTH ? num_heads - first : WIDTH;
