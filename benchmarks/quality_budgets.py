@@ -8,6 +8,7 @@ what is left, without a further cut, and are compared with the whole cache as in
     window      the first 4 tokens and the newest
     mean        the pages that got most attention, as the mean over all rows that could see them
     last rows   those that got most from the last 64 rows: what "attention" does at the end of a prompt
+    top_pages   nothing is dropped; each token reads a share of the pages of 64 tokens, chosen by mean keys
 
 Sentences are planted as in quality.py.  The question is in sight when it ends the prompt that is cut; it is
 not when it comes after the cut.
@@ -58,7 +59,7 @@ class Continued:
         num_pages = -(-len(prompt) // page_size) + -(-1024 // page_size)
         self.model = model.model
         self.cache = self.model.new_cache(
-            num_pages=num_pages, page_size=page_size, max_sequences=1, **options
+            num_pages=num_pages, page_size=page_size, max_sequences=2, **options
         )
         self.seq = self.cache.sequence()
         with self.cache.step([self.seq], [len(prompt)]) as step:
@@ -82,34 +83,30 @@ class Continued:
 
 
 def measure_texts(model: Model, lengths: list[int], num_scored: int, page_size: int) -> list[dict[str, Any]]:
-    parts: dict[tuple[str, float], list[tuple[int, Scores, int]]] = {}
+    parts: dict[tuple[str, float], list[tuple[int, Scores]]] = {}
     for text in texts().values():
-        ids = model.tokenizer.encode(text[: 16 * 3 * max(lengths)])
+        ids = model.tokenizer.encode(text[: 16 * max(lengths)])
         for length in lengths:
-            for begin in (0, length // 2):  # two prompts of each text
-                begin_time = time.perf_counter()
-                own = ids[begin : begin + length]
-                prompt, rest = own[:-num_scored], own[-num_scored:]
-                num_bytes = len(model.tokenizer.decode(rest[1:]).encode())
-                expected = Continued(model, prompt, None, 1.0).read(rest)
-                for policy in POLICIES:
-                    for share in SHARES:
-                        got = Continued(model, prompt, policy, share, page_size).read(rest)
-                        scores = compared(got, expected, own)
-                        parts.setdefault((policy, share), []).append((length, scores, num_bytes))
-                print(f"    {length} tokens: {time.perf_counter() - begin_time:.0f} s", flush=True)
+            begin, own = time.perf_counter(), ids[:length]
+            prompt, rest = own[:-num_scored], own[-num_scored:]
+            expected = Continued(model, prompt, None, 1.0, page_size).read(rest)
+            for policy in POLICIES:
+                for share in SHARES:
+                    got = Continued(model, prompt, policy, share, page_size).read(rest)
+                    parts.setdefault((policy, share), []).append((length, compared(got, expected, own)))
+            print(f"    {length} tokens: {time.perf_counter() - begin:.0f} s", flush=True)
     return [{"policy": policy, "share": share} | summed_up(own) for (policy, share), own in parts.items()]
 
 
-def summed_up(parts: list[tuple[int, Scores, int]]) -> dict[str, Any]:
+def summed_up(parts: list[tuple[int, Scores]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    for length in sorted({length for length, *_ in parts}):
-        own = [scores for at, scores, _ in parts if at == length]
+    for length in sorted({length for length, _ in parts}):
+        own = [scores for at, scores in parts if at == length]
         row[f"kl_{length}"] = float(np.concatenate([scores.divergences for scores in own]).mean())
         change = sum(scores.bits for scores in own) / sum(scores.baseline_bits for scores in own) - 1
         row[f"bits_change_{length}"] = change
-    divergences = np.concatenate([scores.divergences for _, scores, _ in parts])
-    top_1 = np.concatenate([scores.same for _, scores, _ in parts]).mean()
+    divergences = np.concatenate([scores.divergences for _, scores in parts])
+    top_1 = np.concatenate([scores.same for _, scores in parts]).mean()
     return row | {"tokens": len(divergences), "top_1": float(top_1)}
 
 
@@ -132,6 +129,36 @@ def finds(
         cut.go_on(prompt[-question:-1])
         scores = cut.read([prompt[-1], *answer[:-1]])
     return bool((scores.argmax(1) == answer).all())
+
+
+class Reading:
+    """A step whose attention reads some of its pages only."""
+
+    def __init__(self, step: Any, share: float) -> None:
+        self.step, self.positions = step, step.positions
+        self.count = max(1, round(share * step.kv_indptr[-1]))
+
+    def attend(self, *arrays: Any, **options: Any) -> Any:
+        return self.step.attend(*arrays, **options, top_pages=self.count)
+
+
+def measure_reading(model: Model, length: int, num_scored: int, page_size: int) -> list[dict[str, Any]]:
+    """Of `top_pages`: nothing is dropped, and each token is read by itself."""
+    parts: dict[float, list[tuple[int, Scores]]] = {}
+    for text in texts().values():
+        own = model.tokenizer.encode(text[: 16 * length])[:length]
+        prompt, rest = own[:-num_scored], own[-num_scored:]
+        whole = Continued(model, prompt, None, 1.0, page_size)
+        expected = whole.read(rest)
+        for share in SHARES[1:]:
+            seq, scores = whole.seq.fork(), []
+            for id in rest:
+                with whole.cache.step([seq], [1]) as step:
+                    scores.append(whole._log_probs([id], Reading(step, share), np.arange(1)))
+            seq.free()
+            got = compared(np.concatenate(scores), expected, own)
+            parts.setdefault(share, []).append((length, got))
+    return [{"policy": "top_pages", "share": share} | summed_up(own) for share, own in parts.items()]
 
 
 def measure_sentences(model: Model, lengths: list[int]) -> list[dict[str, Any]]:
@@ -160,7 +187,9 @@ def show(kept: list[dict[str, Any]], sentences: list[dict[str, Any]]) -> None:
     print(f"policy      kept{heads}    top-1")
     for row in kept:
         cells = "".join(
-            f"   {row[f'kl_{length}']:8.4f} {100 * row[f'bits_change_{length}']:+6.2f}%" for length in lengths
+            f"   {row[f'kl_{length}']:8.4f} {100 * row[f'bits_change_{length}']:+6.2f}%"
+            for length in lengths
+            if f"kl_{length}" in row
         )
         print(f"{row['policy']:10} {100 * row['share']:3.0f} %{cells}   {100 * row['top_1']:5.1f}%")
     print("\npolicy     pages   kept   question   found")
@@ -199,18 +228,21 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few tokens of short texts, for a test")
+    parser.add_argument("--reading", action="store_true", help="only of top_pages")
     parser.add_argument("--json", help="write the rows to a file")
     parser.add_argument("--plot", help="KL against what is kept, as .png or .svg")
     options = parser.parse_args()
     model = opened()
     lengths = [576] if options.quick else [length for length in (2048, 4096) if length <= model.max_length]
     print(f"{model.name}, prompts of {lengths} tokens", flush=True)
-    kept = measure_texts(model, lengths, *((32, 16) if options.quick else (NUM_SCORED, 64)))
+    size = (32, 16) if options.quick else (NUM_SCORED, 64)
+    read = measure_reading(model, lengths[0], *size)
+    kept = [] if options.reading else measure_texts(model, lengths, *size)
     sizes = [length for length in (1024, 2048) if length <= model.max_length - 8]
-    sentences = [] if options.quick else measure_sentences(model, sizes)
-    show(kept, sentences)
+    sentences = [] if options.quick or options.reading else measure_sentences(model, sizes)
+    show([*kept, *read], sentences)
     if options.json:
-        rows = [{"model": model.name, **row} for row in kept]
+        rows = [{"model": model.name, **row} for row in [*kept, *read]]
         found = {"machine": machine(), "rows": rows, "sentences": sentences}
         Path(options.json).write_bytes(packed(found))
     if options.plot:

@@ -118,7 +118,9 @@ class PagedKVCache(Uncopyable):
         pages, drops pages: "attention", those that get least attention; "window", the oldest; or those
         that an `EvictionPolicy` names.  The first num_sink_tokens (None: 4) and the newest 64 tokens
         always stay.  Tokens keep their positions.  What a sequence computes after its first drop is not
-        found by others.  docs/eviction.md says what it costs.  None: all is kept
+        found by others.  Without budget_tokens the pool is the budget: a step that lacks pages takes them
+        from sequences that are in no step, those of the least mean attention, or the oldest; no policy of the
+        caller's.  docs/eviction.md says what it costs.  None: all is kept
     prefix_caching : pages of known token ids can be found again by `sequence(tokens)`, and are kept without
         an owner until a step needs them
     fingerprint : bytes that identify the model: part of every page's hash in `events`
@@ -130,7 +132,7 @@ class PagedKVCache(Uncopyable):
     num_threads : threads of one attend; None: the CPUs that the process may use
 
     Raises: ArgumentError; MemoryError, naming both sizes, when there is too little of it.
-    Cost: allocates all memory here, and none later.
+    Cost: allocates all memory here, and none later, but for the mean keys that `attend(top_pages=)` wants.
     """
 
     def __init__(
@@ -274,9 +276,9 @@ class PagedKVCache(Uncopyable):
 
     @property
     def budget_tokens(self) -> int | None:
-        """Tokens that a sequence holds between steps, in whole pages; None: all."""
+        """Tokens that a sequence holds between steps, in whole pages; None: as many as the pool has."""
         budget = self._store.tables.budget
-        return None if budget is None else budget.num_tokens
+        return None if budget is None or budget.is_pool else budget.num_tokens
 
     @property
     def num_available_pages(self) -> int:
@@ -508,7 +510,7 @@ class PagedKVCache(Uncopyable):
             evictions=dict(counts.evictions),
             num_unused_evictions=counts.num_unused_evictions,
             num_policy_errors=index.retention.num_policy_errors if index else 0,
-            num_dropped_pages=store.num_dropped_pages,
+            num_dropped_pages=store.budgets.num_dropped_pages if store.budgets else 0,
         )
 
     def trim(self, *, cached: bool = False) -> int:
@@ -582,13 +584,14 @@ def _eviction(
             raise ArgumentError(f"budget_tokens is {budget_tokens!r:.40} without eviction; give both")
         return None
     policy = policy_of(eviction)
-    if budget_tokens is None:
-        raise ArgumentError(f"eviction is {eviction!r:.40} without budget_tokens; give both")
     if window is not None:
         raise ArgumentError("a window drops pages by itself; give eviction or window")
     least = least_budget(page_size, num_sink_tokens)
-    tokens = integer("budget_tokens", budget_tokens, least, MAX_TOKENS)
-    budget = Budget(tokens, max_step_tokens, num_sink_tokens, GRACE_TOKENS, policy.needs_mass)
+    is_pool = budget_tokens is None
+    if is_pool and not isinstance(eviction, str):
+        raise ArgumentError(f"eviction is {eviction!r:.60}; a policy of your own needs budget_tokens")
+    tokens = MAX_TOKENS if is_pool else integer("budget_tokens", budget_tokens, least, MAX_TOKENS)
+    budget = Budget(tokens, max_step_tokens, num_sink_tokens, GRACE_TOKENS, policy.needs_mass, is_pool)
     return Eviction(budget, policy)
 
 

@@ -69,8 +69,8 @@ class Sequence(Uncopyable):
         """
         with self._store.reading():
             self._store.require_open()
-            row = self._store.tables.rows.row(self._seq_id)
-            return float(self._store.attention_lost[row]) if len(self._store.attention_lost) else 0.0
+            row, budgets = self._store.tables.rows.row(self._seq_id), self._store.budgets
+            return 0.0 if budgets is None else float(budgets.attention_lost[row])
 
     def gather(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A copy of one layer's keys and values.
@@ -152,7 +152,8 @@ class Sequence(Uncopyable):
             if self._store.index is not None:
                 self._store.index.leave(self._store.tables.rows.idle_row(self._seq_id))
             self._store.tables.reset(self._seq_id)
-            self._store.set_lost(self._seq_id, 0.0)
+            if self._store.budgets is not None:
+                self._store.budgets.attention_lost[self._store.tables.rows.row(self._seq_id)] = 0.0
             self._num_cached_tokens = 0
 
     def free(self) -> None:
@@ -213,7 +214,7 @@ def new_sequences(
         handles = [Sequence(store, seq_id) for seq_id in seq_ids]
         try:
             store.tables.add(seq_ids, seq_id, at, store.salt_number(salt))
-            store.set_budgets(seq_ids, seq_id, budget)
+            store.start_budgets(seq_ids, seq_id, budget)
             if parent is not None:
                 _share_prefix(store, parent, handles)
             elif store.index is not None:
@@ -292,14 +293,14 @@ def matched_sequence(
         number = store.salt_number(salt)
         if store.index is None:
             store.tables.add([seq_id], salt=number)
-            store.set_budgets([seq_id], None, budget)
+            store.start_budgets([seq_id], None, budget)
             return handle
         num_ids, ids = len(ids), store.findable(ids, budget)
         found = store.index.match(ids, number)
         num_tokens, reason = found.num_tokens, explain(store.index, found, ids, number, store.plans).reason
         try:
             row = store.tables.add_pages(seq_id, number, found.page_ids, num_tokens)
-            store.set_budgets([seq_id], None, budget)
+            store.start_budgets([seq_id], None, budget)
             store.index.start(row, found, priority)
             handle._num_cached_tokens = num_tokens
             store.index.counts.count(num_ids, num_tokens, reason)

@@ -239,7 +239,8 @@ class Step(Uncopyable):
         Cost: O(sequences + released pages).
         """
         kept = None if counts is None else self._kept_counts(counts)
-        drops = self._store.choose_drops(self._plan, kept)
+        budgets = self._store.budgets
+        drops = None if budgets is None else budgets.choose(self._plan, kept)
         with self._store.lock:
             self._store.reclaim_abandoned()
             self._require_open()

@@ -28,10 +28,10 @@ from .errors import CacheClosed, OutOfPages
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
 from .pages.block_table import BlockTables, Budget, Packing, Window
+from .pages.budgets import Budgets, Drop
 from .pages.events import Events
-from .pages.eviction import EvictionPolicy, PagesOfSequence, choose
+from .pages.eviction import EvictionPolicy
 from .pages.layout import SCALE_BYTES, PageLayout, Side
-from .pages.layout import num_pages as pages_for
 from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
 from .pages.pool import PagePool
@@ -63,14 +63,6 @@ class Eviction(NamedTuple):
     policy: EvictionPolicy
 
 
-class Drop(NamedTuple):
-    """What a row drops at a commit."""
-
-    row: int
-    numbers: NDArray[np.int32]  # of logical pages
-    attention_lost: float
-
-
 class Store(Uncopyable):
     """Pages for `num_pages * layout.page_size` tokens and the rows of `max_sequences` sequences.
 
@@ -94,7 +86,7 @@ class Store(Uncopyable):
         packed: PackedPages | None = None,
         eviction: Eviction | None = None,
     ) -> None:
-        self.layout, self.packed, self.eviction = layout, packed, eviction
+        self.layout, self.packed = layout, packed
         self.threads = shared_threads(num_threads)
         if packed is None:
             self.pool = PagePool(num_pages, layout.page_bytes, layout.num_layers)
@@ -104,11 +96,6 @@ class Store(Uncopyable):
         self.rows = Rows(max_sequences, max_seq_len)
         packing = None if packed is None else packed.packing
         budget = None if eviction is None else eviction.budget
-        #: Of each row, how many tokens it may hold.
-        self.budgets = np.full(max_sequences if budget else 0, budget.num_tokens if budget else 0, np.int64)
-        #: Of each row, the mean shares of attention of the pages that it has dropped.
-        self.attention_lost = np.zeros(len(self.budgets))
-        self.num_dropped_pages = 0
         self.tables = BlockTables(
             self.pool, self.rows, layout.page_size, window, layout.num_layers, packing, budget
         )
@@ -120,6 +107,8 @@ class Store(Uncopyable):
             events = Events(layout.page_size, fingerprint)
             kind = PrefixIndex if window is None else WindowedIndex
             self.index = kind(self.tables, self.salts, retention, events)
+        #: None: sequences hold all of their tokens, or those of a window.
+        self.budgets = None if eviction is None else Budgets(self.tables, eviction.policy, self.index)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
         #: Of packed pages, format by format, which `layer_pages` point to.
         num_packed = len(packed.layouts) if packed else 0
@@ -273,28 +262,14 @@ class Store(Uncopyable):
         )
         return self.salts.number(salt)
 
-    def findable(self, ids: NDArray[np.int32], budget: int | None = None) -> NDArray[np.int32]:
+    def start_budgets(self, seq_ids: list[int], parent: int | None, num_tokens: int | None) -> None:
+        """Of new sequences, where there are any."""
+        if self.budgets is not None:
+            self.budgets.start(seq_ids, parent, num_tokens)
+
+    def findable(self, ids: NDArray[np.int32], num_tokens: int | None = None) -> NDArray[np.int32]:
         """Of a prompt's ids, those whose match a sequence can hold, and one that is computed."""
-        if self.tables.budget is None:
-            return ids
-        budget = self.tables.budget.num_tokens if budget is None else budget
-        return ids[: pages_for(budget, self.layout.page_size) * self.layout.page_size + 1]
-
-    def set_budgets(self, seq_ids: list[int], parent: int | None, budget: int | None) -> None:
-        """Of new sequences: as the parent's, or the cache's where none is given."""
-        if self.tables.budget is None:
-            return
-        rows = [self.rows.row(seq_id) for seq_id in seq_ids]
-        if parent is not None:
-            self.budgets[rows] = self.budgets[self.rows.row(parent)]
-            self.attention_lost[rows] = self.attention_lost[self.rows.row(parent)]
-            return
-        self.budgets[rows] = self.tables.budget.num_tokens if budget is None else budget
-        self.attention_lost[rows] = 0.0
-
-    def set_lost(self, seq_id: int, lost: float) -> None:
-        if self.tables.budget is not None:
-            self.attention_lost[self.rows.row(seq_id)] = lost
+        return ids if self.budgets is None else self.budgets.findable(ids, num_tokens)
 
     def note_handle(self, handle: object, seq_id: int) -> None:
         """Free the sequence when its handle is collected."""
@@ -378,72 +353,13 @@ class Store(Uncopyable):
             index.release_tails([self.tables.rows.row(seq_id) for seq_id in seq_ids])
             needed = self.tables.pages_needed(seq_ids, new.counts)
             index.make_room(needed)
+        if self.budgets is not None and self.tables.budget is not None and self.tables.budget.is_pool:
+            missing = needed - pool.num_reclaimable
+            if missing > 0 and self.budgets.cut_idle([*seq_ids, *self.pins], missing) and index is not None:
+                index.make_room(needed)
         if self.pins:
             reasons.append(f"{len(self.pinned_pages())} are pinned")
         return None if needed <= pool.num_free else "; ".join(reasons)
-
-    def choose_drops(self, plan: Plan, counts: NDArray[np.int32] | None) -> list[Drop]:
-        """What rows will have to drop at a commit of a plan.  Raises: what the policy raises, ArgumentError.
-
-        The rows are in the plan's step, so nothing of them changes without the lock.
-        """
-        if self.eviction is None or not plan.is_open:
-            return []
-        tables, page_size = self.tables, self.layout.page_size
-        rows, num_new = plan.rows, np.diff(plan.qo_indptr)
-        new_lens = plan.seq_lens if counts is None else plan.seq_lens - num_new + counts
-        num_held = -(-new_lens // page_size) - tables.num_dropped[rows]
-        excess = num_held - -(-self.budgets[rows] // page_size)
-        has_more = (excess > 0) & (new_lens > tables.rows.seq_lens[rows])
-        if self.eviction.budget.needs_mass:  # pages of a prefix hit begin with none
-            has_more &= tables.mass_rows[rows, 0] + num_new >= self.eviction.budget.recent_tokens
-        return [
-            self._drop_of(plan, i, int(new_lens[i]), int(excess[i]))
-            for i in np.flatnonzero(has_more).tolist()
-        ]
-
-    def _drop_of(self, plan: Plan, i: int, new_len: int, excess: int) -> Drop:
-        """What a row drops, of the pages that it will hold at this length."""
-        assert self.eviction is not None
-        budget, page_size = self.eviction.budget, self.layout.page_size
-        begin, end = plan.kv_indptr[i : i + 2]
-        numbers = plan.page_numbers[begin:end]
-        numbers = numbers[numbers < pages_for(new_len, page_size)]
-        num_new = new_len - int(self.rows.seq_lens[plan.rows[i]])
-        masses = self._masses_of(plan, i, new_len, numbers) if budget.needs_mass else ()
-        recent = max(new_len - budget.recent_tokens, 0) // page_size
-        can_be_dropped = (numbers >= pages_for(budget.num_sink_tokens, page_size)) & (numbers < recent)
-        pages = PagesOfSequence(numbers, can_be_dropped, new_len, num_new, page_size, *masses)
-        dropped = choose(self.eviction.policy, pages, excess * page_size)
-        lost = 0.0
-        if pages.mean_mass is not None and (given := float(plan.mass[begin:end].sum())) > 0:
-            # All that the step's tokens gave, by token: the pages' masses are sums over layers and heads.
-            lost = float(pages.mean_mass[np.isin(numbers, dropped)].sum()) * plan.num_new(i) / given
-        return Drop(int(plan.rows[i]), dropped, lost)
-
-    def _masses_of(
-        self, plan: Plan, i: int, new_len: int, numbers: NDArray[np.int32]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and recent mass of a sequence's pages, once a plan is committed."""
-        tables, row, page_size = self.tables, plan.rows[i], self.layout.page_size
-        old_len, own = (
-            int(tables.rows.seq_lens[row]),
-            slice(plan.kv_indptr[i], plan.kv_indptr[i] + len(numbers)),
-        )
-        total, num_rows = plan.mass[own], np.minimum(new_len - old_len, new_len - numbers * page_size)
-        # Pages that the step has begun have neither mass nor rows of before.
-        num_held = pages_for(old_len, page_size) - tables.num_dropped[row]
-        total[:num_held] += tables.mass[row, :num_held]
-        num_rows[:num_held] += tables.mass_rows[row, :num_held].astype(np.int32)
-        return total / num_rows, plan.recent_mass[own]
-
-    def _drop(self, drops: list[Drop]) -> None:
-        for row, numbers, lost in drops:
-            if self.index is not None:
-                self.index.note_drop(row, numbers)
-            self.tables.drop(row, numbers)
-            self.num_dropped_pages += len(numbers)
-            self.attention_lost[row] += lost
 
     def commit(
         self, plan: Plan, counts: NDArray[np.int32] | None = None, drops: list[Drop] | None = None
@@ -458,8 +374,8 @@ class Store(Uncopyable):
         else:
             self.tables.commit(plan, counts)
             index.publish(plan.rows)
-        if drops:
-            self._drop(drops)
+        if drops and self.budgets is not None:
+            self.budgets.drop(drops)
         if self.packed is not None:
             self._pack(plan.rows[np.diff(plan.qo_indptr) > 0])
         self.open_plans.pop(id(plan), None)

@@ -37,7 +37,7 @@ FLOORS = [
     },
     {"pages.block_table", "pages.retention"},
     {"pages.prefix_index"},
-    {"pages.match", "pages.windowed_index"},
+    {"pages.match", "pages.windowed_index", "pages.budgets"},
     {"store"},
     {"gathered", "frames", "formats"},
     {"sequence"},

@@ -64,6 +64,7 @@ def owners():
         step._plan,
         manager._ring,
         model._entry(0),
+        make_cache(eviction="window", budget_tokens=96, num_sink_tokens=0)._store.budgets,
     ]
     return [cache, seq, step, manager, model, plain, weights, batch, engine, recording, *inner]
 

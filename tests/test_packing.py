@@ -670,3 +670,45 @@ def test_what_is_packed_by_default(options, expected):
         seq = cache.sequence()
         filled(cache, seq, 4 * PAGE, rng)
         assert packed_pages(cache, seq) == expected
+
+
+def test_a_page_that_passes_two_formats_in_one_commit_is_found_in_the_last(rng):
+    """The page in between is free before the index hears of it."""
+    policy = paged_kv.Ageing(recent_tokens=64, then="int8", after=100, last=("int8", "int4"))
+    with make_cache(
+        num_layers=1,
+        dtype="bfloat16",
+        precision_policy=policy,
+        page_size=PAGE,
+        num_pages=60,
+        num_sink_tokens=0,
+    ) as cache:
+        ids, seq = list(range(400)), cache.sequence()
+        k = rows(rng, 400, 2, 32)
+        with cache.step([seq], [ids]) as step:
+            step.write(0, k, -k)
+        cache.check()
+        assert cache.stats().formats["int8,int4"].num_pages == 4
+        expected = seq.gather(0)[0]
+        seq.free()
+        cache.check()
+        again = cache.sequence([*ids, 1])
+        assert len(again) == 400
+        np.testing.assert_array_equal(again.gather(0)[0], expected)
+
+
+def test_a_page_that_is_written_again_has_lost_its_packed_twin(rng):
+    """A fork filled the page in place, packed it and ended; the parent goes on from where they parted."""
+    with make_cache(
+        num_layers=1, dtype="int8", recent_tokens=0, open_dtype="bfloat16", page_size=PAGE
+    ) as cache:
+        seq = cache.sequence()
+        k = as_bfloat16(filled(cache, seq, 127, rng))
+        fork = seq.fork()
+        filled(cache, fork, 63, rng)
+        assert packed_pages(cache, fork) == [0, 1]
+        fork.free()
+        k = np.concatenate([k, as_bfloat16(filled(cache, seq, 1, rng))])
+        assert packed_pages(cache, seq) == [0, 1]
+        np.testing.assert_array_equal(seq.gather(0)[0], reference.int8_values(k))
+        cache.check()

@@ -42,7 +42,7 @@ static pkv_tables tables = {.rows = &rows,
 
 static union {
   pkv_plan plan;
-  char bytes[1024];
+  char bytes[4096];
 } memory;
 static pkv_plan *const plan = &memory.plan;
 static pkv_step_size size;
@@ -252,6 +252,48 @@ static void a_page_changes_salt_after_scrubbing(pkv_pool *pool) {
   assert(pkv_tables_reset(pool, &tables, 1) == PKV_OK && pkv_tables_reset(pool, &tables, 0) == PKV_OK);
 }
 
+static void a_row_drops_pages_in_between(pkv_pool *pool) {
+  static int32_t cell_pages[ROWS * RING], num_dropped[ROWS];
+  static double mass[ROWS * RING];
+  static int64_t mass_rows[ROWS * RING];
+  tables.cell_pages = cell_pages;
+  tables.num_dropped = num_dropped;
+  tables.mass = mass;
+  tables.mass_rows = mass_rows;
+  int64_t id = seq_id(0), counts[] = {60};
+  assert(open_step(pool, 1, &id, counts) == PKV_OK && plan->batch.page_numbers[3] == 3);
+  assert(plan->batch.span_indptr[1] == 1 && plan->batch.num_lacking[0] == 0);
+  plan->mass[1] = plan->mass[2] = 1 << 29;
+  assert(pkv_step_commit(pool, &tables, plan, NULL) == PKV_OK && mass[2] == 0.5 && mass_rows[0] == 60);
+  assert(mass_rows[3] == 12);
+  int32_t pages[RING], wrong[] = {3}, twice[] = {1, 1}, gone[] = {1}, page = page_ids[1];
+  memcpy(pages, page_ids, sizeof pages);
+  assert(pkv_tables_drop(pool, &tables, 0, 1, wrong) == PKV_BAD_ARGUMENT); /* not full */
+  assert(pkv_tables_drop(pool, &tables, 0, 2, twice) == PKV_BAD_ARGUMENT && num_dropped[0] == 0);
+  num_known[0] = 60;
+  assert(pkv_tables_drop(pool, &tables, 0, 1, gone) == PKV_OK && pkv_pool_ref_count(pool, page) == 0);
+  assert(pkv_tables_drop(pool, &tables, 0, 1, gone) == PKV_BAD_ARGUMENT && num_known[0] == PAGE_SIZE);
+  assert(cell_pages[0] == 0 && cell_pages[1] == 2 && cell_pages[2] == 3 && page_ids[1] == pages[2]);
+  assert(mass[1] == 0.5 && num_dropped[0] == 1);
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  assert(pkv_tables_truncate(pool, &tables, 0, 20) == PKV_TOKENS_GONE); /* inside page 1 */
+  counts[0] = 4;
+  assert(open_step(pool, 1, &id, counts) == PKV_OK && plan->batch.num_lacking[0] == PAGE_SIZE);
+  assert(plan->batch.kv_indptr[1] == 3 && plan->batch.page_numbers[1] == 2);
+  assert(plan->slot_mapping[0] == (int64_t)pages[3] * PAGE_SIZE + 12);
+  assert(pkv_tables_drop(pool, &tables, 0, 1, gone) == PKV_SEQUENCE_BUSY);
+  assert(pkv_step_commit(pool, &tables, plan, NULL) == PKV_OK);
+  assert(open_step(pool, 1, &id, counts) == PKV_OK && cell_pages[3] == 4); /* as many as there are cells */
+  assert(pkv_step_rollback(pool, &tables, plan) == PKV_OK && num_dropped[0] == 1);
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
+  cell_pages[1] = 0; /* not ascending */
+  assert(pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_INVARIANT);
+  cell_pages[1] = 2;
+  assert(pkv_tables_truncate(pool, &tables, 0, 32) == PKV_OK && num_dropped[0] == 1);
+  assert(pkv_tables_truncate(pool, &tables, 0, 16) == PKV_OK && num_dropped[0] == 0);
+  assert(pkv_tables_reset(pool, &tables, 0) == PKV_OK);
+}
+
 int main(void) {
   pkv_pool *pool = NULL;
   assert(pkv_pool_create(NUM_PAGES, BLOCK, &pool) == PKV_OK);
@@ -263,6 +305,8 @@ int main(void) {
   a_stray_write_into_the_tables_is_found(pool);
   assert(pkv_tables_reset(pool, &tables, 2) == PKV_OK && pkv_tables_reset(pool, &tables, 0) == PKV_OK);
   a_page_changes_salt_after_scrubbing(pool);
+  rows.max_seq_len = 1000;
+  a_row_drops_pages_in_between(pool);
   assert(pkv_pool_num_free(pool) == NUM_PAGES && pkv_tables_check(pool, &tables, NUM_PAGES) == PKV_OK);
   pkv_pool_destroy(&pool);
   return 0;

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..formats import Ageing
 from ..models.bitnet import TINY_BITNET, BitNetModel
 from ..models.config import DecoderConfig
 from ..models.decoder import HEADS, DecoderModel
@@ -56,8 +57,14 @@ def add_model_options(command: Any, *, default: str | None = None, has_cache: bo
         command.add_argument(
             "--kv-recent", type=int, metavar="TOKENS", help="newest tokens that are kept in bfloat16"
         )
+        command.add_argument(
+            "--kv-ageing", action="store_true", help="pages become int8 behind 64 tokens, int4 behind 512"
+        )
+        command.add_argument(
+            "--kv-budget", type=int, metavar="TOKENS", help="a sequence holds those that get most attention"
+        )
     else:
-        command.set_defaults(kv_dtype=None, kv_recent=None)
+        command.set_defaults(kv_dtype=None, kv_recent=None, kv_ageing=False, kv_budget=None)
 
 
 def add_sampling_options(command: Any, *, temperature: float = 0.0) -> None:
@@ -92,7 +99,13 @@ class Opened:
 
 def opened(options: argparse.Namespace, live: LiveLine) -> Opened:
     """What --model names; without it, the small model.  Raises: ArgumentError, ImportError, OSError."""
-    given = {"dtype": options.kv_dtype, "recent_tokens": options.kv_recent}
+    given = {
+        "dtype": options.kv_dtype,
+        "recent_tokens": options.kv_recent,
+        "precision_policy": Ageing() if options.kv_ageing else None,
+        "eviction": "attention" if options.kv_budget is not None else None,
+        "budget_tokens": options.kv_budget,
+    }
     cache_options = {name: value for name, value in given.items() if value is not None}
     if options.model is None:
         tiny = BitNetModel.tiny()

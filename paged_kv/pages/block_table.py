@@ -58,6 +58,7 @@ class Budget:
     num_sink_tokens: int
     recent_tokens: int  # the newest ones, which are never dropped
     needs_mass: bool  # is attention mass collected?
+    is_pool: bool = False  # num_tokens is no limit: sequences are cut when the pool is full
 
     def cells(self, page_size: int) -> int:
         """That never run out: of a budget, what comes before the first cut, two steps (an interrupt may

@@ -169,6 +169,10 @@ class PagePool(Uncopyable):
         """Does an index name it, and nothing own it?"""
         return self.is_indexed(page_id) and lib.pkv_pool_ref_count(self.handle, page_id) == 0
 
+    def are_alone(self, page_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Which of these pages have one owner."""
+        return np.array([lib.pkv_pool_ref_count(self.handle, id) == 1 for id in page_ids.tolist()], np.bool_)
+
     def num_owned(self, page_ids: list[int]) -> int:
         """How many of these pages have an owner; ids below 0 are none."""
         return sum(lib.pkv_pool_ref_count(self.handle, id) > 0 for id in page_ids if id >= 0)

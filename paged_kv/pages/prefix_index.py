@@ -418,9 +418,17 @@ class PrefixIndex(Uncopyable):
             return True
 
     def exchange(self, old_pages: list[int], new_pages: list[int]) -> None:
-        """Name these pages instead, which hold the same tokens."""
+        """Name these pages instead, which hold the same tokens.
+
+        A page that is exchanged twice in a row, from format to format, may be free in between.
+        """
+        last: dict[int, int] = {}
+        pairs = []
+        for old, new in zip(reversed(old_pages), reversed(new_pages), strict=True):
+            last[old] = last.get(new, new)
+            pairs.append((old, last[old]))
         with self._change:
-            for old, new in zip(old_pages, new_pages, strict=True):
+            for old, new in reversed(pairs):
                 entry = self.by_page.get(old)
                 if entry is None:
                     continue

@@ -96,6 +96,39 @@ def test_a_row_reads_the_pages_whose_mean_keys_score_highest(
         _binding.select_kernel(before)
 
 
+@pytest.mark.parametrize("sinks", [0, 3, 40])
+@pytest.mark.parametrize("is_of_cache", [True, False])
+@pytest.mark.parametrize("length", [30, 255, 256, 700])
+def test_a_row_with_a_window_chooses_among_what_it_sees(sinks, is_of_cache, length):
+    rng, top_pages = np.random.default_rng(SEED), 9
+    window = {"window": 250, "num_sink_tokens": sinks}
+    with make_cache(num_layers=1, num_pages=60, **(window if is_of_cache else {})) as cache:
+        (seq,), ((k, v),) = filled(cache, [length], rng)
+        q, one = 2 * rows(rng, 1, HEADS * GROUP, HEAD_DIM), rows(rng, 1, HEADS, HEAD_DIM)
+        k, v = np.concatenate([k, one]), np.concatenate([v, one])
+        with cache.step([seq], [1]) as step:
+            options = {} if is_of_cache else window
+            out = step.attend(0, q, one, one, top_pages=top_pages, **options)
+        positions = np.arange(length + 1)
+        sees = (positions > length - 250) | (positions < sinks)
+        fixed, means = set(range(-(-sinks // 16))), means_of(k, 16)
+        first, newest = max(max(0, length - 249) // 16, len(fixed)), max(0, length + 1 - 64) // 16
+        fixed |= set(range(max(newest, max(0, length - 249) // 16), length // 16 + 1))
+        candidates = np.arange(first, max(first, newest))
+        for head in range(HEADS):
+            own = slice(head * GROUP, (head + 1) * GROUP)
+            scores = q[0, own] @ means[candidates, head].T / HEAD_DIM**0.5
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
+            total = (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
+            best = candidates[np.argsort(-total, kind="stable")[: max(0, top_pages - len(fixed))]]
+            there = np.flatnonzero(sees & np.isin(positions // 16, [*fixed, *best.tolist()]))
+            expected = reference.attend(
+                q[:, own], k[there, head : head + 1], v[there, head : head + 1], there
+            )
+            atol = tolerances(q, k, v)[0]
+            np.testing.assert_allclose(out[0, own], expected[0], rtol=0, atol=atol)
+
+
 def test_as_many_pages_as_there_are_change_no_bit(kernel):
     rng = np.random.default_rng(SEED)
     with make_cache(num_layers=1, num_pages=100) as cache:

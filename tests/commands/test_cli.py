@@ -72,6 +72,8 @@ REFUSED = [
     ("generate", ["--prompt", "a\udcff"], "prompt"),
     ("generate", ["--prompt", "a", "--kv-dtype", "int8,float"], "int8,float"),
     ("generate", ["--prompt", "a", "--kv-dtype", "int8,int8,int8"], "kv-dtype"),
+    ("generate", ["--prompt", "a", "--kv-budget", "7"], "budget_tokens is 7"),
+    ("generate", ["--prompt", "a", "--kv-ageing", "--kv-recent", "9"], "not both"),
     ("generate", ["--prompt", "a", "--model", "/nowhere"], "nowhere"),
     ("generate", ["--prompt", "a", "--model", ""], "config.json"),
     ("generate", ["--prompt", "a", "--model", "a\0b"], ""),

@@ -113,3 +113,13 @@ def test_a_prompt_that_fails_is_said_and_the_others_are_shown(capsys, monkeypatc
     assert code == 1 and "prompt 2 ended early: no pages" in shown.err
     first, second = json.loads(shown.out)["texts"]
     assert first and second == ""
+
+
+@pytest.mark.parametrize(
+    "options", [["--kv-budget", 256], ["--kv-ageing"], ["--kv-budget", 320, "--kv-ageing"]]
+)
+def test_a_long_text_goes_on_in_a_budget_and_in_fewer_bits(capsys, options):
+    code, shown = run(
+        capsys, "--prompt", "import os", "--max-tokens", 400, "--json", "--no-compare", *options
+    )
+    assert code == 0 and json.loads(shown.out)["new_tokens"] == 400

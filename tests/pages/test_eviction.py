@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import tolerances
 
-from paged_kv import Ageing, ArgumentError, SequenceTooLong, reference
+from paged_kv import Ageing, ArgumentError, OutOfPages, SequenceTooLong, reference
 from paged_kv.pages.eviction import KeepNewest, PagesOfSequence, choose
 
 HEADS, HEAD_DIM = 2, 32
@@ -266,10 +266,10 @@ def test_more_pages_may_be_dropped_than_have_to():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eviction": "window"}, "without budget_tokens"),
         ({"budget_tokens": 512}, "without eviction"),
         ({"eviction": "h2o", "budget_tokens": 512}, 'give "window" or "attention", or an object with drop'),
         ({"eviction": object(), "budget_tokens": 512}, "an object with drop"),
+        ({"eviction": KeepNewest()}, "a policy of your own needs budget_tokens"),
         ({"eviction": "window", "budget_tokens": 111}, "111"),
         ({"eviction": "window", "budget_tokens": 512, "window": 64}, "give eviction or window"),
     ],
@@ -291,12 +291,12 @@ def test_a_sequence_that_was_never_cut_is_refused_at_the_end_of_its_cells():
     rng = np.random.default_rng(SEED)
     with evicting_cache(num_pages=100) as cache:
         seq = cache.sequence()
-        cache._store.budgets[:] = 10**6
+        cache._store.budgets.num_tokens[:] = 10**6
         for _ in range(3):
             grow(cache, seq, 128, rng)
         with pytest.raises(SequenceTooLong, match="would hold 512 tokens"):
             cache.step([seq], [128])
-        cache._store.budgets[:] = 112
+        cache._store.budgets.num_tokens[:] = 112
         grow(cache, seq, 64, rng)
         assert len(seq.held_positions) == 112
 
@@ -481,3 +481,72 @@ def test_forks_with_holes_give_the_same_bits_together_and_alone():
             own, step = slice(i, i + 1), cache.step([fork], [1])
             np.testing.assert_array_equal(step.attend(0, q[own], k[own], v[own]), together[own])
             step.rollback()
+
+
+# ---- the pool as the budget
+
+
+@pytest.mark.parametrize("policy", ["window", "attention"])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_step_takes_pages_of_idle_sequences_that_get_least(policy, prefix_caching):
+    rng = np.random.default_rng(SEED)
+    options = {"eviction": policy, "num_pages": 34, "prefix_caching": prefix_caching, "num_sink_tokens": 4}
+    with make_cache(num_layers=1, max_step_tokens=128, **options) as cache:
+        assert cache.budget_tokens is None
+        a, b, other = (cache.sequence() for _ in range(3))
+        for seq in (a, b):
+            looking_at(cache, seq, 96, 2, rng)
+            looking_at(cache, seq, 96, 2, rng)
+        looking_at(cache, other, 128, 0, rng)
+        assert cache.stats().num_free_pages == 2 and cache.stats().num_dropped_pages == 0
+        with cache.step([b], [1]) as step:  # b is busy: only a gives pages
+            step.write(0, *(rows(rng, 1, HEADS, HEAD_DIM) for _ in range(2)))
+            looking_at(cache, other, 48, 0, rng)
+        assert cache.stats().num_dropped_pages == 2
+        gone = {*range(12)} - {*held_pages(a)}
+        assert gone == {1, 2} if policy == "window" else gone < {1, *range(3, 8)}
+        assert held_pages(b) == [*range(13)]
+        looking_at(cache, a, 1, 2, rng)
+        cache.check()
+        # What would not be enough is not begun.
+        more = [other, cache.sequence(), cache.sequence()]
+        before = cache.stats()
+        with pytest.raises(OutOfPages):
+            cache.step(more, [128] * 3)
+        assert cache.stats() == before
+
+
+def test_pages_that_others_hold_are_not_given_up():
+    rng = np.random.default_rng(SEED)
+    with make_cache(num_layers=1, num_pages=16, eviction="window", max_step_tokens=128) as cache:
+        seq = cache.sequence()
+        looking_at(cache, seq, 128, 0, rng)
+        fork = seq.fork()
+        other = cache.sequence()
+        looking_at(cache, other, 128, 0, rng)
+        with pytest.raises(OutOfPages):
+            cache.step([other], [16])
+        fork.free()
+        looking_at(cache, other, 16, 0, rng)
+        assert held_pages(seq) == [0, *range(2, 8)]
+
+
+def test_pinned_pages_are_not_given_up():
+    rng = np.random.default_rng(SEED)
+    with make_cache(
+        num_layers=1, num_pages=16, eviction="window", max_step_tokens=128, pin_budget=1.0
+    ) as cache:
+        ids, seq = list(range(128)), cache.sequence()
+        k = rows(rng, 128, HEADS, HEAD_DIM)
+        with cache.step([seq], [ids]) as step:
+            step.write(0, k, k)
+        pin = cache.pin(cache.match([*ids, 1]))
+        assert pin.num_tokens == 128
+        seq.free()
+        other = cache.sequence()
+        looking_at(cache, other, 128, 0, rng)
+        with pytest.raises(OutOfPages, match="8 are pinned"):
+            cache.step([other], [16])
+        pin.release()
+        looking_at(cache, other, 16, 0, rng)
+        cache.check()

@@ -271,6 +271,19 @@ def test_a_window_is_fed_in_steps_that_it_takes_and_costs_what_it_holds(model):
         assert request.error is None and len(request.new_ids) == 30
 
 
+@pytest.mark.parametrize("policy", ["attention", "window"])
+def test_requests_longer_than_their_budget_cost_what_they_hold(model, policy):
+    options = {"eviction": policy, "budget_tokens": 128, "page_size": 16, "max_step_tokens": 40}
+    with model.new_cache(num_pages=36, max_sequences=4, **options) as cache:
+        batch = new_batch(model, cache)
+        requests = [batch.add([5 + i] * length, 40) for i, length in enumerate((300, 20, 129, 250, 400))]
+        serve(batch)
+        assert [len(request.new_ids) for request in requests] == [40] * 5
+        assert all(request.error is None for request in requests)
+        assert cache.stats().num_dropped_pages > 20 and cache.stats().num_used_pages == 0
+        cache.check()
+
+
 # ---- a step is all or nothing
 
 #: Whose calls are counted, and made to raise: (class, method).

@@ -37,19 +37,29 @@ bool pkv_chooses_pages(const pkv_job *job) {
   return false;
 }
 
-/* The places in a sequence's list of the pages that may be skipped: neither those of the sinks, one at least,
- * nor those of the newest tokens, which end the list without holes.  So they are full. */
+/* The places in a sequence's list of the pages that may be skipped: of those that the row sees neither the
+ * sinks', without a window the first one, nor those of the newest tokens, which end the list without holes.
+ * So they are full. */
 typedef struct {
   int32_t first, count;
+  int32_t num_fixed; /* pages that are read anyway */
 } candidates;
 
 static candidates candidates_of(const pkv_call *call, int32_t seq) {
-  int32_t page_size = call->pages->page_size, seq_len = call->batch->seq_lens[seq];
-  int32_t newest = seq_len > NEWEST_TOKENS ? (seq_len - NEWEST_TOKENS) / page_size : 0;
+  const pkv_batch *batch = call->batch;
+  int32_t page_size = call->pages->page_size, seq_len = batch->seq_lens[seq];
+  int32_t newest = seq_len > NEWEST_TOKENS ? (seq_len - NEWEST_TOKENS) / page_size : 0, num_sinks = 1,
+          first = 1;
+  if (batch->window) {
+    int32_t start = window_start(batch, seq, batch->qo_indptr[seq]) / page_size;
+    num_sinks = (int32_t)(((int64_t)batch->num_sink_tokens + page_size - 1) / page_size);
+    first = pkv_place_in_list(call, seq, start);
+    if (first < num_sinks) first = num_sinks;
+    if (newest < start) newest = start;
+  }
   int32_t num_newest = (int32_t)(((int64_t)seq_len + page_size - 1) / page_size) - newest;
-  int32_t first = call->batch->sink_pages > 1 ? call->batch->sink_pages : 1;
-  int32_t count = num_pages_of(call->batch, seq) - num_newest - first;
-  return (candidates){first, count > 0 ? count : 0};
+  int32_t count = num_pages_of(batch, seq) - num_newest - first;
+  return (candidates){first, count > 0 ? count : 0, num_sinks + num_newest};
 }
 
 /* ---- means */
@@ -159,7 +169,7 @@ static void choose_for_head(const pkv_job *job, int32_t seq, int32_t head, float
   const pkv_tensor *q = &job->attention->q;
   int32_t dim = pages->head_dim, group = call->layer.group, num_pages = num_pages_of(call->batch, seq);
   candidates candidates = candidates_of(call, seq);
-  int32_t count = candidates.count, wanted = job->attention->top_pages - (num_pages - count);
+  int32_t count = candidates.count, wanted = job->attention->top_pages - candidates.num_fixed;
   memset(chosen, 1, (size_t)num_pages);
   if (wanted >= count) return;
   chosen += candidates.first;

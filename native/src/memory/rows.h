@@ -19,12 +19,11 @@ void pkv_rows_give_back(pkv_rows *rows, int32_t row);
 
 /* ---- of tables, for twins.c */
 
-/* Does a row hold this logical page, one of its committed tokens?  And its cell. */
-bool pkv_holds(const pkv_tables *tables, int64_t row, int64_t page);
-int32_t *pkv_cell_of(const pkv_tables *tables, int64_t row, int64_t page);
 /* The first page of a row that may have to be packed from this format into the next one. */
 int64_t pkv_first_to_pack(const pkv_tables *tables, int64_t row, int32_t format);
 /* A page and one of the next format hold the same tokens. */
 void pkv_pool_set_twins(pkv_pool *pool, int32_t open, int32_t packed);
+/* A page holds the same tokens as no other one. */
+void pkv_pool_forget_twins(pkv_pool *pool, int32_t page);
 
 #endif

@@ -20,105 +20,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cells.h"
 #include "kernels/kernel.h"
 #include "rows.h"
-
-static int64_t pages_for(const pkv_tables *tables, int64_t num_tokens) {
-  return (num_tokens + tables->page_size - 1) / tables->page_size;
-}
-
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* ---- holes */
-
-static bool is_compact(const pkv_tables *tables) { return tables->cell_pages != NULL; }
-
-static int64_t num_dropped_of(const pkv_tables *tables, int64_t row) {
-  return is_compact(tables) ? tables->num_dropped[row] : 0;
-}
-
-/* A cell begins with a page that no row has looked at. */
-static void clear_mass(const pkv_tables *tables, int64_t row, int64_t cell) {
-  if (!tables->mass) return;
-  tables->mass[row * tables->ring_pages + cell] = 0;
-  tables->mass_rows[row * tables->ring_pages + cell] = 0;
-}
-
-static void copy_mass(const pkv_tables *tables, int64_t from_row, int64_t from, int64_t to_row, int64_t to) {
-  if (!tables->mass) return;
-  from += from_row * tables->ring_pages;
-  to += to_row * tables->ring_pages;
-  tables->mass[to] = tables->mass[from];
-  tables->mass_rows[to] = tables->mass_rows[from];
-}
-
-static int32_t *numbers_of(const pkv_tables *tables, int64_t row) {
-  return tables->cell_pages + row * tables->ring_pages;
-}
-
-/* The first cell of a compact row whose logical page is `page` or a later one. */
-static int64_t first_cell_from(const pkv_tables *tables, int64_t row, int64_t page) {
-  const int32_t *numbers = numbers_of(tables, row);
-  int64_t begin = 0, end = pages_for(tables, tables->rows->reserved_lens[row]) - num_dropped_of(tables, row);
-  while (begin < end) {
-    int64_t middle = (begin + end) / 2;
-    if (numbers[middle] < page)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin;
-}
-
-/* The first page from `page` on that a row holds; those from the end of its reserved tokens on count as held.
- */
-static int64_t next_held(const pkv_tables *tables, int64_t row, int64_t page) {
-  if (!is_compact(tables)) {
-    int64_t first = tables->first_held[row];
-    return page >= tables->sink_pages && page < first ? first : page;
-  }
-  int64_t end = pages_for(tables, tables->rows->reserved_lens[row]);
-  int64_t cell = first_cell_from(tables, row, page);
-  return cell < end - num_dropped_of(tables, row) ? numbers_of(tables, row)[cell] : page > end ? page : end;
-}
-
-/* The cell of a page that a row holds, or that follows those. */
-static int32_t *cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
-  int64_t sinks = tables->sink_pages;
-  if (is_compact(tables)) {
-    int64_t newest = page - num_dropped_of(tables, row);
-    bool is_newest = newest >= 0 && numbers_of(tables, row)[newest] == page;
-    return tables->page_ids + row * tables->ring_pages +
-           (is_newest ? newest : first_cell_from(tables, row, page));
-  }
-  int64_t cell = page < tables->ring_pages ? page : sinks + (page - sinks) % (tables->ring_pages - sinks);
-  return tables->page_ids + row * tables->ring_pages + cell;
-}
-
-int32_t *pkv_cell_of(const pkv_tables *tables, int64_t row, int64_t page) {
-  return cell_of(tables, row, page);
-}
-
-bool pkv_holds(const pkv_tables *tables, int64_t row, int64_t page) {
-  return next_held(tables, row, page) == page;
-}
-
-/* The first page behind the sinks that holds any of the last num_tokens tokens. */
-static int64_t first_page_of(const pkv_tables *tables, int64_t seq_len, int64_t num_tokens) {
-  if (tables->window == 0) return 0;
-  int64_t page = seq_len > num_tokens ? (seq_len - num_tokens) / tables->page_size : 0;
-  return page > tables->sink_pages ? page : tables->sink_pages;
-}
-
-/* The first page behind the sinks that a row of this length must hold. */
-static int64_t first_page_at(const pkv_tables *tables, int64_t seq_len) {
-  return first_page_of(tables, seq_len, tables->window);
-}
-
-/* Those before it are released by the commit of this length. */
-static int64_t first_page_kept(const pkv_tables *tables, int64_t seq_len) {
-  return first_page_of(tables, seq_len, (int64_t)tables->window + tables->window_slack);
-}
 
 /* The first page behind the sinks that the next token of a row of this length sees, and with it all
  * later tokens. */
@@ -145,9 +49,10 @@ static int32_t *tail_of(const pkv_tables *tables, int64_t row) {
   return seq_len % tables->page_size ? cell_of(tables, row, seq_len / tables->page_size) : NULL;
 }
 
-/* What a page holds is about to change. */
-static void stamp(const pkv_tables *tables, int32_t page) {
+/* What a page holds is about to change: a mean of its keys, or a packed twin, is not of it any more. */
+static void stamp(pkv_pool *pool, const pkv_tables *tables, int32_t page) {
   if (tables->page_stamps) tables->page_stamps[page]++;
+  pkv_pool_forget_twins(pool, page);
 }
 
 /* Reserve `count` slots in the page that a row appends to, if it may append in place.  Returns: does it need
@@ -340,7 +245,7 @@ static pkv_status acquire_pages(pkv_pool *pool, const pkv_tables *tables, int64_
       return status;
     }
     tables->filled[*cell] = (int32_t)min64(new_len - page * tables->page_size, tables->page_size);
-    stamp(tables, *cell);
+    stamp(pool, tables, *cell);
   }
   return PKV_OK;
 }
@@ -367,9 +272,9 @@ static pkv_status reserve_row(pkv_pool *pool, const pkv_tables *tables, int64_t 
     if (status != PKV_OK) return status;
     int32_t offset = seq_len % tables->page_size;
     tables->filled[*copy] = (int32_t)min64(offset + new_len - seq_len, tables->page_size);
-    stamp(tables, *copy);
+    stamp(pool, tables, *copy);
   } else if (tail_of(tables, row)) {
-    stamp(tables, *tail_of(tables, row));
+    stamp(pool, tables, *tail_of(tables, row));
   }
   status = acquire_pages(pool, tables, row, pages_for(tables, seq_len), new_len);
   if (status == PKV_OK)
@@ -622,10 +527,6 @@ pkv_status pkv_step_rollback(pkv_pool *pool, const pkv_tables *tables, pkv_plan 
 
 /* ---- rows */
 
-static bool is_busy(const pkv_tables *tables, int32_t row) {
-  return tables->rows->reserved_lens[row] != tables->rows->seq_lens[row];
-}
-
 /* Does a row hold what it must hold at this length, at most its own? */
 static bool can_end_at(const pkv_tables *tables, int32_t row, int64_t length) {
   int64_t last = length / tables->page_size;
@@ -743,114 +644,4 @@ pkv_status pkv_tables_truncate(pkv_pool *pool, const pkv_tables *tables, int32_t
 
 pkv_status pkv_tables_reset(pkv_pool *pool, const pkv_tables *tables, int32_t row) {
   return pkv_tables_truncate(pool, tables, row, 0);
-}
-
-pkv_status pkv_tables_drop(pkv_pool *pool, const pkv_tables *tables, int32_t row, int64_t count,
-                           const int32_t *numbers) {
-  if (!is_compact(tables) || !pkv_is_row(tables->rows, row)) return PKV_BAD_ARGUMENT;
-  if (is_busy(tables, row)) return PKV_SEQUENCE_BUSY;
-  int64_t num_full = tables->rows->seq_lens[row] / tables->page_size;
-  for (int64_t i = 0; i < count; i++)
-    if (numbers[i] < 0 || numbers[i] >= num_full || (i && numbers[i] <= numbers[i - 1]) ||
-        next_held(tables, row, numbers[i]) != numbers[i])
-      return PKV_BAD_ARGUMENT;
-  int32_t *held = numbers_of(tables, row), *cells = tables->page_ids + row * tables->ring_pages;
-  int64_t num_cells = pages_for(tables, tables->rows->seq_lens[row]) - num_dropped_of(tables, row), left = 0;
-  for (int64_t cell = 0, i = 0; cell < num_cells; cell++) {
-    if (i < count && held[cell] == numbers[i]) {
-      if (pkv_pool_release(pool, 1, &cells[cell]) != PKV_OK) return PKV_INVARIANT;
-      i++;
-      continue;
-    }
-    held[left] = held[cell];
-    copy_mass(tables, row, cell, row, left);
-    cells[left++] = cells[cell];
-  }
-  tables->num_dropped[row] += (int32_t)count;
-  if (count && tables->rows->num_known[row] > numbers[0] * tables->page_size)
-    tables->rows->num_known[row] = numbers[0] * tables->page_size; /* later tokens depend on what is gone */
-  return PKV_OK;
-}
-
-/* ---- what there is */
-
-int64_t pkv_tables_num_tokens(const pkv_tables *tables, int64_t num_pages) {
-  for (int64_t row = 0; row < tables->rows->num_rows; row++) {
-    int64_t seq_len = tables->rows->seq_lens[row];
-    for (int64_t page = next_held(tables, row, 0); page < pages_for(tables, seq_len);
-         page = next_held(tables, row, page + 1)) {
-      int32_t filled = (int32_t)min64(seq_len - page * tables->page_size, tables->page_size);
-      int32_t *mark = &tables->page_marks[*cell_of(tables, row, page)];
-      if (*mark < filled) *mark = filled;
-    }
-  }
-  int64_t num_tokens = 0;
-  for (int32_t page_id = 0; page_id < num_pages; page_id++) {
-    num_tokens += tables->page_marks[page_id];
-    tables->page_marks[page_id] = 0;
-  }
-  return num_tokens;
-}
-
-/* Are a compact row's logical pages ascending, with all that are not full at their end? */
-static bool are_cells_whole(const pkv_tables *tables, int64_t row) {
-  if (!is_compact(tables)) return true;
-  const int32_t *numbers = numbers_of(tables, row);
-  int64_t num_dropped = num_dropped_of(tables, row),
-          end = pages_for(tables, tables->rows->reserved_lens[row]);
-  int64_t num_full = tables->rows->seq_lens[row] / tables->page_size, num_cells = end - num_dropped;
-  if (num_dropped < 0 || num_cells < 0 || num_cells > tables->ring_pages) return false;
-  for (int64_t page = num_full; page < end; page++)
-    if (page < num_dropped || numbers[page - num_dropped] != page) return false;
-  for (int64_t cell = 0; cell < num_cells; cell++)
-    if (numbers[cell] < (cell ? numbers[cell - 1] + 1 : 0) || numbers[cell] >= end) return false;
-  return true;
-}
-
-/* Count the references of the tables to each page, which has as many reserved slots as any row has tokens in
- * it. */
-static pkv_status count_references(const pkv_tables *tables, int64_t num_pages, int32_t *references) {
-  for (int64_t row = 0; row < tables->rows->num_rows; row++) {
-    int64_t seq_len = tables->rows->seq_lens[row], reserved_len = tables->rows->reserved_lens[row];
-    if (seq_len < 0 || seq_len > reserved_len || reserved_len > tables->rows->max_seq_len)
-      return PKV_INVARIANT;
-    if (tables->rows->num_known[row] < 0 || tables->rows->num_known[row] > seq_len) return PKV_INVARIANT;
-    int64_t first = tables->first_held[row];
-    bool is_short = pages_for(tables, seq_len) <= tables->sink_pages;
-    if (first < tables->sink_pages ||
-        first > (is_short ? tables->sink_pages : first_page_at(tables, seq_len)))
-      return PKV_INVARIANT;
-    if (first < first_page_kept(tables, seq_len)) return PKV_INVARIANT;
-    if (!are_cells_whole(tables, row)) return PKV_INVARIANT;
-    for (int64_t page = next_held(tables, row, 0); page < pages_for(tables, reserved_len);
-         page = next_held(tables, row, page + 1)) {
-      int32_t page_id = *cell_of(tables, row, page);
-      if (page_id < 0 || page_id >= num_pages) return PKV_INVARIANT;
-      references[page_id]++;
-      bool is_held = page < pages_for(tables, seq_len); /* else its step may not have scrubbed it yet */
-      if (is_held && tables->page_salts[page_id] != tables->rows->salts[row]) return PKV_INVARIANT;
-      int64_t num_in_page = min64(seq_len - page * tables->page_size, tables->page_size);
-      int32_t filled = tables->filled[page_id];
-      if (filled < num_in_page || filled > tables->page_size) return PKV_INVARIANT;
-    }
-    int32_t copy = tables->tail_copies[row];
-    if (copy < -1 || copy >= num_pages || (copy >= 0 && seq_len == reserved_len)) return PKV_INVARIANT;
-    if (copy >= 0) references[copy]++;
-  }
-  return PKV_OK;
-}
-
-pkv_status pkv_tables_check(const pkv_pool *pool, const pkv_tables *tables, int64_t num_pages) {
-  pkv_status status = pkv_pool_check(pool);
-  if (status == PKV_OK) status = pkv_rows_check(tables->rows);
-  if (status != PKV_OK) return status;
-  int32_t *references = calloc((size_t)num_pages, sizeof *references);
-  if (!references) return PKV_OUT_OF_MEMORY;
-  status = count_references(tables, num_pages, references);
-  for (int32_t page = 0; page < num_pages && status == PKV_OK; page++) {
-    bool is_explained = references[page] == pkv_pool_ref_count(pool, page) && !tables->page_marks[page];
-    if (!is_explained) status = PKV_INVARIANT;
-  }
-  free(references);
-  return status;
 }

@@ -6,6 +6,7 @@
  * what a row reads changes by its own progress only. */
 #include <string.h>
 
+#include "cells.h"
 #include "chores.h"
 #include "rows.h"
 
@@ -55,8 +56,8 @@ static outcome pack_row(pkv_pool *pool, pkv_tables *tables, const pkv_pages *lay
   int32_t *end = tables->packed_ends + (int64_t)format * tables->rows->max_sequences + row;
   int64_t old = (int64_t)tables->rows->seq_lens[row] - tables->recent_tokens[format];
   for (int64_t page = pkv_first_to_pack(tables, row, format); page < old / tables->page_size; page++) {
-    if (!pkv_holds(tables, row, page)) continue;
-    int32_t *cell = pkv_cell_of(tables, row, page);
+    if (next_held(tables, row, page) != page) continue;
+    int32_t *cell = cell_of(tables, row, page);
     int32_t own = pkv_pool_format(pool, *cell);
     if (own < format) return NO_PAGE; /* it still waits for a page of the format before */
     if (own == format) {
