@@ -172,7 +172,7 @@ class Step(Uncopyable):
             position p sees ``p - window + 1`` to p, and the first sinks; None: all up to p
         out : where the result goes, of its shape and q's dtype; q itself will do
         return_lse : also the natural logarithm of the softmax's sum
-        return_mass : also how much attention each page gets; each sequence reads shared pages by itself then
+        return_mass : also how much attention each page gets
 
         top_pages : how many pages a kv head reads, of sequences with one new token: those whose mean keys
             score highest, and always the sinks' pages, the first one at least, and those of the newest 64

@@ -64,7 +64,7 @@ class Budgets(Uncopyable):
 
         The rows are in the plan's step, so nothing of them changes without the lock.
         """
-        if not plan.is_open:
+        if not plan.is_open or self.limits.is_pool:
             return []
         tables, page_size = self.tables, self.tables.page_size
         rows, num_new = plan.rows, np.diff(plan.qo_indptr)

@@ -127,3 +127,33 @@ def test_what_is_no_bool_is_refused():
             step.attend(0, q, k, k, return_mass=1)
         step.write(0, k, k)
         step.write(1, k, k)
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 80])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_pages_that_are_read_once_for_several_sequences_get_the_mass_of_each(page_size, num_threads, kernel):
+    """A tree of forks, whose shared spans are folded level by level."""
+    rng = np.random.default_rng(SEED)
+    with make_cache(num_layers=1, num_pages=400, page_size=page_size, num_threads=num_threads) as cache:
+
+        def grow(seq, count):
+            k = rows(rng, count, HEADS, HEAD_DIM)
+            with cache.step([seq], [count]) as step:
+                step.write(0, k, -k)
+
+        root = cache.sequence()
+        grow(root, 1100)
+        branches = [root.fork(), root.fork()]
+        for branch, count in zip(branches, (700, 400), strict=True):
+            grow(branch, count)
+        seqs = [*branches[0].fork(3), *branches[1].fork(2), root.fork(), cache.sequence()]
+        counts = [1, 2, 1, 1, 1, 3, 40]
+        q, k, v = (rows(rng, sum(counts), heads, HEAD_DIM) for heads in (HEADS * GROUP, HEADS, HEADS))
+        step, found = cache.step(seqs, counts), []
+        for may_share in (0, 2):  # PKV_SHARE_NONE, PKV_SHARE_ALL
+            step._handle.batch.may_share = may_share
+            found.append(step.attend(0, q, k, v, return_mass=True))
+        assert step.bytes_not_read > 0
+        step.rollback()
+        for alone, together in zip(*found, strict=True):
+            np.testing.assert_array_equal(alone, together)

@@ -259,7 +259,7 @@ def test_what_is_left_out_is_at_most_the_share_of_the_largest_value(
         _binding.select_kernel(before)
 
 
-def test_pages_that_get_next_to_nothing_are_left_out_whoever_computes_them():
+def test_runs_that_get_next_to_nothing_are_left_out_by_any_number_of_threads():
     """A sink that gets nearly all attention; the bits do not depend on the threads, nor on the batch."""
     outs = []
     for num_threads, num_seqs in ((1, 1), (2, 1), (2, 3)):

@@ -5,7 +5,7 @@ tests/test_state_machine.py walks over such caches at random; here are single ca
 
 import numpy as np
 import pytest
-from conftest import SEED, make_cache, rows
+from conftest import SEED, Tripwire, make_cache, rows
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tolerances
@@ -550,3 +550,36 @@ def test_pinned_pages_are_not_given_up():
         pin.release()
         looking_at(cache, other, 16, 0, rng)
         cache.check()
+
+
+def test_an_interrupt_in_any_call_of_a_commit_that_drops_loses_nothing():
+    """Whether the step was committed and cut or not, pages are accounted for, and the next commit cuts."""
+    rng, at, was_raised = np.random.default_rng(SEED), 1, True
+    k, ids = rows(rng, 240, HEADS, HEAD_DIM), list(range(240))
+    while was_raised:
+        with evicting_cache(eviction="attention", num_pages=40) as cache:
+            seq = cache.sequence()
+            with cache.step([seq], [ids[:112]]) as step:
+                step.attend(0, k[:112], k[:112], k[:112])
+            fork = seq.fork()
+            step = cache.step([seq], [ids[112:176]])
+            step.attend(0, k[112:176], k[112:176], k[112:176])
+            trip = Tripwire(at)
+            with trip:
+                step.commit()
+            was_raised = bool(trip.raised)
+            trip.raised.clear()
+            del step
+            cache.check()
+            length = len(seq)
+            assert length in (112, 176) and fork.held_positions.tolist() == list(range(112))
+            for one in (seq, fork, cache.sequence(ids)):
+                np.testing.assert_array_equal(one.gather(0)[0], k[one.held_positions])
+                with cache.step([one], [64]) as step:
+                    step.attend(0, *[k[len(one) : len(one) + 64]] * 3)
+                assert len(one.held_positions) == 112
+                one.free()
+            cache.check()
+            assert cache.stats().num_used_pages == 0
+        at += 1
+    assert at > 10

@@ -141,18 +141,15 @@ static size_t lay_out(pkv_job *job, const work_size *size, int32_t num_workers, 
   size_t num_pages = (size_t)batch->kv_indptr[batch->num_seqs];
   job->mass = take(memory, &used, num_pages * (size_t)job->call.pages->num_kv_heads * sizeof(int64_t));
   job->recent = take(memory, &used, num_pages * sizeof(int64_t));
+  job->carried_notes = take(memory, &used, pkv_carried_bytes(job));
   job->noted = take(memory, &used, (size_t)size->num_noted * sizeof(float));
   job->mass_scratch = take(memory, &used, (size_t)(num_workers * job->mass_floats) * sizeof(float));
   job->mass_totals = take(memory, &used, (size_t)num_workers * job->totals_bytes);
   return used;
 }
 
-/* Is there anything that each row decides, or notes, for itself?  Then nothing is folded for several
- * sequences.
- */
-static bool is_by_row(const pkv_job *job) {
-  return job->notes_mass || job->skip_values > 0 || job->may_choose;
-}
+/* Does each row decide for itself what it reads?  Then nothing is folded for several sequences. */
+static bool is_by_row(const pkv_job *job) { return job->skip_values > 0 || job->may_choose; }
 
 static void note_skipped(const pkv_job *job, int32_t num_workers, pkv_plan *plan) {
   for (int32_t i = 0; i < num_workers; i++) {

@@ -159,8 +159,8 @@ static bool skips_values(const pkv_job *job, int32_t seq) {
 }
 
 /* Of a single row and a kv head, the weights of the first run, which has the sinks, and of the last one,
- * without the newest token, which may not be written yet.  So much is known of the row's total, whoever
- * computes it. */
+ * without the newest token, which may not be written yet.  So much is known of the row's total to all of its
+ * items. */
 static void know_weights(const pkv_job *job, int32_t seq, int32_t head, int32_t worker) {
   const pkv_call *call = &job->call;
   const item_shape *shape = &job->work.one_head;
@@ -230,7 +230,7 @@ static void attend_item(const pkv_job *job, const work_item *item, int32_t worke
   const pkv_masses *masses = job->notes_mass ? &notes.masses : NULL;
   if (masses) {
     notes.masses = pkv_masses_of(job, item, spans, worker);
-    pkv_clear_masses(&job->call, masses, item->num_rows, item->first_span, item->end_span);
+    pkv_clear_masses(job, item, masses, is_first ? 0 : item->first_span, item->end_span);
   }
   if (skips_values(job, item->seq)) notes.skipping = skipping_of(job, item, spans, worker);
   for (int32_t i = item->first_span; i < item->end_span; i++) {
@@ -253,12 +253,18 @@ static void attend_item(const pkv_job *job, const work_item *item, int32_t worke
 
 static void fold_shared_item(const pkv_job *job, const work_item *item, int32_t worker) {
   scratch scratch = scratch_of(job, item->shape, worker);
-  pkv_notes none = {0};
+  pkv_notes notes = {0};
+  if (job->notes_mass) {
+    notes.masses = pkv_carried_masses(job, item->first_carried);
+    pkv_clear_masses(job, item, &notes.masses, item->first_span, item->end_span);
+  }
   prepare_rows(job, item, scratch.q);
   if (item->num_carried) copy_carried(job, item, scratch.states, false);
   for (int32_t i = item->first_span; i < item->end_span; i++) {
     int32_t start = i * job->call.span_tokens; /* without a window, spans are consecutive */
-    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span, &none);
+    pkv_notes of_span = notes;
+    if (job->notes_mass) of_span.masses = pkv_masses_from(&job->call, &notes.masses, i);
+    pkv_fold_span(&job->call, item, start, scratch.q, i == 0 ? scratch.states : scratch.span, &of_span);
     if (i > 0) pkv_merge_span(&job->call, item, start, scratch.states, scratch.span);
   }
   copy_carried(job, item, scratch.states, true);

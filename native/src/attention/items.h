@@ -34,12 +34,14 @@ typedef struct {
   size_t worker_bytes;
 
   /* Attention mass (mass.h), in units, where it is wanted; else NULL. */
-  int64_t *mass;       /* [num_pages, num_kv_heads] */
-  int64_t *recent;     /* [num_pages]: of each sequence's last rows, where it has more; NULL: not wanted */
-  float *noted;        /* of items in pieces */
-  float *mass_scratch; /* [num_workers, mass_floats] */
+  int64_t *mass;        /* [num_pages, num_kv_heads] */
+  int64_t *recent;      /* [num_pages]: of each sequence's last rows, where it has more; NULL: not wanted */
+  float *noted;         /* of items in pieces */
+  float *carried_notes; /* [rows of the cascade, num_q_heads]: of shared spans */
+  float *mass_scratch;  /* [num_workers, mass_floats] */
   int64_t mass_floats;
-  char *mass_totals; /* [num_workers] */
+  int64_t factor_floats; /* of these, at their end */
+  char *mass_totals;     /* [num_workers] */
   size_t totals_bytes;
   bool notes_mass;
 

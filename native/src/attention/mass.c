@@ -5,7 +5,8 @@
  *   item    once a row's maximum and sum are final, its notes become probabilities
  *   call    these are added up as integers, so that no sum depends on the order of threads
  *
- * Notes of an item are in its worker's scratch; of an item in pieces, in memory of its own. */
+ * Notes of an item are in its worker's scratch; of an item in pieces, in memory of its own; of spans that
+ * several sequences share, in memory of the call, for each of their rows. */
 #include "mass.h"
 
 #include <math.h>
@@ -55,7 +56,8 @@ static int64_t most_queries(const pkv_job *job) {
 void pkv_size_masses(pkv_job *job) {
   int32_t num_parts = parts_of(&job->call);
   int64_t num_runs = num_runs_of(&job->call, most_spans(job)), num_places = num_runs * num_parts;
-  job->mass_floats = most_queries(job) * num_runs * (1 + num_parts) + num_runs; /* notes, factors */
+  job->factor_floats = num_runs;
+  job->mass_floats = most_queries(job) * num_runs * (1 + num_parts) + job->factor_floats; /* notes, factors */
   job->mass_floats = (job->mass_floats + 15) / 16 * 16;
   /* of each kv head, and of recent rows; places */
   int64_t num_totals = job->call.pages->num_kv_heads + 1;
@@ -84,15 +86,41 @@ pkv_masses pkv_masses_from(const pkv_call *call, const pkv_masses *masses, int32
   return from;
 }
 
-void pkv_clear_masses(const pkv_call *call, const pkv_masses *masses, int32_t num_rows, int32_t first_span,
+/* Runs of the shared spans of any row, in whole vectors. */
+static int64_t carried_runs_of(const pkv_job *job) {
+  int32_t most = 0;
+  for (int32_t i = 0; i < job->cascade.num_nodes; i++)
+    if (most < job->cascade.nodes[i].end_span) most = job->cascade.nodes[i].end_span;
+  return num_runs_of(&job->call, most);
+}
+
+size_t pkv_carried_bytes(const pkv_job *job) {
+  int64_t num_heads = (int64_t)job->cascade.num_rows * job->call.num_q_heads;
+  return (size_t)(num_heads * carried_runs_of(job) * (1 + parts_of(&job->call))) * sizeof(float);
+}
+
+pkv_masses pkv_carried_masses(const pkv_job *job, int32_t cascade_row) {
+  int64_t num_heads = job->call.num_q_heads, num_runs = carried_runs_of(job);
+  pkv_masses masses = {
+      .num_runs = num_runs, .num_heads = (int32_t)num_heads, .num_parts = parts_of(&job->call)};
+  masses.maxima = job->carried_notes + cascade_row * num_heads * num_runs;
+  masses.sums = job->carried_notes +
+                (job->cascade.num_rows + (int64_t)cascade_row * masses.num_parts) * num_heads * num_runs;
+  return masses;
+}
+
+void pkv_clear_masses(const pkv_job *job, const work_item *item, const pkv_masses *masses, int32_t first_span,
                       int32_t end_span) {
-  int64_t first = (int64_t)first_span * call->span_runs, end = (int64_t)end_span * call->span_runs;
-  for (int64_t i = 0; i < (int64_t)num_rows * masses->num_heads; i++) {
-    float *maxima = masses->maxima + i * masses->num_runs;
-    float *sums = masses->sums + i * masses->num_runs * masses->num_parts;
-    for (int64_t run = first; run < end; run++) maxima[run] = -INFINITY;
-    memset(sums + first * masses->num_parts, 0, (size_t)((end - first) * masses->num_parts) * sizeof *sums);
-  }
+  const pkv_call *call = &job->call;
+  int64_t first = (int64_t)first_span * call->span_runs,
+          count = (int64_t)(end_span - first_span) * call->span_runs;
+  int64_t first_head = item->first_head * call->layer.group - masses->first_head;
+  for (int64_t row = 0; row < item->num_rows; row++)
+    for (int64_t head = first_head; head < first_head + item->shape->num_q_heads; head++) {
+      int64_t at = (row * masses->num_heads + head) * masses->num_runs + first;
+      for (int64_t run = 0; run < count; run++) masses->maxima[at + run] = -INFINITY;
+      memset(masses->sums + at * masses->num_parts, 0, (size_t)(count * masses->num_parts) * sizeof(float));
+    }
 }
 
 /* Which listed page each part of an item's runs is; -1: none. */
@@ -115,12 +143,26 @@ static void find_places(const pkv_job *job, const work_item *item, span_list spa
   }
 }
 
+typedef struct {
+  float maximum, sum;
+} final_state;
+
+/* Add the probabilities that the first num_runs runs of a row's head have. */
+static void tally(const pkv_kernel *kernel, const pkv_masses *masses, int64_t row, int32_t head,
+                  int64_t num_runs, final_state final, float *factors, int64_t *totals, int64_t *recent) {
+  int64_t at = (row * masses->num_heads + head - masses->first_head) * masses->num_runs;
+  const float *sums = masses->sums + at * masses->num_parts;
+  kernel->normalise(factors, masses->maxima + at, (num_runs + 15) / 16 * 16, final.maximum, final.sum);
+  kernel->tally(totals, sums, factors, num_runs, masses->num_parts);
+  if (recent) kernel->tally(recent, sums, factors, num_runs, masses->num_parts);
+}
+
 void pkv_add_masses(const pkv_job *job, const work_item *item, span_list spans, float *states,
                     const pkv_masses *masses, int32_t worker) {
   const pkv_call *call = &job->call;
   int32_t group = call->layer.group, num_kv_heads = item->shape->num_kv_heads, num_parts = masses->num_parts;
   int64_t num_runs = (int64_t)spans.count * call->span_runs, num_places = num_runs * num_parts;
-  float *factors = job->mass_scratch + (int64_t)(worker + 1) * job->mass_floats - masses->num_runs;
+  float *factors = job->mass_scratch + (int64_t)(worker + 1) * job->mass_floats - job->factor_floats;
   int64_t *totals = (int64_t *)(job->mass_totals + worker * job->totals_bytes);
   int64_t *recent = totals + num_kv_heads * num_places;
   int32_t *places = (int32_t *)(recent + num_places);
@@ -128,19 +170,22 @@ void pkv_add_masses(const pkv_job *job, const work_item *item, span_list spans, 
   memset(totals, 0, (size_t)((num_kv_heads + 1) * num_places) * sizeof *totals);
   int32_t end_row = call->batch->qo_indptr[item->seq + 1];
   bool has_recent = job->recent != NULL && end_row - call->batch->qo_indptr[item->seq] > RECENT_ROWS;
+  pkv_masses carried = {0};
+  if (item->num_carried) carried = pkv_carried_masses(job, item->first_carried);
   for (int32_t row = 0; row < item->num_rows; row++)
     for (int32_t i = 0; i < item->shape->num_q_heads; i++) {
       pkv_state state = state_of_head(call, state_at(item->shape, states, row), i);
+      int32_t head = item->first_head * group + i;
       float maximum = *state.maximum, sum = *state.sum;
-      if (job->sinks) sum += exp2f(job->sinks[masses->first_head + i] - maximum);
+      if (job->sinks) sum += exp2f(job->sinks[head] - maximum);
       if (!(sum > 0)) continue;
-      int64_t index = (int64_t)row * masses->num_heads + i;
-      call->kernel->normalise(factors, masses->maxima + index * masses->num_runs, masses->num_runs, maximum,
-                              sum);
+      final_state final = {maximum, sum};
       bool is_recent = has_recent && item->first_row + row >= end_row - RECENT_ROWS;
-      const float *sums = masses->sums + index * masses->num_runs * num_parts;
-      call->kernel->tally(totals + i / group * num_places, sums, factors, num_runs, num_parts);
-      if (is_recent) call->kernel->tally(recent, sums, factors, num_runs, num_parts);
+      int64_t *of_head = totals + i / group * num_places, *of_recent = is_recent ? recent : NULL;
+      tally(call->kernel, masses, row, head, num_runs, final, factors, of_head, of_recent);
+      if (item->num_carried)
+        tally(call->kernel, &carried, row, head, (int64_t)item->num_carried * call->span_runs, final, factors,
+              of_head, of_recent);
     }
   int64_t first_page = call->batch->kv_indptr[item->seq], num_heads = call->pages->num_kv_heads;
   for (int64_t i = 0; i < num_places; i++) {

@@ -13,8 +13,11 @@ int32_t pkv_span_notes(const pkv_call *call);
 pkv_masses pkv_masses_of(const pkv_job *job, const work_item *item, span_list spans, int32_t worker);
 /* From span `span` on. */
 pkv_masses pkv_masses_from(const pkv_call *call, const pkv_masses *masses, int32_t span);
-/* Nothing is noted of these spans. */
-void pkv_clear_masses(const pkv_call *call, const pkv_masses *masses, int32_t num_rows, int32_t first_span,
+/* Where the shared items of a row, and of those that follow, note weights: all q heads, from span 0 on. */
+pkv_masses pkv_carried_masses(const pkv_job *job, int32_t cascade_row);
+size_t pkv_carried_bytes(const pkv_job *job);
+/* Nothing is noted of these spans by an item's rows and heads. */
+void pkv_clear_masses(const pkv_job *job, const work_item *item, const pkv_masses *masses, int32_t first_span,
                       int32_t end_span);
 /* Add what was noted of an item to the pages, now that its states are final. */
 void pkv_add_masses(const pkv_job *job, const work_item *item, span_list spans, float *states,

@@ -95,6 +95,7 @@ static void fold_queries(const pkv_layer *layer, const pkv_run *run, const head_
   float added[MAX_QUERIES];   /* sums of weights */
   score_queries(keys, run->is_resident ? NULL : will_skip ? next_keys : values, queries, scores);
   softmax_of_queries(layer, run, queries, scores, rescale, added);
+  note_weights(run, num_own, queries->head, queries->row, queries->num_seen, scores, queries->maximum, added);
   if (may_skip && gives_little(run, num_own, queries->head, added, queries->maximum, queries->sum))
     rescale_values(values->dim, num_own, rescale, queries->accumulated);
   else
@@ -154,6 +155,7 @@ ALWAYS_INLINE void fold_heads(const pkv_layer *layer, const pkv_run *run, int32_
   bool may_skip = run->skipping.share > 0, will_skip = may_skip && run->skipping.was_skipped[head];
   score(keys, will_skip ? next : now, queries, num_heads, scores);
   softmax(layer, run, heads, rows, num_seen, num_heads, scores, maximum, sum, rescale, added);
+  note_weights(run, num_own, heads, rows, num_seen, scores, maximum, added);
   if (may_skip && gives_little(run, num_own, heads, added, maximum, sum))
     rescale_values(values->dim, num_own, rescale, accumulated);
   else

@@ -121,7 +121,13 @@ ALWAYS_INLINE void softmax(const pkv_layer *layer, const pkv_run *run, const int
     for (int32_t t = num_seen[i]; t < padded; t++) scores[i][t] = -__builtin_inff();
   }
   softmax_queries(scores, padded, tile, maximum, sum, rescale, added);
-  if (run->masses.maxima)
-    for (int i = 0; i < tile; i++)
-      note_masses(&run->masses, heads[i], rows[i], num_seen[i], scores[i], *maximum[i], added[i]);
+}
+
+/* Note the weights of `count` queries, without a spare one: its maximum is not a row's. */
+ALWAYS_INLINE void note_weights(const pkv_run *run, int count, const int32_t *heads, const int32_t *rows,
+                                const int32_t *num_seen, float weights[][PKV_RUN_TOKENS],
+                                float *const *maximum, const float *added) {
+  if (!run->masses.maxima) return;
+  for (int i = 0; i < count; i++)
+    note_masses(&run->masses, heads[i], rows[i], num_seen[i], weights[i], *maximum[i], added[i]);
 }
