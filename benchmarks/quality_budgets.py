@@ -15,6 +15,7 @@ not when it comes after the cut.
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from harness import machine, packed
 from quality import PLACES, Model, Scores, compared, needle_prompts, opened, texts
 
+from paged_kv.cache import least_budget
 from paged_kv.pages.eviction import KeepAttended, KeepNewest, PagesOfSequence
 
 SHARES = (0.75, 0.5, 0.25)
@@ -50,7 +52,7 @@ class Continued:
     ) -> None:
         options: dict[str, Any] = {}
         if policy is not None:
-            budget = int(share * len(prompt)) // page_size * page_size
+            budget = max(int(share * len(prompt)) // page_size * page_size, least_budget(page_size, 4))
             options = {
                 "eviction": POLICIES[policy](),
                 "budget_tokens": budget,
@@ -82,18 +84,19 @@ class Continued:
             return self._log_probs(ids, step, np.arange(len(ids)))
 
 
-def measure_texts(model: Model, lengths: list[int], num_scored: int, page_size: int) -> list[dict[str, Any]]:
+def measure_texts(
+    model: Model, lengths: list[int], num_scored: int, page_size: int, num_prompts: int
+) -> list[dict[str, Any]]:
     parts: dict[tuple[str, float], list[tuple[int, Scores]]] = {}
     for text in texts().values():
-        ids = model.tokenizer.encode(text[: 16 * max(lengths)])
-        for length in lengths:
-            begin, own = time.perf_counter(), ids[:length]
+        ids = model.tokenizer.encode(text[: 16 * num_prompts * max(lengths)])
+        for length, at in itertools.product(lengths, range(num_prompts)):
+            begin, own = time.perf_counter(), ids[at * length : (at + 1) * length]
             prompt, rest = own[:-num_scored], own[-num_scored:]
             expected = Continued(model, prompt, None, 1.0, page_size).read(rest)
-            for policy in POLICIES:
-                for share in SHARES:
-                    got = Continued(model, prompt, policy, share, page_size).read(rest)
-                    parts.setdefault((policy, share), []).append((length, compared(got, expected, own)))
+            for policy, share in itertools.product(POLICIES, SHARES):
+                got = Continued(model, prompt, policy, share, page_size).read(rest)
+                parts.setdefault((policy, share), []).append((length, compared(got, expected, own)))
             print(f"    {length} tokens: {time.perf_counter() - begin:.0f} s", flush=True)
     return [{"policy": policy, "share": share} | summed_up(own) for (policy, share), own in parts.items()]
 
@@ -182,7 +185,7 @@ def measure_sentences(model: Model, lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def show(kept: list[dict[str, Any]], sentences: list[dict[str, Any]]) -> None:
-    lengths = sorted(int(name[3:]) for name in kept[0] if name.startswith("kl_"))
+    lengths = sorted({int(name[3:]) for row in kept for name in row if name.startswith("kl_")})
     heads = "".join(f"   KL {length:5}    bits" for length in lengths)
     print(f"policy      kept{heads}    top-1")
     for row in kept:
@@ -228,18 +231,23 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few tokens of short texts, for a test")
-    parser.add_argument("--reading", action="store_true", help="only of top_pages")
+    parser.add_argument("--lengths", default="2048,4096", help="of prompts of texts, with what follows")
+    parser.add_argument("--prompts", type=int, default=1, help="of each length and text, one after the other")
+    parser.add_argument("--parts", default="texts,reading,sentences", help="what is measured")
     parser.add_argument("--json", help="write the rows to a file")
     parser.add_argument("--plot", help="KL against what is kept, as .png or .svg")
     options = parser.parse_args()
     model = opened()
-    lengths = [576] if options.quick else [length for length in (2048, 4096) if length <= model.max_length]
+    lengths = (
+        [576] if options.quick else [n for n in map(int, options.lengths.split(",")) if n <= model.max_length]
+    )
     print(f"{model.name}, prompts of {lengths} tokens", flush=True)
     size = (32, 16) if options.quick else (NUM_SCORED, 64)
-    read = measure_reading(model, lengths[0], *size)
-    kept = [] if options.reading else measure_texts(model, lengths, *size)
+    parts = options.parts.split(",")
+    read = measure_reading(model, lengths[0], *size) if "reading" in parts else []
+    kept = measure_texts(model, lengths, *size, options.prompts) if "texts" in parts else []
     sizes = [length for length in (1024, 2048) if length <= model.max_length - 8]
-    sentences = [] if options.quick or options.reading else measure_sentences(model, sizes)
+    sentences = measure_sentences(model, sizes) if "sentences" in parts and not options.quick else []
     show([*kept, *read], sentences)
     if options.json:
         rows = [{"model": model.name, **row} for row in [*kept, *read]]

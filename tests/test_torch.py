@@ -142,8 +142,10 @@ def test_tensors_that_cannot_be_taken_are_refused(rng):
 def test_a_dtype_of_torch_names_what_pages_store():
     with make_cache(dtype=torch.bfloat16) as cache:
         assert cache.stats().pool_bytes == 16 * 2 * 2 * 2 * 16 * 32 * 2
+    with make_cache(dtype=torch.int8) as cache:
+        assert set(cache.stats().formats) == {"int8"}
     with pytest.raises(ArgumentError, match="dtype"):
-        make_cache(dtype=torch.int8)
+        make_cache(dtype=torch.float64)
 
 
 def test_foreign_pages_and_indices_may_be_tensors(rng):

@@ -136,11 +136,11 @@ class PagedCache(Cache):
         ----------
         model : a PreTrainedModel whose attention is causal, over all tokens or over windows
         memory : bytes of all pages, or a text like "1GiB"
-        dtype : of pages: float32, float16 or bfloat16; None: the model's
+        dtype : of pages, as PagedKVCache takes it; None: the model's
         num_pages : of each shape of layers, instead of memory
         max_sequences : rows of a batch, those of copies of the cache included
         salt : prompts of caches with different salts share nothing
-        options : as PagedKVCache: page_size, num_threads, ...
+        options : as PagedKVCache: page_size, num_threads, ...; eviction wants max_step_tokens of a prompt
 
         Other caches of the model go to sdpa, as before.
         Raises: ArgumentError, which names the layer, for attention of another kind; MemoryError.
@@ -148,6 +148,10 @@ class PagedCache(Cache):
         config = model.config.get_text_config(decoder=True)
         kinds, details = get_layer_types_and_kwargs(config)
         has_latents = getattr(config, "kv_lora_rank", None) is not None
+        if has_latents and options.get("eviction") is not None:
+            raise ArgumentError(
+                "latent keys are read whole, whatever a sequence has dropped; leave eviction out"
+            )
         shapes: list[Shape | None] = []
         windows: list[int | None] = []
         for layer, (kind, more) in enumerate(zip(kinds, details, strict=True)):

@@ -320,6 +320,18 @@ def test_rows_are_selected(llama):
     hold(cache)
 
 
+def test_rows_hold_their_budget_and_go_on(llama):
+    inputs = ragged(150, 100)
+    for policy in ("attention", "window"):
+        cache = new_cache(llama[1], eviction=policy, budget_tokens=112, max_step_tokens=256)
+        assert generated(llama[1], inputs, cache).shape == (2, 190)
+        assert all(len(seq.held_positions) <= 112 for pool in cache._pools for seq in pool.seqs)
+        hold(cache)
+    # A budget that nothing exceeds changes nothing.
+    cache = new_cache(llama[1], eviction="attention", budget_tokens=400)
+    assert (generated(llama[1], inputs, cache) == generated(llama[0], inputs)).all()
+
+
 def test_attention_of_another_kind_is_named():
     config = transformers.Lfm2Config(**TINY | {"layer_types": ["full_attention", "conv"] * 2})
     with pytest.raises(ArgumentError, match="layer 1 of Lfm2ForCausalLM is"):
@@ -328,8 +340,10 @@ def test_attention_of_another_kind_is_named():
     model.config.kv_lora_rank = 36
     with pytest.raises(ArgumentError, match="latents of 36 with 16 rotated have no shape"):
         PagedCache.for_model(model)
+    with pytest.raises(ArgumentError, match="latent keys are read whole"):
+        PagedCache.for_model(model_of("deepseek-v3"), eviction="window", budget_tokens=512)
     with pytest.raises(ArgumentError, match="dtype"):
-        PagedCache.for_model(model_of("llama"), dtype=torch.int8)
+        PagedCache.for_model(model_of("llama"), dtype=torch.float64)
 
 
 def test_gradients_are_refused(llama):
@@ -338,8 +352,8 @@ def test_gradients_are_refused(llama):
         ours(ragged(5)["input_ids"], **{KEY: new_cache(ours)})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_pages_of_16_bits_are_near(llama, dtype):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_pages_of_fewer_bits_are_near(llama, dtype):
     theirs, ours = llama
     ids, cache = ragged(80)["input_ids"], new_cache(ours, dtype=dtype)
     with torch.no_grad():
