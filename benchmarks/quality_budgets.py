@@ -7,7 +7,7 @@ what is left, without a further cut, and are compared with the whole cache as in
 
     window      the first 4 tokens and the newest
     mean        the pages that got most attention, as the mean over all rows that could see them
-    last rows   those that got most from the last 64 rows: what "attention" does at the end of a prompt
+    last rows   those that got most from the last 32 rows: what "attention" does at the end of a prompt
     top_pages   nothing is dropped; each token reads a share of the pages of 64 tokens, chosen by mean keys
 
 Sentences are planted as in quality.py.  The question is in sight when it ends the prompt that is cut; it is

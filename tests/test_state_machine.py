@@ -187,11 +187,11 @@ class CacheMachine(RuleBasedStateMachine):
             mass[j] = before[0] + looks.get(j, 0.0), before[1] + min(count, length - j * self.page_size)
 
     def check_mass(self, seq):
-        """What the policy was given: the mass of the step's rows, at most 64, and the mean of all."""
+        """What the policy was given: the mass of the step's last 32 rows, and the mean of all."""
         given = self.policy.given.pop(0)
         numbers, mass = given.numbers.tolist(), self.mass[seq]
         recent, mean = (
-            [self.looks[seq].get(j, 0.0) for j in numbers],
+            [self.recent[seq].get(j, 0.0) for j in numbers],
             [mass[j][0] / mass[j][1] for j in numbers],
         )
         np.testing.assert_allclose(given.recent_mass, recent, rtol=1e-4, atol=1e-5)
@@ -339,7 +339,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Returns what each sequence holds if the step is committed, per layer."""
         num_tokens = sum(counts)
         new = [[] for _ in seqs]
-        self.looks = {seq: collections.Counter() for seq in seqs}
+        self.looks, self.recent = ({seq: collections.Counter() for seq in seqs} for _ in range(2))
         for layer in range(NUM_LAYERS):
             q = rows(rng, num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM)
             k, v = (rows(rng, num_tokens, NUM_KV_HEADS, HEAD_DIM) for _ in range(2))
@@ -358,7 +358,9 @@ class CacheMachine(RuleBasedStateMachine):
                 expected, looks = reference.attend(q[own], all_k, all_v, return_probabilities=True, **seen)
                 if self.needs_mass:
                     for j in reserved[i]:
-                        self.looks[seq][j] += looks[..., there // self.page_size == j].sum()
+                        of_page = looks[..., there // self.page_size == j]
+                        self.looks[seq][j] += of_page.sum()
+                        self.recent[seq][j] += of_page[-32:].sum()
                 atol = tolerances(q[own], all_k, all_v)[0]
                 np.testing.assert_allclose(out[own], expected, rtol=0, atol=atol)
         return new

@@ -31,7 +31,7 @@ class PagesOfSequence:
     mean_mass : float64 [n], how much attention a page gets: the probabilities of its tokens, summed over
         layers and heads, as the mean over all rows that could see the page since the sequence began or was
         found in the prefix cache.  None unless the policy needs mass
-    recent_mass : float64 [n], the same of the step's last 64 rows, summed
+    recent_mass : float64 [n], the same of the step's last 32 rows, summed
     """
 
     numbers: NDArray[np.int32]

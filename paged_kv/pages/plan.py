@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._binding import ffi
+from .._binding import ffi, lib
 from ..attention.arrays import read_only
 from ..lifetime import Uncopyable
 
@@ -115,9 +115,9 @@ class Plan(Uncopyable):
 
     @property
     def recent_mass(self) -> NDArray[np.float64]:
-        """The same of the last 64 rows of each sequence."""
+        """The same of the last 32 rows of each sequence."""
         recent, num_rows = self._units(self.handle.recent_mass), np.diff(self.qo_indptr)
-        is_short = np.repeat(num_rows <= 64, np.diff(self.kv_indptr))
+        is_short = np.repeat(num_rows <= lib.PKV_RECENT_ROWS, np.diff(self.kv_indptr))
         recent[is_short] = self.mass[is_short]
         return recent
 

@@ -11,7 +11,8 @@
 
 #include <math.h>
 
-enum { RECENT_ROWS = 64 }; /* of a sequence: its last ones count once more by themselves */
+/* Of a sequence, the last rows that count once more by themselves. */
+enum { RECENT_ROWS = PKV_RECENT_ROWS };
 static const double UNIT = 1.0 / PKV_MASS_UNITS; /* of probability */
 
 static int32_t parts_of(const pkv_call *call) {
