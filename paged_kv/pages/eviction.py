@@ -11,7 +11,7 @@ Imports layout and errors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,8 +104,7 @@ def policy_of(eviction: object) -> EvictionPolicy:
         raise ArgumentError(f"eviction is {eviction!r:.60}; give {names}, or an object with drop()")
     if type(getattr(eviction, "needs_mass", None)) is not bool:
         raise ArgumentError(f"eviction is {eviction!r:.60}; its needs_mass must be True or False")
-    policy: EvictionPolicy = eviction  # type: ignore[assignment]
-    return policy
+    return cast(EvictionPolicy, eviction)
 
 
 def choose(policy: EvictionPolicy, pages: PagesOfSequence, excess_tokens: int) -> NDArray[np.int32]:

@@ -231,6 +231,9 @@ class PrefixIndex(Uncopyable):
 
     def _held_pages(self, row: int, num_pages: int) -> tuple[NDArray[np.int32], Sequence[int]]:
         """A row's first num_pages pages, as far as it holds them, and the positions of their first tokens."""
+        if self.tables.budget is None:
+            positions = range(0, num_pages * self.page_size, self.page_size)
+            return self.tables.page_ids[row, :num_pages], positions
         logical, pages = self.tables.held_pages(row)
         num_pages = int(np.searchsorted(logical, num_pages))
         return pages[:num_pages], (logical[:num_pages] * self.page_size).tolist()

@@ -45,12 +45,11 @@ typedef struct {
   size_t totals_bytes;
   bool notes_mass;
 
-  bool may_choose;   /* some rows read top_pages only */
-  uint8_t *chosen;   /* the memory of call.chosen, and of choosing (choose.h) */
-  float skip_values; /* of a row's total weight: the values of runs that get less together are not read; 0:
-                        none */
-  float
-      *known; /* [num_seqs, 2, num_q_heads]: maxima and sums of single rows, over their first run and last */
+  bool may_choose; /* some rows read top_pages only */
+  uint8_t *chosen; /* the memory of call.chosen, and of choosing (choose.h) */
+  /* With skip_values_below, the share of a row's weight; 0: all values are read. */
+  float skip_values;
+  float *known;         /* [num_seqs, 2, num_q_heads]: maxima and sums over a row's first and last run */
   uint8_t *was_skipped; /* [num_workers, num_q_heads] */
   int64_t *num_skipped; /* [num_workers, 2]: runs of a kv head, and those whose values were not read */
 } pkv_job;
