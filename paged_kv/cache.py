@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from ._binding import integer, kernels, real
 from .errors import ArgumentError, InvariantViolation
-from .formats import Ageing, ageing_layouts, format_tag, layouts_of, packed_pages
+from .formats import Ageing, ageing_layouts, format_tag, layouts_of, packed_pages, packing_of
 from .frames import Recording, record
 from .gathered import gather
 from .lifetime import Uncopyable
-from .pages.block_table import Budget, Packing, Window
+from .pages.block_table import Budget, Window
 from .pages.counts import Counts
 from .pages.events import Event
 from .pages.eviction import EvictionPolicy, policy_of
@@ -188,7 +188,7 @@ class PagedKVCache(Uncopyable):
             layouts, recent = layouts_of(given, recent_tokens, open_dtype)
         else:
             layouts, recent = ageing_layouts(given, precision_policy)
-        packing = Packing(recent, num_sinks) if recent else None
+        packing = packing_of(recent, num_sinks, precision_policy, window)
         opened, layout = layouts[0], layouts[-1]
         if opened.page_bytes > MAX_PAGE_BYTES:
             raise ArgumentError(

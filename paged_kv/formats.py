@@ -2,6 +2,7 @@
 
     layouts, recent = layouts_of(layout, recent_tokens, open_dtype)     packed once, or not at all
     layouts, recent = ageing_layouts(layout, Ageing())                  packed twice
+    packing = packing_of(recent, num_sink_tokens, ageing, window)       when pages are packed; None: never
 
 `layouts` has the format of new tokens first; recent[f] newest tokens keep their pages in layouts[f].
 
@@ -28,15 +29,19 @@ class Ageing:
     recent_tokens into `then`, and those all older than the newest `after` into `last`.
 
     then, last : dtypes as `PagedKVCache` takes them; a page of each is smaller than one of the format before
+    by : "age"; or "mass": of the pages older than recent_tokens, those that get most attention keep `then`,
+        as many as `after` tokens leave room for, wherever they are.  Attention mass is collected for it; a
+        cache with a window has none
 
-    Pages of the first num_sink_tokens stay as they were stored.  A prompt packs in proportion to its tokens;
-    a single token packs a page of each format at most, every page_size tokens.
+    Pages of the first num_sink_tokens stay as they were stored.  A commit packs as many pages of a format as
+    its tokens fill, at most, so that a single token packs one; more that are due wait for the next commits.
     """
 
     recent_tokens: int = 64
     then: object = "int8"
     after: int = 512
     last: object = "int4"
+    by: str = "age"
 
 
 def layouts_of(
@@ -72,6 +77,8 @@ def ageing_layouts(opened: PageLayout, ageing: object) -> tuple[tuple[PageLayout
     recent = integer("recent_tokens", ageing.recent_tokens, 0, MAX_TOKENS)
     after = integer("after", ageing.after, recent, MAX_TOKENS)
     _require_runs(opened)
+    if ageing.by not in ("age", "mass"):
+        raise ArgumentError(f'by is {ageing.by!r:.60}; give "age" or "mass"')
     packed = (replace(opened, dtypes=stored_dtypes(dtype)) for dtype in (ageing.then, ageing.last))
     layouts = (opened, *packed)
     names = [public_name(one.dtypes) for one in layouts]
@@ -81,6 +88,16 @@ def ageing_layouts(opened: PageLayout, ageing: object) -> tuple[tuple[PageLayout
         if one.page_bytes <= before.page_bytes:
             raise ArgumentError(f"pages of {', '.join(names)} do not become smaller as they age")
     return layouts, (recent, after)
+
+
+def packing_of(
+    recent: tuple[int, ...], num_sink_tokens: int, ageing: Ageing | None, window: object
+) -> Packing | None:
+    """When pages leave the formats that `layouts_of` or `ageing_layouts` gave."""
+    is_by_mass = ageing is not None and ageing.by == "mass"
+    if is_by_mass and window is not None:
+        raise ArgumentError('a window keeps no attention mass; give Ageing(by="age"), or no window')
+    return Packing(recent, num_sink_tokens, is_by_mass) if recent else None
 
 
 def _require_runs(layout: PageLayout) -> None:
@@ -119,7 +136,8 @@ def format_tag(layouts: tuple[PageLayout, ...], packing: Packing | None) -> byte
     """What belongs to a page's hash beside the fingerprint: which values its tokens are rounded to."""
     if packing is not None:
         names = ">".join(public_name(one.dtypes) for one in layouts)
-        return f"|{names}|{','.join(map(str, (*packing.recent_tokens, packing.num_sink_tokens)))}".encode()
+        numbers = ",".join(map(str, (*packing.recent_tokens, packing.num_sink_tokens)))
+        return f"|{names}|{numbers}{',mass' if packing.is_by_mass else ''}".encode()
     dtypes = layouts[0].dtypes
     is_plain = dtypes[0] == dtypes[1] and dtypes[0] in ARRAY_DTYPES
     return b"" if is_plain else f"|{public_name(dtypes)}".encode()

@@ -377,12 +377,14 @@ class Store(Uncopyable):
         if drops and self.budgets is not None:
             self.budgets.drop(drops)
         if self.packed is not None:
-            self._pack(plan.rows[np.diff(plan.qo_indptr) > 0])
+            self._pack(plan)
         self.open_plans.pop(id(plan), None)
 
-    def _pack(self, rows: NDArray[np.int32]) -> None:
-        """Exchange the old pages of rows whose step was committed."""
-        old, new = self.tables.pack(self.layer_pages, rows)
+    def _pack(self, plan: Plan) -> None:
+        """Exchange old pages of the rows whose step was committed."""
+        num_new = np.diff(plan.qo_indptr)
+        has_new = num_new > 0
+        old, new = self.tables.pack(self.layer_pages, plan.rows[has_new], num_new[has_new])
         if old and self.index is not None:
             self.index.exchange(old, new)
 

@@ -1,5 +1,7 @@
 """Pages that are packed when they are old: who reads which values, against a model of each sequence's own."""
 
+import collections
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -48,8 +50,9 @@ class Packing(RuleBasedStateMachine):
         kernel=st.sampled_from(KERNELS),
         last=st.sampled_from([None, ("int8", "int4"), ("int4", "int4")]),
         more=st.sampled_from([0, 64, 150]),
+        by=st.sampled_from(["age", "mass"]),
     )
-    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel, last, more):
+    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel, last, more, by):
         self.before = paged_kv.kernels().active
         _binding.select_kernel(kernel)
         if dtypes == ("int8", "int8") and open_dtype == "int8":
@@ -62,10 +65,12 @@ class Packing(RuleBasedStateMachine):
         self.chain = [(open_dtype, open_dtype), dtypes, *([last] if last else [])]
         self.chain = [("int4_by_channel" if k == "int4" else k, v) for k, v in self.chain]
         self.recent = [recent, recent + more][: len(self.chain) - 1]
+        #: With ageing by mass, pages that keep the format in the middle; no step attends, so the newest.
+        self.num_attended = more // PAGE if last and by == "mass" else None
         self.first = -(-sinks // PAGE)
         options = {"num_sink_tokens": sinks, "prefix_caching": caching}
         if last:
-            policy = paged_kv.Ageing(recent_tokens=recent, then=dtypes, after=recent + more, last=last)
+            policy = paged_kv.Ageing(recent_tokens=recent, then=dtypes, after=recent + more, last=last, by=by)
             options |= {"precision_policy": policy, "dtype": open_dtype}
         else:
             options |= {"recent_tokens": recent, "open_dtype": open_dtype, "dtype": dtypes}
@@ -103,10 +108,21 @@ class Packing(RuleBasedStateMachine):
 
     def pack(self, state):
         """What a sequence's own commit does to its old pages."""
+        for format, page in self.due(state):
+            assert state["packed"].get(page, 0) == format
+            self.pack_page(state, page)
+
+    def due(self, state):
+        """The formats and pages that leave them, in order."""
+        packed, pages = dict(state["packed"]), []
         for format, recent in enumerate(self.recent):
-            for page in range(self.first, max(0, len(state["ids"]) - recent) // PAGE):
-                if state["packed"].get(page, 0) == format:
-                    self.pack_page(state, page)
+            by_mass = self.num_attended is not None and format == 1
+            end = max(0, len(state["ids"]) - (self.recent[0] if by_mass else recent)) // PAGE
+            own = [page for page in range(self.first, end) if packed.get(page, 0) == format]
+            own = own[: max(0, len(own) - self.num_attended)] if by_mass else own
+            packed |= dict.fromkeys(own, format + 1)
+            pages += [(format, page) for page in own]
+        return pages
 
     def chosen(self, data):
         return data.draw(st.sampled_from(list(self.seqs)))
@@ -160,10 +176,13 @@ class Packing(RuleBasedStateMachine):
                 sides[i] = np.concatenate([sides[i], OPEN[self.opened](new)])
         pool, most = self.cache._store.pool, len(state["ids"]) // PAGE
         had_room = all(pool.num_available(format) >= 2 * most for format in range(1, len(self.chain)))
+        # A commit makes as many twins of a format as its tokens fill pages.
+        due = collections.Counter(format for format, _ in self.due(state))
+        had_room &= all(count <= -(-len(ids) // PAGE) for count in due.values())
         step.commit()
         if had_room:
             self.pack(state)
-        else:  # an exchange that finds no page waits: which ones did not is read from the pages
+        else:  # an exchange that finds no page, or is one too many, waits; the pages say which did not
             self.read_again(seq)
 
     def read_again(self, seq):

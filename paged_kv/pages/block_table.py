@@ -72,10 +72,23 @@ class Packing:
     """Which pages of a sequence are packed: those that are neither of the newest tokens nor of the first.
 
     recent_tokens : of each format but the last: so many newest tokens keep their pages in it
+    is_by_mass : of the last format but one, as many pages as that would be, those that get most attention
     """
 
     recent_tokens: tuple[int, ...]
     num_sink_tokens: int
+    is_by_mass: bool = False
+
+    @property
+    def due_tokens(self) -> tuple[int, ...]:
+        """Of each format but the last, how many newest tokens no packing looks at."""
+        if not self.is_by_mass:
+            return self.recent_tokens
+        return (*self.recent_tokens[:-1], self.recent_tokens[-2])
+
+    def num_attended(self, page_size: int) -> int:
+        """Pages that keep the last format but one by their mass; -1: none."""
+        return (self.recent_tokens[-1] - self.recent_tokens[-2]) // page_size if self.is_by_mass else -1
 
 
 class BlockTables(Uncopyable):
@@ -126,11 +139,13 @@ class BlockTables(Uncopyable):
         num_packings = 0 if packing is None else len(packing.recent_tokens)
         self._packed_ends = np.zeros((num_packings, max_sequences), np.int32)
         self._page_marks = np.zeros(pool.num_ids, np.int32)
-        #: With a budget, the logical page of each cell, and of each row, the pages that it has dropped.
-        self.cell_pages = _table(max_sequences if budget else 0, ring_pages)
+        is_by_mass = packing is not None and packing.is_by_mass
+        is_compact = budget is not None or is_by_mass
+        #: Of compact rows, the logical page of each cell, and how many pages a row has dropped.
+        self.cell_pages = _table(max_sequences if is_compact else 0, ring_pages)
         self.num_dropped = np.zeros(max_sequences, np.int32)
         #: Of each cell, the attention mass of its page, and how many rows could see the page since.
-        needs_mass = budget is not None and budget.needs_mass
+        needs_mass = is_by_mass or (budget is not None and budget.needs_mass)
         self.mass = np.zeros((max_sequences if needs_mass else 0, ring_pages))
         self.mass_rows = np.zeros(self.mass.shape, np.int64)
         arrays = {
@@ -143,7 +158,7 @@ class BlockTables(Uncopyable):
         }
         if packing is not None:
             arrays["packed_ends"] = self._packed_ends
-        if budget is not None:
+        if is_compact:
             arrays |= {"cell_pages": self.cell_pages, "num_dropped": self.num_dropped}
         self._pointers = {name: ffi.from_buffer("int32_t[]", array) for name, array in arrays.items()}
         #: Of each page a number that changes whenever its slots are reserved.
@@ -171,7 +186,8 @@ class BlockTables(Uncopyable):
                 "max_step_tokens": limited.max_step_tokens if limited else MAX_TOKENS,
                 "num_layers": num_layers,
                 "num_packings": num_packings,
-                "recent_tokens": list(packing.recent_tokens) if packing else [],
+                "recent_tokens": list(packing.due_tokens) if packing else [],
+                "num_attended": packing.num_attended(page_size) if packing else -1,
                 "first_packed": num_pages(packing.num_sink_tokens, page_size) if packing else 0,
             },
         )
@@ -367,24 +383,27 @@ class BlockTables(Uncopyable):
         if status := lib.pkv_step_rollback(self.pool.handle, self._tables, plan.handle):
             check(status, "rollback")
 
-    def pack(self, layers: Any, rows: NDArray[np.int32]) -> tuple[list[int], list[int]]:
+    def pack(
+        self, layers: Any, rows: NDArray[np.int32], num_new: NDArray[np.int32]
+    ) -> tuple[list[int], list[int]]:
         """Exchange old pages of these rows for packed ones, of the next format.
 
         layers : `pkv_pages *`, of all layers
-        Returns: open pages that got a packed twin, and the twins.  Where there is no room for one, the row's
-        exchange waits.
+        num_new : tokens that each row was given; it packs as many pages of a format as they fill
+        Returns: open pages that got a packed twin, and the twins.  Where there is no room for one, or more
+        are due, the row's exchange waits.
         """
         assert self.packing is not None
-        recent = np.array(self.packing.recent_tokens)[:, None]
-        old = (self.rows.seq_lens[rows] - recent) // self.page_size
-        most = int(np.maximum(old - self._packed_ends[:, rows], 0).sum())
-        if not most:
+        due = np.array(self.packing.due_tokens)[:, None]
+        has_more = (self.rows.seq_lens[rows] - due) // self.page_size > self._packed_ends[:, rows]
+        has_old = has_more.any(axis=0)
+        if not has_old.any():
             return [], []
-        rows = np.ascontiguousarray(rows, np.int32)
-        pairs = np.empty((2, most), np.int32)
-        into = [ffi.from_buffer("int32_t[]", side) for side in pairs]
-        row_ids = ffi.from_buffer("int32_t[]", rows)
-        count = lib.pkv_tables_pack(self.pool.handle, self._tables, layers, len(rows), row_ids, most, *into)
+        rows = np.ascontiguousarray(rows[has_old], np.int32)
+        most = np.ascontiguousarray(-(-num_new[has_old] // self.page_size), np.int32)
+        pairs = np.empty((2, int(most.sum()) * len(due)), np.int32)
+        each, per_row, *into = (ffi.from_buffer("int32_t[]", array) for array in (rows, most, *pairs))
+        count = lib.pkv_tables_pack(self.pool.handle, self._tables, layers, len(rows), each, per_row, *into)
         if count < 0:
             check(lib.PKV_INVARIANT, "pack")
         return pairs[0, :count].tolist(), pairs[1, :count].tolist()

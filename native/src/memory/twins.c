@@ -1,5 +1,5 @@
 /* Old pages exchanged for packed twins: pages that hold the same tokens in fewer bits.  With several formats
- * a page leaves one for the next as it ages.
+ * a page leaves one for the next as it ages, or leaves the last but one when others get more attention.
  *
  * Packing makes a second page and never touches the open one.  The first row whose tokens in a page are all
  * old enough makes the twin, at its own commit; other rows that hold the open page keep it until theirs, so
@@ -29,11 +29,13 @@ static int32_t make_twin(pkv_pool *pool, pkv_tables *tables, const pkv_pages *la
 }
 
 typedef struct {
-  int64_t count, most;
+  int64_t count;
+  int64_t left; /* more that the row may make of the format */
   int32_t *from, *to;
 } new_twins;
 
-typedef enum { EXCHANGED, NO_PAGE, BROKEN } outcome;
+/* WAITS: there is no page for a twin, or the row has made all that it may. */
+typedef enum { EXCHANGED, WAITS, BROKEN } outcome;
 
 /* Exchange what a cell names. */
 static outcome exchange(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t *cell,
@@ -42,7 +44,8 @@ static outcome exchange(pkv_pool *pool, pkv_tables *tables, const pkv_pages *lay
   if (twin >= 0) {
     if (pkv_pool_share(pool, 1, &twin) != PKV_OK) return BROKEN;
   } else {
-    if (made->count == made->most || (twin = make_twin(pool, tables, layers, open)) < 0) return NO_PAGE;
+    if (made->left == 0 || (twin = make_twin(pool, tables, layers, open)) < 0) return WAITS;
+    made->left--;
     made->from[made->count] = open;
     made->to[made->count++] = twin;
   }
@@ -50,16 +53,16 @@ static outcome exchange(pkv_pool *pool, pkv_tables *tables, const pkv_pages *lay
   return pkv_pool_release(pool, 1, &open) == PKV_OK ? EXCHANGED : BROKEN;
 }
 
-/* Exchange the pages of a row that are to leave a format. */
-static outcome pack_row(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t row,
-                        int32_t format, new_twins *made) {
+/* Exchange the pages of a row that are old enough to leave a format. */
+static outcome pack_oldest(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t row,
+                           int32_t format, new_twins *made) {
   int32_t *end = tables->packed_ends + (int64_t)format * tables->rows->max_sequences + row;
   int64_t old = (int64_t)tables->rows->seq_lens[row] - tables->recent_tokens[format];
   for (int64_t page = pkv_first_to_pack(tables, row, format); page < old / tables->page_size; page++) {
     if (next_held(tables, row, page) != page) continue;
     int32_t *cell = cell_of(tables, row, page);
     int32_t own = pkv_pool_format(pool, *cell);
-    if (own < format) return NO_PAGE; /* it still waits for a page of the format before */
+    if (own < format) return WAITS; /* it still waits for a page of the format before */
     if (own == format) {
       outcome outcome = exchange(pool, tables, layers, cell, made);
       if (outcome != EXCHANGED) return outcome;
@@ -69,14 +72,61 @@ static outcome pack_row(pkv_pool *pool, pkv_tables *tables, const pkv_pages *lay
   return EXCHANGED;
 }
 
+/* The mean mass of what a cell names. */
+static double mean_mass(const pkv_tables *tables, int64_t row, int64_t cell) {
+  int64_t at = row * tables->ring_pages + cell, num_rows = tables->mass_rows[at];
+  return num_rows ? tables->mass[at] / (double)num_rows : 0;
+}
+
+/* Of the cells whose pages may leave a format, how many pages of it there are, and the one of least mean
+ * mass, of equal ones the oldest.  has_to_come: pages of a format before it, which enter it later. */
+static int64_t find_least(const pkv_pool *pool, const pkv_tables *tables, int32_t row, int32_t format,
+                          int64_t end, int32_t **least, bool *has_to_come) {
+  int64_t count = 0, num_cells = first_cell_from(tables, row, end);
+  double least_mass = 0;
+  for (int64_t cell = first_cell_from(tables, row, tables->first_packed); cell < num_cells; cell++) {
+    int32_t *page = tables->page_ids + (int64_t)row * tables->ring_pages + cell;
+    int32_t own = pkv_pool_format(pool, *page);
+    if (own < format) *has_to_come = true;
+    if (own != format) continue;
+    double mass = mean_mass(tables, row, cell);
+    if (count++ && mass >= least_mass) continue;
+    least_mass = mass;
+    *least = page;
+  }
+  return count;
+}
+
+/* Exchange the pages of a row that get least attention, until it has num_attended pages of a format. */
+static outcome pack_least(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t row,
+                          int32_t format, new_twins *made) {
+  int32_t *balanced = tables->packed_ends + (int64_t)format * tables->rows->max_sequences + row,
+          *least = NULL;
+  int64_t end = ((int64_t)tables->rows->seq_lens[row] - tables->recent_tokens[format]) / tables->page_size;
+  if (end <= *balanced) return EXCHANGED;
+  bool has_to_come = false;
+  while (find_least(pool, tables, row, format, end, &least, &has_to_come) > tables->num_attended) {
+    outcome outcome = exchange(pool, tables, layers, least, made);
+    if (outcome != EXCHANGED) return outcome;
+  }
+  if (!has_to_come) *balanced = (int32_t)end;
+  return EXCHANGED;
+}
+
 int64_t pkv_tables_pack(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int64_t num_rows,
-                        const int32_t *rows, int64_t most, int32_t *from, int32_t *to) {
-  new_twins made = {.most = most, .from = from, .to = to};
+                        const int32_t *rows, const int32_t *most, int32_t *from, int32_t *to) {
+  new_twins made = {.from = from, .to = to};
   for (int64_t i = 0; i < num_rows; i++) {
     int32_t row = rows[i];
     if (tables->rows->seq_lens[row] != tables->rows->reserved_lens[row]) continue; /* in another open step */
-    for (int32_t format = 0; format < tables->num_packings; format++)
-      if (pack_row(pool, tables, layers, row, format, &made) == BROKEN) return -1;
+    for (int32_t format = 0; format < tables->num_packings; format++) {
+      bool is_last = format == tables->num_packings - 1;
+      made.left = most[i];
+      outcome outcome = tables->num_attended >= 0 && is_last
+                            ? pack_least(pool, tables, layers, row, format, &made)
+                            : pack_oldest(pool, tables, layers, row, format, &made);
+      if (outcome == BROKEN) return -1;
+    }
   }
   return made.count;
 }
