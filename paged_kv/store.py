@@ -31,6 +31,7 @@ from .pages.block_table import BlockTables, Budget, Packing, Window
 from .pages.budgets import Budgets, Drop
 from .pages.events import Events
 from .pages.eviction import EvictionPolicy
+from .pages.idle_pages import IdlePages
 from .pages.layout import SCALE_BYTES, PageLayout, Side
 from .pages.new_tokens import NewTokens
 from .pages.plan import Plan
@@ -110,6 +111,10 @@ class Store(Uncopyable):
         #: None: sequences hold all of their tokens, or those of a window.
         self.budgets = None if eviction is None else Budgets(self.tables, eviction.policy, self.index)
         self.layer_pages = ffi.new("pkv_pages[]", layout.num_layers)
+        #: None: the pool is no budget.
+        self.idle_pages = None
+        if self.budgets is not None and self.budgets.limits.is_pool:
+            self.idle_pages = IdlePages(self.budgets, self.layer_pages)
         #: Of packed pages, format by format, which `layer_pages` point to.
         num_packed = len(packed.layouts) if packed else 0
         self._packed_pages = ffi.new("pkv_pages[]", layout.num_layers * num_packed)
@@ -353,9 +358,9 @@ class Store(Uncopyable):
             index.release_tails([self.tables.rows.row(seq_id) for seq_id in seq_ids])
             needed = self.tables.pages_needed(seq_ids, new.counts)
             index.make_room(needed)
-        if self.budgets is not None and self.tables.budget is not None and self.tables.budget.is_pool:
-            missing = needed - pool.num_reclaimable
-            if missing > 0 and self.budgets.cut_idle([*seq_ids, *self.pins], missing) and index is not None:
+        if self.idle_pages is not None and needed > pool.num_reclaimable:
+            has_room = self.idle_pages.make_room([*seq_ids, *self.pins], needed)
+            if has_room and index is not None:
                 index.make_room(needed)
         if self.pins:
             reasons.append(f"{len(self.pinned_pages())} are pinned")

@@ -63,3 +63,22 @@ def digest(cache):
     tables = cache._store.tables
     arrays = (tables.page_ids, tables.rows.seq_lens, tables.rows.reserved_lens, tables.tail_copies)
     return cache.stats(), [array.tobytes() for array in arrays], cache._store.pool.data().tobytes()
+
+
+def directions(begin, count, page_size, num_kv_heads=2, head_dim=32):
+    """Keys of tokens from `begin` on, that only a query for their page is like."""
+    pages = (begin + np.arange(count)) // page_size % head_dim
+    return np.repeat(30 * np.eye(head_dim, dtype=np.float32)[pages][:, None], num_kv_heads, axis=1)
+
+
+def looking_at(cache, seq, count, page, rng, num_kv_heads=2, head_dim=32):
+    """One step whose new tokens look at one page only."""
+    k = directions(len(seq), count, cache.page_size, num_kv_heads, head_dim)
+    q = np.zeros((count, 2 * num_kv_heads, head_dim), np.float32)
+    q[:, :, page % head_dim] = 30
+    with cache.step([seq], [count]) as step:
+        step.attend(0, q, k, rng.standard_normal(k.shape, np.float32))
+
+
+def held_pages(seq, page_size=16):
+    return sorted(set((seq.held_positions // page_size).tolist()))

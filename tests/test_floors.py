@@ -38,6 +38,7 @@ FLOORS = [
     {"pages.block_table", "pages.retention"},
     {"pages.prefix_index"},
     {"pages.match", "pages.windowed_index", "pages.budgets"},
+    {"pages.idle_pages"},
     {"store"},
     {"gathered", "frames", "formats"},
     {"sequence"},

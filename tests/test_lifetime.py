@@ -65,6 +65,7 @@ def owners():
         manager._ring,
         model._entry(0),
         make_cache(eviction="window", budget_tokens=96, num_sink_tokens=0)._store.budgets,
+        make_cache(eviction="window")._store.idle_pages,
     ]
     return [cache, seq, step, manager, model, plain, weights, batch, engine, recording, *inner]
 

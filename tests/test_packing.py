@@ -37,8 +37,23 @@ def values_of(tokens, layer):
     return k.reshape(-1, HEADS, DIM), v.reshape(-1, HEADS, DIM)
 
 
+class SomePages:
+    """Drops pages in an order that the model knows, too."""
+
+    needs_mass = False
+
+    @staticmethod
+    def chosen(candidates, length):
+        return sorted(candidates, key=lambda page: (page * 2654435761 + length * 40503) % 1000)
+
+    def drop(self, pages, excess_tokens):
+        candidates = pages.numbers[pages.can_be_dropped].tolist()
+        return self.chosen(candidates, pages.num_tokens)[: -(-excess_tokens // PAGE)]
+
+
 class Packing(RuleBasedStateMachine):
-    """Sequences grow, fork, are cut, end and are found again; each reads what it should, to the bit."""
+    """Sequences grow, fork, are cut, end and are found again, with a budget or without; each reads what it
+    should, to the bit."""
 
     @initialize(
         open_dtype=st.sampled_from(["bfloat16", "float32", "int8"]),
@@ -51,8 +66,9 @@ class Packing(RuleBasedStateMachine):
         last=st.sampled_from([None, ("int8", "int4"), ("int4", "int4")]),
         more=st.sampled_from([0, 64, 150]),
         by=st.sampled_from(["age", "mass"]),
+        budget=st.sampled_from([None, None, 320, 512]),
     )
-    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel, last, more, by):
+    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel, last, more, by, budget):
         self.before = paged_kv.kernels().active
         _binding.select_kernel(kernel)
         if dtypes == ("int8", "int8") and open_dtype == "int8":
@@ -67,17 +83,20 @@ class Packing(RuleBasedStateMachine):
         self.recent = [recent, recent + more][: len(self.chain) - 1]
         #: With ageing by mass, pages that keep the format in the middle; no step attends, so the newest.
         self.num_attended = more // PAGE if last and by == "mass" else None
-        self.first = -(-sinks // PAGE)
+        self.first, self.budget = -(-sinks // PAGE), budget
         options = {"num_sink_tokens": sinks, "prefix_caching": caching}
         if last:
             policy = paged_kv.Ageing(recent_tokens=recent, then=dtypes, after=recent + more, last=last, by=by)
             options |= {"precision_policy": policy, "dtype": open_dtype}
         else:
             options |= {"recent_tokens": recent, "open_dtype": open_dtype, "dtype": dtypes}
+        if budget:
+            options |= {"eviction": SomePages(), "budget_tokens": budget, "max_step_tokens": 200}
         self.cache = make_cache(
             num_kv_heads=HEADS, head_dim=DIM, num_pages=num_pages, page_size=PAGE, **options
         )
-        #: Of each sequence its ids, per layer and side what it reads, and how often its pages were packed.
+        #: Of each sequence its ids, per layer and side what it reads, how often its pages were packed, and
+        #: those that it has dropped.
         self.seqs, self.next_id = {}, 0
 
     def teardown(self):
@@ -118,7 +137,8 @@ class Packing(RuleBasedStateMachine):
         for format, recent in enumerate(self.recent):
             by_mass = self.num_attended is not None and format == 1
             end = max(0, len(state["ids"]) - (self.recent[0] if by_mass else recent)) // PAGE
-            own = [page for page in range(self.first, end) if packed.get(page, 0) == format]
+            there = [page for page in range(self.first, end) if page not in state["dropped"]]
+            own = [page for page in there if packed.get(page, 0) == format]
             own = own[: max(0, len(own) - self.num_attended)] if by_mass else own
             packed |= dict.fromkeys(own, format + 1)
             pages += [(format, page) for page in own]
@@ -131,7 +151,7 @@ class Packing(RuleBasedStateMachine):
     def begin(self):
         if len(self.seqs) < 6:
             empty = [[np.empty((0, HEADS, DIM), np.float32) for _ in "kv"] for _ in range(2)]
-            self.seqs[self.cache.sequence()] = {"ids": [], "values": empty, "packed": {}}
+            self.seqs[self.cache.sequence()] = {"ids": [], "values": empty, "packed": {}, "dropped": set()}
 
     @precondition(lambda self: any(state["packed"] for state in self.seqs.values()))
     @rule(data=st.data(), count=st.sampled_from([1, 64, 130, 200]), ends=st.sampled_from("ccr"))
@@ -148,6 +168,14 @@ class Packing(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.sampled_from([1, 2, 63, 64, 65, 130, 200]), ends=st.sampled_from("ccr"))
     def step(self, data, count, ends):
         self.grow(self.chosen(data), data, count, ends)
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), count=st.sampled_from([100, 128, 200]), times=st.integers(2, 5))
+    def several_steps(self, data, count, times):
+        """A sequence becomes longer than its budget."""
+        seq = self.chosen(data)
+        for _ in range(times):
+            self.grow(seq, data, count, "c")
 
     def grow(self, seq, data, count, ends):
         state = self.seqs[seq]
@@ -176,6 +204,7 @@ class Packing(RuleBasedStateMachine):
                 sides[i] = np.concatenate([sides[i], OPEN[self.opened](new)])
         pool, most = self.cache._store.pool, len(state["ids"]) // PAGE
         had_room = all(pool.num_available(format) >= 2 * most for format in range(1, len(self.chain)))
+        self.drop(state)
         # A commit makes as many twins of a format as its tokens fill pages.
         due = collections.Counter(format for format, _ in self.due(state))
         had_room &= all(count <= -(-len(ids) // PAGE) for count in due.values())
@@ -184,6 +213,26 @@ class Packing(RuleBasedStateMachine):
             self.pack(state)
         else:  # an exchange that finds no page, or is one too many, waits; the pages say which did not
             self.read_again(seq)
+
+    def drop(self, state):
+        """What a commit drops: of pages that were packed as often as can be, if there are enough of them."""
+        length, dropped = len(state["ids"]), state["dropped"]
+        excess = -(-length // PAGE) - len(dropped) - -(-(self.budget or length) // PAGE)
+        candidates = [j for j in range(self.first, max(0, length - 64) // PAGE) if j not in dropped]
+        last = [j for j in candidates if state["packed"].get(j, 0) == len(self.chain) - 1]
+        candidates = last if len(last) >= excess else candidates
+        for page in SomePages.chosen(candidates, length)[: max(0, excess)]:
+            dropped.add(page)
+            state["packed"].pop(page, None)
+
+    @staticmethod
+    def held(state):
+        """Of each token, is it there?"""
+        return ~np.isin(np.arange(len(state["ids"])) // PAGE, list(state["dropped"]))
+
+    @staticmethod
+    def can_end_at(state, length):
+        return length % PAGE == 0 or length // PAGE not in state["dropped"]
 
     def read_again(self, seq):
         """Take the format of each page from the cache."""
@@ -194,8 +243,8 @@ class Packing(RuleBasedStateMachine):
 
     def formats_of(self, seq):
         tables = self.cache._store.tables
-        pages = tables.held_pages(tables.rows.row(seq._seq_id))[1].tolist()
-        formats = {page: self.cache._store.pool.format_of(id) for page, id in enumerate(pages)}
+        held = (array.tolist() for array in tables.held_pages(tables.rows.row(seq._seq_id)))
+        formats = {page: self.cache._store.pool.format_of(id) for page, id in zip(*held, strict=True)}
         return {page: format for page, format in formats.items() if format}
 
     @precondition(lambda self: self.seqs)
@@ -206,6 +255,10 @@ class Packing(RuleBasedStateMachine):
         if len(self.seqs) >= 6:
             return
         at = len(state["ids"]) if at is None else min(at, len(state["ids"]))
+        if not self.can_end_at(state, at):
+            with pytest.raises(ArgumentError, match="was dropped"):
+                seq.fork(at=at)
+            return
         self.seqs[seq.fork(at=at)] = self.cut(state, at)
 
     def cut(self, state, length):
@@ -213,6 +266,7 @@ class Packing(RuleBasedStateMachine):
             "ids": state["ids"][:length],
             "values": [[side[:length].copy() for side in layer] for layer in state["values"]],
             "packed": {page: format for page, format in state["packed"].items() if page * PAGE < length},
+            "dropped": {page for page in state["dropped"] if page * PAGE < length},
         }
 
     @precondition(lambda self: self.seqs)
@@ -220,6 +274,10 @@ class Packing(RuleBasedStateMachine):
     def truncate(self, data, less):
         seq = self.chosen(data)
         length = max(0, len(self.seqs[seq]["ids"]) - less)
+        if not self.can_end_at(self.seqs[seq], length):
+            with pytest.raises(ArgumentError, match="was dropped"):
+                seq.truncate(length)
+            return
         seq.truncate(length)
         self.seqs[seq] = self.cut(self.seqs[seq], length)
 
@@ -237,6 +295,7 @@ class Packing(RuleBasedStateMachine):
             [OPEN[self.opened](side) for side in values_of(ids[: len(seq)], layer)] for layer in range(2)
         ]
         self.seqs[seq] = {"ids": ids[: len(seq)], "values": values, "packed": self.formats_of(seq)}
+        self.seqs[seq]["dropped"] = set()
         # What was written before was rounded more than once where a packed page went on as an open one.
         for layer, sides in enumerate(values):
             for i, side in enumerate(seq.gather(layer)):
@@ -267,6 +326,7 @@ class Packing(RuleBasedStateMachine):
                 np.concatenate([x[: tail * PAGE], side, x[-2:]]) for x, side in zip(both, rest, strict=True)
             ]
         step.rollback()
+        both = [side[np.append(self.held(state), [True, True])] for side in both]
         expected = reference.attend(q, *both)
         atol, _ = tolerances(q, *both, stored=("int8", "int4"))
         np.testing.assert_allclose(out, expected, rtol=0, atol=atol)
@@ -279,7 +339,7 @@ class Packing(RuleBasedStateMachine):
         for seq, state in self.seqs.items():
             for layer, sides in enumerate(state["values"]):
                 for got, side in zip(seq.gather(layer), sides, strict=True):
-                    np.testing.assert_array_equal(got, side)
+                    np.testing.assert_array_equal(got, side[self.held(state)])
         stats = self.cache.stats()
         assert stats.num_pages == stats.num_used_pages + stats.num_kept_pages + stats.num_free_pages
         used = sum(one.num_pages for one in stats.formats.values())

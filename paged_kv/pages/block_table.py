@@ -305,6 +305,11 @@ class BlockTables(Uncopyable):
             return logical, self.page_ids[row, :end]
         return logical, self.page_ids[row, [self.cell(page) for page in logical.tolist()]]
 
+    def page_id(self, row: int, page: int) -> int:
+        """Where a logical page is that a row with a budget holds."""
+        numbers, pages = self.held_pages(row)
+        return int(pages[np.searchsorted(numbers, page)])
+
     def held_positions(self, row: int) -> NDArray[np.int32]:
         """Positions of a row's held tokens, oldest first: sinks and window, or what was not dropped."""
         seq_len = int(self.rows.seq_lens[row])
@@ -407,6 +412,16 @@ class BlockTables(Uncopyable):
         if count < 0:
             check(lib.PKV_INVARIANT, "pack")
         return pairs[0, :count].tolist(), pairs[1, :count].tolist()
+
+    def pack_pages(self, layers: Any, row: int, numbers: list[int]) -> tuple[list[int], list[int]]:
+        """Exchange these logical pages of a row, ascending, however old they are: each once, for one of the
+        next format.  Returns: as `pack`."""
+        pairs, num_made = np.empty((2, len(numbers)), np.int32), ffi.new("int64_t *")
+        into = [ffi.from_buffer("int32_t[]", side) for side in pairs]
+        pool, count = self.pool.handle, len(numbers)
+        if lib.pkv_tables_pack_pages(pool, self._tables, layers, row, count, numbers, num_made, *into) < 0:
+            check(lib.PKV_INVARIANT, "pack")
+        return pairs[0, : num_made[0]].tolist(), pairs[1, : num_made[0]].tolist()
 
     def check(self) -> None:
         """Raise InvariantViolation unless every page's references are explained by the rows."""

@@ -2,7 +2,6 @@
 
     drops = budgets.choose(plan, counts)     before a commit, without the lock: the policy is the caller's
     budgets.drop(drops)                      after it, under the lock
-    budgets.cut_idle(seq_ids, num_pages)     where the pool is the budget: room for a step
 
 Imports eviction and prefix_index.  The caller holds the cache's lock, except for `choose`.
 """
@@ -42,6 +41,7 @@ class Budgets(Uncopyable):
         #: Of each row, the mean shares of attention of the pages that it has dropped.
         self.attention_lost = np.zeros(tables.rows.max_sequences)
         self.num_dropped_pages = 0
+        self.num_packings = 0 if tables.packing is None else len(tables.packing.recent_tokens)
 
     def start(self, seq_ids: list[int], parent: int | None, num_tokens: int | None) -> None:
         """New sequences have a budget of their own, their parent's, or the usual one."""
@@ -85,7 +85,12 @@ class Budgets(Uncopyable):
         numbers = numbers[numbers < num_pages(new_len, page_size)]
         num_new = new_len - int(self.tables.rows.seq_lens[plan.rows[i]])
         masses = self._masses_of(plan, i, new_len, numbers) if self.limits.needs_mass else ()
-        can_be_dropped = self._can_be_dropped(numbers, new_len)
+        can_be_dropped = self.can_be_dropped(numbers, new_len)
+        if self.tables.packing is not None:
+            # What ages is in fewer bits before it is dropped.
+            is_last = self.tables.pool.formats_of(plan.pages_of(i)[: len(numbers)]) == self.num_packings
+            if (can_be_dropped & is_last).sum() >= excess:
+                can_be_dropped &= is_last
         pages = PagesOfSequence(numbers, can_be_dropped, new_len, num_new, page_size, *masses)
         dropped = choose(self.policy, pages, excess * page_size)
         lost = 0.0
@@ -94,7 +99,7 @@ class Budgets(Uncopyable):
             lost = float(pages.mean_mass[np.isin(numbers, dropped)].sum()) * plan.num_new(i) / given
         return Drop(int(plan.rows[i]), dropped, lost)
 
-    def _can_be_dropped(self, numbers: NDArray[np.int32], seq_len: int) -> NDArray[np.bool_]:
+    def can_be_dropped(self, numbers: NDArray[np.int32], seq_len: int) -> NDArray[np.bool_]:
         """Neither the sinks' pages nor those of the newest tokens."""
         first = num_pages(self.limits.num_sink_tokens, self.tables.page_size)
         end = max(seq_len - self.limits.recent_tokens, 0) // self.tables.page_size
@@ -121,36 +126,3 @@ class Budgets(Uncopyable):
             self.tables.drop(row, numbers)
             self.num_dropped_pages += len(numbers)
             self.attention_lost[row] += lost
-
-    # ---- where the pool is the budget
-
-    def cut_idle(self, seq_ids: list[int], count: int) -> bool:
-        """Give `count` pages up, of sequences that are in no step and not among these: the pages of the least
-        mean mass, or without mass the oldest.
-
-        Returns False, and drops nothing, when there are too few.  Pages that others hold do not count.
-        """
-        tables, candidates = self.tables, []
-        stays = {tables.rows.row(seq_id) for seq_id in seq_ids}
-        for row in np.flatnonzero(tables.rows.seq_ids[: tables.rows.num_rows] > 0).tolist():
-            seq_len = int(tables.rows.seq_lens[row])
-            if row in stays or not tables.rows.is_idle(int(tables.rows.seq_ids[row])):
-                continue
-            numbers, pages = tables.held_pages(row)
-            is_free = self._can_be_dropped(numbers.astype(np.int32), seq_len) & tables.pool.are_alone(pages)
-            for cell in np.flatnonzero(is_free).tolist():
-                age = seq_len - int(numbers[cell]) * tables.page_size
-                candidates.append((*self._rank(row, cell, age), row, int(numbers[cell])))
-        if len(candidates) < count:
-            return False
-        chosen: dict[int, list[int]] = {}
-        for *_, row, number in sorted(candidates)[:count]:
-            chosen.setdefault(row, []).append(number)
-        self.drop([Drop(row, np.array(sorted(numbers), np.int32), 0.0) for row, numbers in chosen.items()])
-        return True
-
-    def _rank(self, row: int, cell: int, age: int) -> tuple[float, int]:
-        """Smaller goes first: the mean mass of a page, and of equals the oldest."""
-        if not self.limits.needs_mass:
-            return 0.0, -age
-        return float(self.tables.mass[row, cell] / max(1, self.tables.mass_rows[row, cell])), -age

@@ -69,6 +69,30 @@ class PagePool(Uncopyable):
         """Pages of format 0 that can be taken once all kept pages are evicted."""
         return int(lib.pkv_pool_num_reclaimable(self.handle, 0))
 
+    def num_reclaimable_without(self, page_ids: list[int]) -> int:
+        """The same, if these pages, which have one owner each, had none."""
+        return int(lib.pkv_pool_num_reclaimable_without(self.handle, 0, len(page_ids), page_ids))
+
+    def that_give_room(self, page_ids: list[int]) -> list[list[int]]:
+        """Of these pages, which have one owner each, the indices of those whose end leaves room for pages of
+        format 0: of that format each alone; of others those that empty a slab together."""
+        if self.slabs is None:
+            return [[i] for i in range(len(page_ids))]
+        found: list[list[int]] = []
+        of_slabs: dict[int, list[int]] = {}
+        shift = lib.pkv_pool_shift(self.handle)
+        for i, format in enumerate(self.formats_of(np.array(page_ids, np.int32)).tolist()):
+            if format == 0:
+                found.append([i])
+            else:
+                of_slabs.setdefault(page_ids[i] >> shift, []).append(i)
+        for slab, indices in of_slabs.items():
+            first = slab << shift
+            places = self.slabs.places[self.format_of(first)]
+            if self.num_owned(list(range(first, first + places))) == len(indices):
+                found.append(indices)
+        return found
+
     @property
     def counts(self) -> tuple[int, int]:
         """How many pages there are, as they lie, and how many of them are free; empty slabs have pages of the
@@ -101,6 +125,14 @@ class PagePool(Uncopyable):
     def format_of(self, page_id: int) -> int:
         """The format of a page that is not free."""
         return int(lib.pkv_pool_format(self.handle, page_id))
+
+    def formats_of(self, page_ids: NDArray[np.int32]) -> NDArray[np.int8]:
+        """The formats of pages that are not free."""
+        if self.slabs is None:
+            return np.zeros(len(page_ids), np.int8)
+        formats = ffi.buffer(lib.pkv_pool_slab_formats(self.handle), self.slabs.num_slabs)
+        found: NDArray[np.int8] = np.frombuffer(formats, np.int8)[page_ids >> lib.pkv_pool_shift(self.handle)]
+        return found
 
     @property
     def num_free(self) -> int:

@@ -8,9 +8,9 @@ import pytest
 from conftest import SEED, Tripwire, make_cache, rows
 from hypothesis import given
 from hypothesis import strategies as st
-from support import tolerances
+from support import directions, held_pages, looking_at, tolerances
 
-from paged_kv import Ageing, ArgumentError, OutOfPages, SequenceTooLong, reference
+from paged_kv import Ageing, ArgumentError, SequenceTooLong, reference
 from paged_kv.pages.eviction import KeepNewest, PagesOfSequence, choose
 
 HEADS, HEAD_DIM = 2, 32
@@ -304,25 +304,6 @@ def test_a_sequence_that_was_never_cut_is_refused_at_the_end_of_its_cells():
 # ---- attention
 
 
-def directions(begin, count, page_size):
-    """Keys of tokens from `begin` on, that only a query for their page is like."""
-    pages = (begin + np.arange(count)) // page_size % HEAD_DIM
-    return np.repeat(30 * np.eye(HEAD_DIM, dtype=np.float32)[pages][:, None], HEADS, axis=1)
-
-
-def looking_at(cache, seq, count, page, rng):
-    """One step whose new tokens look at one page only, whose keys were written as `page`."""
-    k = directions(len(seq), count, cache.page_size)
-    q = np.zeros((count, 2 * HEADS, HEAD_DIM), np.float32)
-    q[:, :, page % HEAD_DIM] = 30
-    with cache.step([seq], [count]) as step:
-        step.attend(0, q, k, rows(rng, count, HEADS, HEAD_DIM))
-
-
-def held_pages(seq, page_size=16):
-    return sorted(set((seq.held_positions // page_size).tolist()))
-
-
 def test_what_gets_attention_stays():
     rng = np.random.default_rng(SEED)
     with evicting_cache(eviction="attention") as cache:
@@ -483,73 +464,7 @@ def test_forks_with_holes_give_the_same_bits_together_and_alone():
             step.rollback()
 
 
-# ---- the pool as the budget
-
-
-@pytest.mark.parametrize("policy", ["window", "attention"])
-@pytest.mark.parametrize("prefix_caching", [True, False])
-def test_a_step_takes_pages_of_idle_sequences_that_get_least(policy, prefix_caching):
-    rng = np.random.default_rng(SEED)
-    options = {"eviction": policy, "num_pages": 34, "prefix_caching": prefix_caching, "num_sink_tokens": 4}
-    with make_cache(num_layers=1, max_step_tokens=128, **options) as cache:
-        assert cache.budget_tokens is None
-        a, b, other = (cache.sequence() for _ in range(3))
-        for seq in (a, b):
-            looking_at(cache, seq, 96, 2, rng)
-            looking_at(cache, seq, 96, 2, rng)
-        looking_at(cache, other, 128, 0, rng)
-        assert cache.stats().num_free_pages == 2 and cache.stats().num_dropped_pages == 0
-        with cache.step([b], [1]) as step:  # b is busy: only a gives pages
-            step.write(0, *(rows(rng, 1, HEADS, HEAD_DIM) for _ in range(2)))
-            looking_at(cache, other, 48, 0, rng)
-        assert cache.stats().num_dropped_pages == 2
-        gone = {*range(12)} - {*held_pages(a)}
-        assert gone == {1, 2} if policy == "window" else gone < {1, *range(3, 8)}
-        assert held_pages(b) == [*range(13)]
-        looking_at(cache, a, 1, 2, rng)
-        cache.check()
-        # What would not be enough is not begun.
-        more = [other, cache.sequence(), cache.sequence()]
-        before = cache.stats()
-        with pytest.raises(OutOfPages):
-            cache.step(more, [128] * 3)
-        assert cache.stats() == before
-
-
-def test_pages_that_others_hold_are_not_given_up():
-    rng = np.random.default_rng(SEED)
-    with make_cache(num_layers=1, num_pages=16, eviction="window", max_step_tokens=128) as cache:
-        seq = cache.sequence()
-        looking_at(cache, seq, 128, 0, rng)
-        fork = seq.fork()
-        other = cache.sequence()
-        looking_at(cache, other, 128, 0, rng)
-        with pytest.raises(OutOfPages):
-            cache.step([other], [16])
-        fork.free()
-        looking_at(cache, other, 16, 0, rng)
-        assert held_pages(seq) == [0, *range(2, 8)]
-
-
-def test_pinned_pages_are_not_given_up():
-    rng = np.random.default_rng(SEED)
-    with make_cache(
-        num_layers=1, num_pages=16, eviction="window", max_step_tokens=128, pin_budget=1.0
-    ) as cache:
-        ids, seq = list(range(128)), cache.sequence()
-        k = rows(rng, 128, HEADS, HEAD_DIM)
-        with cache.step([seq], [ids]) as step:
-            step.write(0, k, k)
-        pin = cache.pin(cache.match([*ids, 1]))
-        assert pin.num_tokens == 128
-        seq.free()
-        other = cache.sequence()
-        looking_at(cache, other, 128, 0, rng)
-        with pytest.raises(OutOfPages, match="8 are pinned"):
-            cache.step([other], [16])
-        pin.release()
-        looking_at(cache, other, 16, 0, rng)
-        cache.check()
+# ---- interrupts
 
 
 def test_an_interrupt_in_any_call_of_a_commit_that_drops_loses_nothing():

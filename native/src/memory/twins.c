@@ -130,3 +130,17 @@ int64_t pkv_tables_pack(pkv_pool *pool, pkv_tables *tables, const pkv_pages *lay
   }
   return made.count;
 }
+
+int64_t pkv_tables_pack_pages(pkv_pool *pool, pkv_tables *tables, const pkv_pages *layers, int32_t row,
+                              int64_t count, const int32_t *numbers, int64_t *num_made, int32_t *from,
+                              int32_t *to) {
+  new_twins made = {.left = count, .from = from, .to = to};
+  int64_t done = 0;
+  for (; done < count; done++) {
+    outcome outcome = exchange(pool, tables, layers, cell_of(tables, row, numbers[done]), &made);
+    if (outcome == BROKEN) return -1;
+    if (outcome == WAITS) break;
+  }
+  *num_made = made.count;
+  return done;
+}
