@@ -32,7 +32,7 @@ from paged_kv.models.model_files import ModelFiles
 from paged_kv.text.tokenizer import ModelTokenizer, open_tokenizer
 
 #: Names of what `--dtypes` takes: options of a cache.  "K+V" is a pair; "@64" keeps the newest 64 tokens,
-#: and the first four, in bfloat16; "ageing" is precision_policy=Ageing().
+#: and the first four, in bfloat16; those of `AGEING` are precision policies.
 BASELINE = "bfloat16"
 DTYPES = (
     "bfloat16",
@@ -45,7 +45,9 @@ DTYPES = (
     "int8+int4@64",
     "int4@64",
     "ageing",
+    "ageing by mass",
 )
+AGEING = {"ageing": Ageing(), "ageing by mass": Ageing(by="mass")}
 LENGTHS = (2048, 4096)
 CHUNK = 256
 NUM_SCORED = 1024  # last tokens of each text
@@ -79,8 +81,8 @@ def texts() -> dict[str, str]:
 
 
 def cache_options(name: str) -> dict[str, Any]:
-    if name == "ageing":
-        return {"precision_policy": Ageing()}
+    if name in AGEING:
+        return {"precision_policy": AGEING[name]}
     dtype, _, recent = name.partition("@")
     options: dict[str, Any] = {"dtype": tuple(dtype.split("+")) if "+" in dtype else dtype}
     if not recent:
@@ -106,7 +108,7 @@ def log_probs(opened: Model, ids: list[int], dtype: str, num_scored: int) -> tup
                     logits = opened.model.forward(chunk, step, rows).astype(np.float32)
                     parts.append(logits - np.logaddexp.reduce(logits, 1)[:, None])
         formats = cache.stats().formats.values()
-        if dtype == "ageing":  # of which most pages have the last format only when a sequence is long
+        if dtype in AGEING:  # of which most pages have the last format only when a sequence is long
             return np.concatenate(parts), sum(one.num_bytes for one in formats) // len(ids)
         return np.concatenate(parts), min(one.page_bytes for one in formats) // 64
 

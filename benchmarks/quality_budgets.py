@@ -8,6 +8,7 @@ what is left, without a further cut, and are compared with the whole cache as in
     window      the first 4 tokens and the newest
     mean        the pages that got most attention, as the mean over all rows that could see them
     last rows   those that got most from the last 32 rows: what "attention" does at the end of a prompt
+    both        those with the largest sum of the two, as shares
     top_pages   nothing is dropped; each token reads a share of the pages of 64 tokens, chosen by mean keys
 
 Sentences are planted as in quality.py.  The question is in sight when it ends the prompt that is cut; it is
@@ -24,7 +25,7 @@ import numpy as np
 from harness import machine, packed
 from quality import PLACES, Model, Scores, compared, needle_prompts, opened, texts
 
-from paged_kv.cache import least_budget
+from paged_kv.pages.budgets import least_budget
 from paged_kv.pages.eviction import KeepAttended, KeepNewest, PagesOfSequence
 
 SHARES = (0.75, 0.5, 0.25)
@@ -41,7 +42,18 @@ class KeepByMean(KeepAttended):
         return candidates[order[: -(-excess_tokens // pages.page_size)]].tolist()
 
 
-POLICIES = {"window": KeepNewest, "mean": KeepByMean, "last rows": KeepAttended}
+class KeepByBoth(KeepAttended):
+    """By the sum of a page's shares: of what the last rows give, and of the means over all rows."""
+
+    def drop(self, pages: PagesOfSequence, excess_tokens: int) -> Any:
+        assert pages.mean_mass is not None and pages.recent_mass is not None
+        shares = [mass[pages.can_be_dropped] for mass in (pages.mean_mass, pages.recent_mass)]
+        score = sum(mass / max(mass.sum(), 1e-30) for mass in shares)
+        candidates = pages.numbers[pages.can_be_dropped]
+        return candidates[np.argsort(score, kind="stable")[: -(-excess_tokens // pages.page_size)]].tolist()
+
+
+POLICIES = {"window": KeepNewest, "mean": KeepByMean, "last rows": KeepAttended, "both": KeepByBoth}
 
 
 class Continued:
@@ -174,7 +186,10 @@ def measure_sentences(model: Model, lengths: list[int]) -> list[dict[str, Any]]:
             prompts.append((prompt, len(model.tokenizer.encode(question)), answer))
     known = [one for one in prompts if finds(model, *one, None)]
     rows = []
-    for policy, page_size in (("window", 64), ("mean", 64), ("last rows", 64), ("last rows", 16)):
+    for policy, page_size in (
+        *((policy, 64) for policy in POLICIES),
+        *((policy, 16) for policy in ("last rows", "both")),
+    ):
         for share in (0.5, 0.25):
             for is_in_sight in (True, False):
                 found = sum(finds(model, *one, policy, share, page_size, is_in_sight) for one in known)

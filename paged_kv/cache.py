@@ -5,7 +5,6 @@ Imports step and sequence.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,24 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._binding import integer, kernels, real
+from .cache_stats import CacheStats, stats_of
 from .errors import ArgumentError, InvariantViolation
 from .formats import Ageing, ageing_layouts, format_tag, layouts_of, packed_pages, packing_of
 from .frames import Recording, record
 from .gathered import gather
 from .lifetime import Uncopyable
-from .pages.block_table import Budget, Window
-from .pages.counts import Counts
+from .pages.block_table import Window
+from .pages.budgets import eviction_of, least_budget
 from .pages.events import Event
-from .pages.eviction import EvictionPolicy, policy_of
+from .pages.eviction import EvictionPolicy
 from .pages.layout import (
     BY_CHANNEL,
     DEFAULT_PAGE_SIZE,
     PageLayout,
     parse_memory,
-    public_name,
     stored_dtypes,
 )
-from .pages.layout import num_pages as pages_for
 from .pages.match import Match, explain
 from .pages.new_tokens import MAX_TOKENS, counts_of, token_ids_of
 from .pages.pool import MAX_PAGE_BYTES
@@ -39,51 +37,7 @@ from .pages.salts import bytes_of
 from .pin import Pin, pin
 from .sequence import Sequence, matched_sequence, new_sequences, select_sequences
 from .step import Step, seq_ids_of
-from .store import Eviction, Store
-
-#: Newest tokens of a sequence that no eviction policy drops.
-GRACE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class FormatStats:
-    """The pages of one format."""
-
-    num_pages: int  # owned or kept
-    num_bytes: int  # of these
-    page_bytes: int
-    wasted_bytes: int  # behind the last page of a slab, for each slab that the format has
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """What a cache holds at one moment: num_pages = num_used_pages + num_kept_pages + num_free_pages."""
-
-    num_pages: int
-    num_used_pages: int  # owned by a sequence, or reserved by an open step
-    num_pinned_pages: int  # of these, held by pins
-    num_kept_pages: int  # of cached prefixes, without an owner; a step that lacks pages evicts them
-    num_free_pages: int
-    num_sequences: int
-    num_tokens: int  # committed, in held pages; a slot that several share counts once
-    utilization: float  # num_tokens / (num_used_pages * page_size), 0.0 of none
-    pool_bytes: int
-    formats: dict[str, FormatStats]  # by what its pages store, as "bfloat16" or "int8,int4"
-    resident_bytes: int  # of these, those that `trim` has not given back
-    num_copies: int  # of shared pages, for those who appended to them; since the cache was built
-    bytes_not_read: int  # by attention: shared pages are read once for several sequences; since it was built
-    # Of the prefix cache, since the cache was built:
-    num_queries: int  # calls of `sequence(tokens)`
-    num_queried_tokens: int
-    num_hits: int  # of these calls, those that found a token
-    num_hit_tokens: int
-    bytes_saved: int  # of keys and values that were found, and not computed again
-    misses: dict[str, int]  # calls that did not find all, by the reason that `match` gives
-    num_evictions: int  # of cached pages
-    evictions: dict[str, int]  # by cause: "pressure", "time"
-    num_unused_evictions: int  # of pages that no sequence began with since they were published
-    num_policy_errors: int  # pages that keep_policy gave no key, so that LRU's was used
-    num_dropped_pages: int  # by sequences that held more than their budgets, since the cache was built
+from .store import Store
 
 
 class PagedKVCache(Uncopyable):
@@ -201,7 +155,7 @@ class PagedKVCache(Uncopyable):
         if packing is not None:
             packed = packed_pages(layouts, num_pages, packing, max_step_tokens, is_exact)
             num_pages = packed.slabs.num_slabs * max(packed.slabs.places)
-        evicting = _eviction(layout.page_size, eviction, budget_tokens, num_sinks, max_step_tokens, window)
+        evicting = eviction_of(layout.page_size, eviction, budget_tokens, num_sinks, max_step_tokens, window)
         # Without a window no sequence grows beyond what the pool holds; its row need not be longer.
         is_endless = window is not None or evicting is not None
         most = MAX_TOKENS if is_endless else min(num_pages * layout.page_size, MAX_TOKENS)
@@ -474,44 +428,7 @@ class PagedKVCache(Uncopyable):
 
     def stats(self) -> CacheStats:
         """Counts of this moment.  Raises: CacheClosed.  Cost: O(max_sequences)."""
-        store = self._store
-        with store.reading() as is_alone:
-            store.reclaim_abandoned(is_alone)
-            if is_alone:
-                store.release_old_pins()
-            num_pages, num_free = store.pool.counts
-            num_tokens, num_sequences = store.tables.num_tokens, store.tables.rows.num_sequences
-            num_pinned, num_pins = len(store.pinned_pages()), len(store.pins)
-            num_kept, index = store.pool.num_kept, store.index
-            counts = index.counts if index is not None else Counts()
-        num_used = num_pages - num_free - num_kept
-        slots = num_used * store.layout.page_size
-        return CacheStats(
-            num_pages=num_pages,
-            num_used_pages=num_used,
-            num_pinned_pages=num_pinned,
-            num_kept_pages=num_kept,
-            num_free_pages=num_free,
-            num_sequences=num_sequences - num_pins,
-            num_tokens=num_tokens,
-            utilization=num_tokens / slots if slots else 0.0,
-            pool_bytes=store.pool.num_bytes,
-            formats=_formats(store),
-            resident_bytes=store.pool.resident_bytes,
-            num_copies=store.tables.num_copies,
-            bytes_not_read=store.tables.bytes_not_read,
-            num_queries=counts.num_queries,
-            num_queried_tokens=counts.num_queried_tokens,
-            num_hits=counts.num_hits,
-            num_hit_tokens=counts.num_hit_tokens,
-            bytes_saved=counts.num_hit_tokens * store.layout.page_bytes // store.layout.page_size,
-            misses=dict(counts.misses),
-            num_evictions=sum(counts.evictions.values()),
-            evictions=dict(counts.evictions),
-            num_unused_evictions=counts.num_unused_evictions,
-            num_policy_errors=index.retention.num_policy_errors if index else 0,
-            num_dropped_pages=store.budgets.num_dropped_pages if store.budgets else 0,
-        )
+        return stats_of(self._store)
 
     def trim(self, *, cached: bool = False) -> int:
         """Give the memory of free pages back to the system, in blocks of 2 MiB that hold nothing else.
@@ -568,47 +485,6 @@ def _share(name: str, value: object) -> float:
     if share > 1:
         raise ArgumentError(f"{name} is {share}; give a number from 0 to 1")
     return share
-
-
-def _eviction(
-    page_size: int,
-    eviction: object,
-    budget_tokens: object,
-    num_sink_tokens: int,
-    max_step_tokens: int,
-    window: object,
-) -> Eviction | None:
-    """What sequences may hold; None: all of their tokens."""
-    if eviction is None:
-        if budget_tokens is not None:
-            raise ArgumentError(f"budget_tokens is {budget_tokens!r:.40} without eviction; give both")
-        return None
-    policy = policy_of(eviction)
-    if window is not None:
-        raise ArgumentError("a window drops pages by itself; give eviction or window")
-    least = least_budget(page_size, num_sink_tokens)
-    is_pool = budget_tokens is None
-    if is_pool and not isinstance(eviction, str):
-        raise ArgumentError(f"eviction is {eviction!r:.60}; a policy of your own needs budget_tokens")
-    tokens = MAX_TOKENS if is_pool else integer("budget_tokens", budget_tokens, least, MAX_TOKENS)
-    budget = Budget(tokens, max_step_tokens, num_sink_tokens, GRACE_TOKENS, policy.needs_mass, is_pool)
-    return Eviction(budget, policy)
-
-
-def least_budget(page_size: int, num_sink_tokens: int) -> int:
-    """Sinks and newest tokens, which always stay, and two pages."""
-    return pages_for(num_sink_tokens, page_size) * page_size + GRACE_TOKENS + 2 * page_size
-
-
-def _formats(store: Store) -> dict[str, FormatStats]:
-    found = {}
-    for format, layout in enumerate(store.layouts):
-        name = public_name(layout.dtypes)
-        used = store.pool.num_used(format)
-        found[name] = FormatStats(
-            used, used * layout.page_bytes, layout.page_bytes, store.pool.wasted_bytes(format)
-        )
-    return found
 
 
 def _num_pages(layout: PageLayout, num_pages: object, memory: object) -> int:

@@ -27,10 +27,9 @@ from ._binding import DTYPE_CODES, ffi, integer, lib, shared_threads
 from .errors import CacheClosed, OutOfPages
 from .lifetime import OwnedLock, Ref, Uncopyable, reentrant_call, renew_in_children
 from .machine import shared_cache_bytes
-from .pages.block_table import BlockTables, Budget, Packing, Window
-from .pages.budgets import Budgets, Drop
+from .pages.block_table import BlockTables, Packing, Window
+from .pages.budgets import Budgets, Drop, Eviction
 from .pages.events import Events
-from .pages.eviction import EvictionPolicy
 from .pages.idle_pages import IdlePages
 from .pages.layout import SCALE_BYTES, PageLayout, Side
 from .pages.new_tokens import NewTokens
@@ -55,13 +54,6 @@ class PackedPages(NamedTuple):
     layouts: tuple[PageLayout, ...]
     slabs: SlabSizes
     packing: Packing
-
-
-class Eviction(NamedTuple):
-    """How much a sequence may hold, and who says which pages it drops."""
-
-    budget: Budget
-    policy: EvictionPolicy
 
 
 class Store(Uncopyable):

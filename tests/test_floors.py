@@ -40,7 +40,7 @@ FLOORS = [
     {"pages.match", "pages.windowed_index", "pages.budgets"},
     {"pages.idle_pages"},
     {"store"},
-    {"gathered", "frames", "formats"},
+    {"gathered", "frames", "formats", "cache_stats"},
     {"sequence"},
     {"step", "pin"},
     {"cache", "ring"},

@@ -37,6 +37,10 @@ def values_of(tokens, layer):
     return k.reshape(-1, HEADS, DIM), v.reshape(-1, HEADS, DIM)
 
 
+#: What a cache may hold of a sequence.
+LIMITS = ("budget", "window")
+
+
 class SomePages:
     """Drops pages in an order that the model knows, too."""
 
@@ -52,8 +56,8 @@ class SomePages:
 
 
 class Packing(RuleBasedStateMachine):
-    """Sequences grow, fork, are cut, end and are found again, with a budget or without; each reads what it
-    should, to the bit."""
+    """Sequences grow, fork, are cut, end and are found again, with a budget, a window or neither; each reads
+    what it should, to the bit."""
 
     @initialize(
         open_dtype=st.sampled_from(["bfloat16", "float32", "int8"]),
@@ -66,9 +70,9 @@ class Packing(RuleBasedStateMachine):
         last=st.sampled_from([None, ("int8", "int4"), ("int4", "int4")]),
         more=st.sampled_from([0, 64, 150]),
         by=st.sampled_from(["age", "mass"]),
-        budget=st.sampled_from([None, None, 320, 512]),
+        limit=st.sampled_from([None, ("budget", 320), ("budget", 512), ("window", 90), ("window", 300)]),
     )
-    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel, last, more, by, budget):
+    def build(self, open_dtype, dtypes, recent, sinks, num_pages, caching, kernel, last, more, by, limit):
         self.before = paged_kv.kernels().active
         _binding.select_kernel(kernel)
         if dtypes == ("int8", "int8") and open_dtype == "int8":
@@ -81,22 +85,26 @@ class Packing(RuleBasedStateMachine):
         self.chain = [(open_dtype, open_dtype), dtypes, *([last] if last else [])]
         self.chain = [("int4_by_channel" if k == "int4" else k, v) for k, v in self.chain]
         self.recent = [recent, recent + more][: len(self.chain) - 1]
+        self.budget, self.window = (limit[1] if limit and limit[0] == kind else None for kind in LIMITS)
+        by = "age" if self.window else by
         #: With ageing by mass, pages that keep the format in the middle; no step attends, so the newest.
         self.num_attended = more // PAGE if last and by == "mass" else None
-        self.first, self.budget = -(-sinks // PAGE), budget
+        self.sinks, self.first = sinks, -(-sinks // PAGE)
         options = {"num_sink_tokens": sinks, "prefix_caching": caching}
         if last:
             policy = paged_kv.Ageing(recent_tokens=recent, then=dtypes, after=recent + more, last=last, by=by)
             options |= {"precision_policy": policy, "dtype": open_dtype}
         else:
             options |= {"recent_tokens": recent, "open_dtype": open_dtype, "dtype": dtypes}
-        if budget:
-            options |= {"eviction": SomePages(), "budget_tokens": budget, "max_step_tokens": 200}
+        if self.budget:
+            options |= {"eviction": SomePages(), "budget_tokens": self.budget, "max_step_tokens": 200}
+        if self.window:
+            options |= {"window": self.window, "max_step_tokens": 200}
         self.cache = make_cache(
             num_kv_heads=HEADS, head_dim=DIM, num_pages=num_pages, page_size=PAGE, **options
         )
         #: Of each sequence its ids, per layer and side what it reads, how often its pages were packed, and
-        #: those that it has dropped.
+        #: those that it has dropped, or that have left its window.
         self.seqs, self.next_id = {}, 0
 
     def teardown(self):
@@ -159,7 +167,7 @@ class Packing(RuleBasedStateMachine):
         seq = data.draw(st.sampled_from([seq for seq, state in self.seqs.items() if state["packed"]]))
         page = data.draw(st.sampled_from(sorted(self.seqs[seq]["packed"])))
         length = page * PAGE + data.draw(st.integers(1, PAGE - 1))
-        if length < len(self.seqs[seq]["ids"]):
+        if length < len(self.seqs[seq]["ids"]) and self.can_end_at(self.seqs[seq], length):
             seq.truncate(length)
             self.seqs[seq] = self.cut(self.seqs[seq], length)
             self.grow(seq, data, count, ends)
@@ -217,6 +225,11 @@ class Packing(RuleBasedStateMachine):
     def drop(self, state):
         """What a commit drops: of pages that were packed as often as can be, if there are enough of them."""
         length, dropped = len(state["ids"]), state["dropped"]
+        if self.window:
+            for page in range(self.first, self.first_page_at(length)):
+                dropped.add(page)
+                state["packed"].pop(page, None)
+            return
         excess = -(-length // PAGE) - len(dropped) - -(-(self.budget or length) // PAGE)
         candidates = [j for j in range(self.first, max(0, length - 64) // PAGE) if j not in dropped]
         last = [j for j in candidates if state["packed"].get(j, 0) == len(self.chain) - 1]
@@ -225,13 +238,21 @@ class Packing(RuleBasedStateMachine):
             dropped.add(page)
             state["packed"].pop(page, None)
 
-    @staticmethod
-    def held(state):
-        """Of each token, is it there?"""
-        return ~np.isin(np.arange(len(state["ids"])) // PAGE, list(state["dropped"]))
+    def first_page_at(self, length):
+        """The first page behind the sinks' that a window of this length needs."""
+        return max(self.first, max(0, length - self.window) // PAGE)
 
-    @staticmethod
-    def can_end_at(state, length):
+    def held(self, state):
+        """Of each token, is it there?"""
+        positions = np.arange(len(state["ids"]))
+        if self.window:
+            return (positions >= len(positions) - self.window) | (positions < self.sinks)
+        return ~np.isin(positions // PAGE, list(state["dropped"]))
+
+    def can_end_at(self, state, length):
+        if self.window:
+            needed = range(self.first_page_at(length), -(-length // PAGE))
+            return not state["dropped"] & set(needed)
         return length % PAGE == 0 or length // PAGE not in state["dropped"]
 
     def read_again(self, seq):
@@ -256,7 +277,7 @@ class Packing(RuleBasedStateMachine):
             return
         at = len(state["ids"]) if at is None else min(at, len(state["ids"]))
         if not self.can_end_at(state, at):
-            with pytest.raises(ArgumentError, match="was dropped"):
+            with pytest.raises(ArgumentError, match=r"was dropped|pages were released"):
                 seq.fork(at=at)
             return
         self.seqs[seq.fork(at=at)] = self.cut(state, at)
@@ -275,7 +296,7 @@ class Packing(RuleBasedStateMachine):
         seq = self.chosen(data)
         length = max(0, len(self.seqs[seq]["ids"]) - less)
         if not self.can_end_at(self.seqs[seq], length):
-            with pytest.raises(ArgumentError, match="was dropped"):
+            with pytest.raises(ArgumentError, match=r"was dropped|pages were released"):
                 seq.truncate(length)
             return
         seq.truncate(length)
@@ -295,26 +316,40 @@ class Packing(RuleBasedStateMachine):
             [OPEN[self.opened](side) for side in values_of(ids[: len(seq)], layer)] for layer in range(2)
         ]
         self.seqs[seq] = {"ids": ids[: len(seq)], "values": values, "packed": self.formats_of(seq)}
-        self.seqs[seq]["dropped"] = set()
+        first = self.first_page_at(len(seq)) if self.window else self.first
+        self.seqs[seq]["dropped"] = set(range(self.first, first))
+        held = self.held(self.seqs[seq])
         # What was written before was rounded more than once where a packed page went on as an open one.
         for layer, sides in enumerate(values):
             for i, side in enumerate(seq.gather(layer)):
-                assert np.abs(side - sides[i]).max(initial=0) < 1.2
-                sides[i] = side
+                assert np.abs(side - sides[i][held]).max(initial=0) < 1.2
+                sides[i][held] = side
 
     @precondition(lambda self: self.seqs)
-    @rule(data=st.data(), group=st.sampled_from([1, 3]))
-    def attend(self, data, group):
-        seq = self.chosen(data)
-        state = self.seqs[seq]
-        rng = np.random.default_rng(len(state["ids"]))
-        q = rows(rng, 2, HEADS * group, DIM)
+    @rule(data=st.data(), group=st.sampled_from([1, 3]), may_share=st.sampled_from([0, 1, 2]))
+    def attend(self, data, group, may_share):
+        """Several sequences at once; 2: pages that they begin with are read once, whether it pays or not."""
+        seqs = data.draw(st.lists(st.sampled_from(list(self.seqs)), min_size=1, max_size=4, unique=True))
+        rng = np.random.default_rng(len(self.seqs[seqs[0]]["ids"]))
+        q, k, v = (rows(rng, 2 * len(seqs), heads, DIM) for heads in (HEADS * group, HEADS, HEADS))
         try:
-            step = self.cache.step([seq], [2])
+            step = self.cache.step(seqs, [2] * len(seqs))
         except OutOfPages:
             return
-        k, v = rows(rng, 2, HEADS, DIM), rows(rng, 2, HEADS, DIM)
-        out = step.attend(0, q, k, v)
+        step._plan.handle.batch.may_share = may_share
+        out = step.attend(0, q, k, v, out=np.full_like(q, np.nan))
+        step.rollback()
+        for i, seq in enumerate(seqs):
+            own = slice(2 * i, 2 * i + 2)
+            both, options = self.seen_in_a_step(self.seqs[seq], k[own], v[own]), {}
+            if self.window:
+                options = {"window": self.window, "num_sink_tokens": self.sinks}
+            expected = reference.attend(q[own], *both, **options)
+            atol, _ = tolerances(q[own], *both, stored=("int8", "int4"))
+            np.testing.assert_allclose(out[own], expected, rtol=0, atol=atol)
+
+    def seen_in_a_step(self, state, k, v):
+        """Keys and values that two new tokens see, in layer 0."""
         both = [
             np.concatenate([side, OPEN[self.opened](new)])
             for side, new in zip(state["values"][0], (k, v), strict=True)
@@ -325,11 +360,9 @@ class Packing(RuleBasedStateMachine):
             both = [
                 np.concatenate([x[: tail * PAGE], side, x[-2:]]) for x, side in zip(both, rest, strict=True)
             ]
-        step.rollback()
-        both = [side[np.append(self.held(state), [True, True])] for side in both]
-        expected = reference.attend(q, *both)
-        atol, _ = tolerances(q, *both, stored=("int8", "int4"))
-        np.testing.assert_allclose(out, expected, rtol=0, atol=atol)
+        if self.window:
+            return both
+        return [side[np.append(self.held(state), [True, True])] for side in both]
 
     @invariant()
     def each_reads_its_own(self):
@@ -774,6 +807,21 @@ def test_a_page_that_passes_two_formats_in_one_commit_is_found_in_the_last(rng):
         again = cache.sequence([*ids, 1])
         assert len(again) == 400
         np.testing.assert_array_equal(again.gather(0)[0], expected)
+
+
+def test_a_page_in_between_may_have_the_id_of_a_page_that_follows(rng):
+    """Its slab was empty, and took the last format within the same commit."""
+    policy = paged_kv.Ageing(recent_tokens=0, then="int8", after=0, last="int4")
+    options = {"eviction": "window", "budget_tokens": 320, "max_step_tokens": 200, "num_sink_tokens": 4}
+    with make_cache(
+        num_layers=1, dtype="bfloat16", precision_policy=policy, page_size=PAGE, num_pages=40, **options
+    ) as cache:
+        seq = cache.sequence()
+        for begin in range(0, 1000, 200):
+            k = rows(rng, 200, 2, 32)
+            with cache.step([seq], [list(range(begin, begin + 200))]) as step:
+                step.write(0, k, -k)
+            cache.check()
 
 
 def test_a_page_that_is_written_again_has_lost_its_packed_twin(rng):

@@ -58,13 +58,17 @@ def add_model_options(command: Any, *, default: str | None = None, has_cache: bo
             "--kv-recent", type=int, metavar="TOKENS", help="newest tokens that are kept in bfloat16"
         )
         command.add_argument(
-            "--kv-ageing", action="store_true", help="pages become int8 behind 64 tokens, int4 behind 512"
+            "--kv-ageing",
+            nargs="?",
+            const="age",
+            choices=("age", "mass"),
+            help="pages become int8 behind 64 tokens, int4 behind 512; mass: least attention first",
         )
         command.add_argument(
             "--kv-budget", type=int, metavar="TOKENS", help="a sequence holds those that get most attention"
         )
     else:
-        command.set_defaults(kv_dtype=None, kv_recent=None, kv_ageing=False, kv_budget=None)
+        command.set_defaults(kv_dtype=None, kv_recent=None, kv_ageing=None, kv_budget=None)
 
 
 def add_sampling_options(command: Any, *, temperature: float = 0.0) -> None:
@@ -102,7 +106,7 @@ def opened(options: argparse.Namespace, live: LiveLine) -> Opened:
     given = {
         "dtype": options.kv_dtype,
         "recent_tokens": options.kv_recent,
-        "precision_policy": Ageing() if options.kv_ageing else None,
+        "precision_policy": Ageing(by=options.kv_ageing) if options.kv_ageing else None,
         "eviction": "attention" if options.kv_budget is not None else None,
         "budget_tokens": options.kv_budget,
     }

@@ -1,5 +1,6 @@
 """Budgets: how much each sequence holds, and what is dropped so that it is no more.
 
+    eviction = eviction_of(page_size, "attention", 1024, ...)     what a cache is built with
     drops = budgets.choose(plan, counts)     before a commit, without the lock: the policy is the caller's
     budgets.drop(drops)                      after it, under the lock
 
@@ -11,12 +12,55 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._binding import integer
+from ..errors import ArgumentError
 from ..lifetime import Uncopyable
-from .block_table import BlockTables
-from .eviction import EvictionPolicy, PagesOfSequence, choose
+from .block_table import BlockTables, Budget
+from .eviction import EvictionPolicy, PagesOfSequence, choose, policy_of
 from .layout import num_pages
+from .new_tokens import MAX_TOKENS
 from .plan import Plan
 from .prefix_index import PrefixIndex
+
+#: Newest tokens of a sequence that no eviction policy drops.
+GRACE_TOKENS = 64
+
+
+class Eviction(NamedTuple):
+    """How much a sequence may hold, and who says which pages it drops."""
+
+    budget: Budget
+    policy: EvictionPolicy
+
+
+def eviction_of(
+    page_size: int,
+    eviction: object,
+    budget_tokens: object,
+    num_sink_tokens: int,
+    max_step_tokens: int,
+    window: object,
+) -> Eviction | None:
+    """What sequences may hold; None: all of their tokens."""
+    if eviction is None:
+        if budget_tokens is not None:
+            raise ArgumentError(f"budget_tokens is {budget_tokens!r:.40} without eviction; give both")
+        return None
+    policy = policy_of(eviction)
+    if window is not None:
+        raise ArgumentError("a window drops pages by itself; give eviction or window")
+    least = least_budget(page_size, num_sink_tokens)
+    is_pool = budget_tokens is None
+    if is_pool and not isinstance(eviction, str):
+        raise ArgumentError(f"eviction is {eviction!r:.60}; a policy of your own needs budget_tokens")
+    tokens = MAX_TOKENS if is_pool else integer("budget_tokens", budget_tokens, least, MAX_TOKENS)
+    budget = Budget(tokens, max_step_tokens, num_sink_tokens, GRACE_TOKENS, policy.needs_mass, is_pool)
+    return Eviction(budget, policy)
+
+
+def least_budget(page_size: int, num_sink_tokens: int) -> int:
+    """Sinks and newest tokens, which always stay, and two pages."""
+    return num_pages(num_sink_tokens, page_size) * page_size + GRACE_TOKENS + 2 * page_size
 
 
 class Drop(NamedTuple):

@@ -423,7 +423,8 @@ class PrefixIndex(Uncopyable):
     def exchange(self, old_pages: list[int], new_pages: list[int]) -> None:
         """Name these pages instead, which hold the same tokens.
 
-        A page that is exchanged twice in a row, from format to format, may be free in between.
+        A page that is exchanged twice in a row, from format to format, is free in between, so that a page of
+        a later exchange may have its id.
         """
         last: dict[int, int] = {}
         pairs = []
@@ -431,10 +432,8 @@ class PrefixIndex(Uncopyable):
             last[old] = last.get(new, new)
             pairs.append((old, last[old]))
         with self._change:
-            for old, new in reversed(pairs):
-                entry = self.by_page.get(old)
-                if entry is None:
-                    continue
+            named = [(old, new, self.by_page[old]) for old, new in reversed(pairs) if old in self.by_page]
+            for old, new, entry in named:
                 self.pool.set_indexed(new, True)
                 del self.by_page[old]
                 entry.page_id = new

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..cache import PagedKVCache
 from ..errors import SequenceTooLong
+from ..pages.budgets import GRACE_TOKENS
 from ..pages.layout import num_pages
 from ..pages.match import Match
 from ..pages.new_tokens import MAX_TOKENS
@@ -36,6 +37,7 @@ class Admission:
     available : what requests can take now; None: the cache is full when all costs add up to its capacity
     match : what the cache has of a prompt (ids, salt)
     max_sequences, max_seq_len, max_step_tokens : the cache's, where it has such limits
+    has_budget : sequences are cut to a budget at each commit
     """
 
     capacity: int
@@ -46,15 +48,17 @@ class Admission:
     available: Callable[[], int] | None = None
     match: Callable[[Any, bytes], Match] | None = None
     page_size: int = 1
+    has_budget: bool = False
     #: New tokens that a request has, on average; None: too few have ended.
     mean_new_tokens: float | None = None
     num_ended: int = 0
 
     @classmethod
     def pages_of(cls, cache: PagedKVCache) -> "Admission":
-        page_size = cache.page_size
-        has_limit = cache.window is not None or cache.budget_tokens is not None
-        most = MAX_TOKENS if not has_limit else cache.max_sequence_pages * page_size
+        page_size, budget = cache.page_size, cache.budget_tokens
+        most = MAX_TOKENS if cache.window is None else cache.max_sequence_pages * page_size
+        if budget is not None:  # beside it, what a prefix hit holds until its first cut, and a begun page
+            most = budget + GRACE_TOKENS + page_size
         return cls(
             cache.stats().num_pages,
             lambda num_tokens: num_pages(min(num_tokens, most), page_size),
@@ -64,6 +68,7 @@ class Admission:
             lambda: cache.num_available_pages,
             cache.match if cache.prefix_caching else None,
             page_size,
+            budget is not None,
         )
 
     def count_ended(self, num_new_tokens: int) -> None:
@@ -80,13 +85,24 @@ class Admission:
             num_new = min(num_new, int((1 + MARGIN) * self.mean_new_tokens) + 1)
         return len(request.prompt) + max(num_new, min(request.max_new_tokens, len(request.new_ids) + 1))
 
-    def has_room_for(self, request: Request, running: Iterable[Request]) -> bool:
-        """Whether a request and its siblings may run beside those that run."""
+    def on_top(self, step_tokens: int) -> int:
+        """What a step of so many tokens takes until its commit cuts sequences to their budgets."""
+        return num_pages(step_tokens, self.page_size) if self.has_budget else 0
+
+    def most_of(self, num_tokens: int, count: int, step_tokens: int) -> int:
+        """What so many samples of num_tokens take at most, alone in the cache."""
+        whole = count * self.cost_of(num_tokens)
+        if not self.has_budget:
+            return whole
+        return min(whole + self.on_top(step_tokens), count * num_pages(num_tokens, self.page_size))
+
+    def has_room_for(self, request: Request, running: Iterable[Request], step_tokens: int) -> bool:
+        """Whether a request and its siblings may run beside those that run, in steps of so many tokens."""
         num_siblings = len(request.siblings)
         if self.available is None:
             taken = sum(one.cost for one in running)
             return taken + request.cost * (1 + num_siblings) <= self.capacity
-        room = self.available()
+        room = self.available() - self.on_top(step_tokens)
         for one in running:
             if one.seq is None:  # a sample that will be a fork: a copy of the last page, and what it appends
                 room -= 1 + self.cost_of(self.will_have(one)) - self.cost_of(len(one.prompt))

@@ -204,11 +204,13 @@ class Batch(Uncopyable):
                 f"{limits.max_sequences}; build one with a larger max_sequences"
             )
         # What samples share is not taken off: when the first one ends early, the others hold it still.
-        cost = limits.cost_of(len(ids) + max_new_tokens)
-        if cost * len(samplers) > limits.capacity:
+        num_tokens = len(ids) + max_new_tokens
+        cost = limits.cost_of(num_tokens)
+        most = limits.most_of(num_tokens, len(samplers), self.step_tokens)
+        if most > limits.capacity:
             raise OutOfPages(
                 f"{len(samplers)} x a prompt of {len(ids)} and {max_new_tokens} new tokens take "
-                f"{cost * len(samplers)}, the cache has {limits.capacity}; build a larger one"
+                f"{most}, the cache has {limits.capacity}; build a larger one"
             )
         if limits.max_seq_len is not None:
             require_positions(len(ids), max_new_tokens, limits.max_seq_len, "the cache")
@@ -524,7 +526,7 @@ class Batch(Uncopyable):
                 num_sequences = len(self.running) + len(group)
                 if limits.max_sequences is not None and num_sequences > limits.max_sequences:
                     break
-                if self.running and not limits.has_room_for(first, self.running):
+                if self.running and not limits.has_room_for(first, self.running, self.step_tokens):
                     if first.num_overtaken >= MAX_OVERTAKEN:
                         break
                     continue

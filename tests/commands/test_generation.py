@@ -116,7 +116,7 @@ def test_a_prompt_that_fails_is_said_and_the_others_are_shown(capsys, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "options", [["--kv-budget", 256], ["--kv-ageing"], ["--kv-budget", 320, "--kv-ageing"]]
+    "options", [["--kv-budget", 256], ["--kv-ageing"], ["--kv-budget", 320, "--kv-ageing", "mass"]]
 )
 def test_a_long_text_goes_on_in_a_budget_and_in_fewer_bits(capsys, options):
     code, shown = run(

@@ -284,6 +284,26 @@ def test_requests_longer_than_their_budget_cost_what_they_hold(model, policy):
         cache.check()
 
 
+def test_as_many_requests_run_as_the_pool_has_budgets(model):
+    """A step's tokens come on top once, not for each request; none is preempted."""
+    options = {"eviction": "window", "budget_tokens": 128, "page_size": 16, "max_step_tokens": 128}
+    # A budget and its margin are 13 pages, and a step of 64 tokens 4.
+    with model.new_cache(num_pages=4 * 13 + 4, max_sequences=8, **options) as cache:
+        batch, most = new_batch(model, cache, step_tokens=64), 0
+        requests = [batch.add([5 + i] * 300, 60) for i in range(8)]
+        while batch.running or batch.waiting:
+            batch.step()
+            most = max(most, len(batch.running))
+        assert most >= 4
+        assert [len(request.new_ids) for request in requests] == [60] * 8
+        assert sum(request.num_preemptions for request in requests) == 0
+        cache.check()
+    with model.new_cache(num_pages=16, **options) as cache:
+        batch = new_batch(model, cache, step_tokens=64)
+        with pytest.raises(OutOfPages, match="take 17, the cache has 16"):
+            batch.add([5] * 300, 60)
+
+
 # ---- a step is all or nothing
 
 #: Whose calls are counted, and made to raise: (class, method).
