@@ -201,6 +201,65 @@ def ageing(batch: int, context: int, seconds: float) -> dict[str, object]:
     return row("a page ages", batch, context, timed | {"low": 0.0, "high": 0.0}, bar=1.03)
 
 
+def crowded(batch: int, context: int, seconds: float, **options: Any) -> dict[str, object]:
+    """A step of one token each in a full pool, for which idle sequences give pages up, against one that lacks
+    none."""
+    layers, (_, heads, dim) = 4, SHAPE
+    q, k, out = inputs(batch)
+    whole = [1] * batch
+    room: list[int] = []
+    with paged_kv.PagedKVCache(
+        layers, heads, dim, num_pages=40 * batch, eviction="attention", max_sequences=1024, **options
+    ) as cache:
+
+        def grow(seqs: list[Any], counts: list[int]) -> None:
+            rows = np.repeat(k[:1], sum(counts), axis=0)
+            with cache.step(seqs, counts) as step:
+                for layer in range(layers):
+                    step.write(layer, rows, rows)
+
+        seqs = [cache.sequence() for _ in range(batch)]
+        for i, seq in enumerate(seqs):  # in turns one of them begins a page
+            grow([seq], [context + 64 * i // batch])
+        idle: list[Any] = []
+
+        def fill_up() -> None:
+            for seq in idle:
+                seq.free()
+            idle.clear()
+            while cache.num_available_pages > 2 * batch:
+                idle.append(cache.sequence())
+                grow(idle[-1:], [context])
+
+        fill_up()
+        idle_pages = cache._store.idle_pages
+        assert idle_pages is not None
+        make_room = idle_pages.make_room
+
+        def counted(seq_ids: list[int], num_pages: int) -> bool:
+            room.append(num_pages)
+            return make_room(seq_ids, num_pages)
+
+        idle_pages.make_room = counted  # type: ignore[method-assign]
+        times: dict[bool, list[float]] = {False: [], True: []}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or min(map(len, times.values())) < 5:
+            before, begin = len(room), time.perf_counter_ns()
+            with cache.step(seqs, whole) as step:
+                for layer in range(layers):
+                    step.attend(layer, q, k, k, out=out)
+            times[len(room) > before].append((time.perf_counter_ns() - begin) / 1e3)
+            if len(seqs[0]) > 2 * context:
+                for i, seq in enumerate(seqs):
+                    seq.reset()
+                    grow([seq], [context + 64 * i // batch])
+                fill_up()
+    plain, other = (statistics.median(times[kind]) for kind in (False, True))
+    timed = {"us_plain": round(plain, 1), "us": round(other, 1), "of_plain": round(other / plain, 3)}
+    what = "room is made, pages age" if options else "room is made"
+    return row(what, batch, context, timed | {"low": 0.0, "high": 0.0})
+
+
 def recorded(share: float, seconds: float) -> dict[str, object]:
     """skip_values_below over a real model's cache: all layers of one token."""
     from quality import opened, texts
@@ -256,6 +315,8 @@ def main() -> None:
         lambda: top(1, long, 0.5, each),
         lambda: top(1, long, 0.25, each),
         lambda: ageing(64 if not options.toy else 4, 600, each),
+        lambda: crowded(64 if not options.toy else 4, 600, each),
+        lambda: crowded(64 if not options.toy else 4, 600, each, precision_policy=paged_kv.Ageing()),
     ]
     show([case() for case in progress(cases, "budgets")], options.json)
 

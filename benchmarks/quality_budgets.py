@@ -18,6 +18,7 @@ not when it comes after the cut.
 import argparse
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,20 @@ class Continued:
             return self._log_probs(ids, step, np.arange(len(ids)))
 
 
+def prompts_of(model: Model, length: int, count: int) -> Iterator[list[int]]:
+    """Of each text, what it begins with, and the parts that follow."""
+    for text in texts().values():
+        ids = model.tokenizer.encode(text[: 16 * count * length])
+        yield from (ids[at : at + length] for at in range(0, count * length, length))
+
+
 def measure_texts(
     model: Model, lengths: list[int], num_scored: int, page_size: int, num_prompts: int
 ) -> list[dict[str, Any]]:
     parts: dict[tuple[str, float], list[tuple[int, Scores]]] = {}
-    for text in texts().values():
-        ids = model.tokenizer.encode(text[: 16 * num_prompts * max(lengths)])
-        for length, at in itertools.product(lengths, range(num_prompts)):
-            begin, own = time.perf_counter(), ids[at * length : (at + 1) * length]
+    for length in lengths:
+        for own in prompts_of(model, length, num_prompts):
+            begin = time.perf_counter()
             prompt, rest = own[:-num_scored], own[-num_scored:]
             expected = Continued(model, prompt, None, 1.0, page_size).read(rest)
             for policy, share in itertools.product(POLICIES, SHARES):
@@ -157,11 +164,12 @@ class Reading:
         return self.step.attend(*arrays, **options, top_pages=self.count)
 
 
-def measure_reading(model: Model, length: int, num_scored: int, page_size: int) -> list[dict[str, Any]]:
+def measure_reading(
+    model: Model, length: int, num_scored: int, page_size: int, num_prompts: int
+) -> list[dict[str, Any]]:
     """Of `top_pages`: nothing is dropped, and each token is read by itself."""
     parts: dict[float, list[tuple[int, Scores]]] = {}
-    for text in texts().values():
-        own = model.tokenizer.encode(text[: 16 * length])[:length]
+    for own in prompts_of(model, length, num_prompts):
         prompt, rest = own[:-num_scored], own[-num_scored:]
         whole = Continued(model, prompt, None, 1.0, page_size)
         expected = whole.read(rest)
@@ -259,7 +267,7 @@ def main() -> None:
     print(f"{model.name}, prompts of {lengths} tokens", flush=True)
     size = (32, 16) if options.quick else (NUM_SCORED, 64)
     parts = options.parts.split(",")
-    read = measure_reading(model, lengths[0], *size) if "reading" in parts else []
+    read = measure_reading(model, lengths[0], *size, options.prompts) if "reading" in parts else []
     kept = measure_texts(model, lengths, *size, options.prompts) if "texts" in parts else []
     sizes = [length for length in (1024, 2048) if length <= model.max_length - 8]
     sentences = measure_sentences(model, sizes) if "sentences" in parts and not options.quick else []

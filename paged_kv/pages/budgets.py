@@ -7,7 +7,7 @@
 Imports eviction and prefix_index.  The caller holds the cache's lock, except for `choose`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,7 +143,7 @@ class Budgets(Uncopyable):
             lost = float(pages.mean_mass[np.isin(numbers, dropped)].sum()) * plan.num_new(i) / given
         return Drop(int(plan.rows[i]), dropped, lost)
 
-    def can_be_dropped(self, numbers: NDArray[np.int32], seq_len: int) -> NDArray[np.bool_]:
+    def can_be_dropped(self, numbers: NDArray[np.integer[Any]], seq_len: int) -> NDArray[np.bool_]:
         """Neither the sinks' pages nor those of the newest tokens."""
         first = num_pages(self.limits.num_sink_tokens, self.tables.page_size)
         end = max(seq_len - self.limits.recent_tokens, 0) // self.tables.page_size

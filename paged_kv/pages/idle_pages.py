@@ -14,22 +14,25 @@ from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..lifetime import Uncopyable
 from .budgets import Budgets, Drop
 
 #: New twins for each page that a step lacks: a page of int8 that becomes int4 frees a quarter of an open one.
 TWINS_PER_PAGE = 4
+#: Room is made for so small a share of the pool at least.
+SHARE_OF_POOL = 256
 
 
-class IdlePage(NamedTuple):
-    """A page that only one sequence has."""
+class Found(NamedTuple):
+    """Pages that only one sequence has, an entry of each."""
 
-    mean_mass: float
-    begin: int  # minus the tokens since its first one
-    row: int
-    number: int  # among the logical pages
-    page_id: int
+    rows: NDArray[np.int64]
+    numbers: NDArray[np.int64]  # logical pages
+    ids: NDArray[np.int32]
+    mean_mass: NDArray[np.float64]  # 0 without mass
+    age: NDArray[np.int64]  # tokens since the first one
 
 
 class IdlePages(Uncopyable):
@@ -42,83 +45,98 @@ class IdlePages(Uncopyable):
         self._budgets, self._tables, self._layers = budgets, budgets.tables, layers
 
     def make_room(self, seq_ids: list[int], num_pages: int) -> bool:
-        """Make so many pages reclaimable.  Returns False, and changes nothing, when there are too few.
+        """Make so many pages reclaimable, or if there can be 1/256 of the pool; where pages are packed, also
+        room for as many packed ones.  Returns False, and changes nothing, when there are too few.
 
-        Cost: O(pages that idle sequences hold), and of 4 * num_pages pages that are packed.
+        Cost: O(pages of the pool), and of 4 * num_pages pages that are packed.
         """
-        pool, pages = self._tables.pool, list(self._candidates(seq_ids))
-        if pool.num_reclaimable_without([page.page_id for page in pages]) < num_pages:
+        pool, found = self._tables.pool, self._found(seq_ids)
+        most = pool.num_reclaimable_without(found.ids)
+        if most < num_pages:
             return False
+        # Not a page at a time: looking for it takes longer than a step.
+        num_pages = min(most, max(num_pages, pool.num_pages // SHARE_OF_POOL))
         if self._tables.packing is not None:
-            pages = self._pack(pages, num_pages)
-        groups = self._groups(pages)
-        groups.sort(key=lambda group: -pool.format_of(group[0].page_id))
-        goes = [page for group in groups for page in group]
-        ids = [page.page_id for page in goes]
+            # Else the step's own pages could not be packed at its commit, and would stay open.
+            num_pages = min(most, num_pages + pool.open_pages_for(num_pages, 1))
+            self._pack(found, num_pages)
+        goes, _ = self._in_order(found)
+        ids = found.ids[goes]
         count = bisect_left(
             range(len(ids)), num_pages, key=lambda count: pool.num_reclaimable_without(ids[:count])
         )
-        self._drop(goes[:count])
+        self._drop(found, goes[:count])
         return True
 
-    def _groups(self, pages: list[IdlePage]) -> list[list[IdlePage]]:
-        """The pages that give room together, the groups of the least mean mass first."""
-        indices = self._tables.pool.that_give_room([page.page_id for page in pages])
-        groups = [[pages[i] for i in group] for group in indices]
-
-        def rank(group: list[IdlePage]) -> tuple[float, float]:
-            return sum(page.mean_mass for page in group) / len(group), sum(page.begin for page in group)
-
-        return sorted(groups, key=rank)
-
-    def _candidates(self, seq_ids: list[int]) -> list[IdlePage]:
-        tables, found = self._tables, []
-        stays = {tables.rows.row(seq_id) for seq_id in seq_ids}
+    def _found(self, seq_ids: list[int]) -> Found:
+        """What idle sequences may give up."""
+        tables, parts = self._tables, [Found(*(np.empty(0, kind) for kind in "qqidq"))]
+        ref_counts, stays = tables.pool.ref_counts(), {tables.rows.row(seq_id) for seq_id in seq_ids}
         for row in np.flatnonzero(tables.rows.seq_ids[: tables.rows.num_rows] > 0).tolist():
             if row in stays or not tables.rows.is_idle(int(tables.rows.seq_ids[row])):
                 continue
             seq_len = int(tables.rows.seq_lens[row])
-            numbers, pages = tables.held_pages(row)
-            is_free = self._budgets.can_be_dropped(numbers.astype(np.int32), seq_len)
-            is_free &= tables.pool.are_alone(pages)
-            for cell in np.flatnonzero(is_free).tolist():
-                number = int(numbers[cell])
-                begin = number * tables.page_size - seq_len
-                found.append(IdlePage(self._mean_mass(row, cell), begin, row, number, int(pages[cell])))
-        return found
+            numbers, ids = tables.held_pages(row)
+            is_free = self._budgets.can_be_dropped(numbers, seq_len) & (ref_counts[ids] == 1)
+            numbers, rows = numbers[is_free], np.full(is_free.sum(), row)
+            mass = self._mean_mass(row, len(is_free))[is_free]
+            parts.append(Found(rows, numbers, ids[is_free], mass, seq_len - numbers * tables.page_size))
+        return Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    def _mean_mass(self, row: int, cell: int) -> float:
-        """0 without mass."""
+    def _mean_mass(self, row: int, num_cells: int) -> NDArray[np.float64]:
         tables = self._tables
         if not self._budgets.limits.needs_mass:
-            return 0.0
-        return float(tables.mass[row, cell] / max(1, tables.mass_rows[row, cell]))
+            return np.zeros(num_cells)
+        mean: NDArray[np.float64] = tables.mass[row, :num_cells] / np.maximum(
+            tables.mass_rows[row, :num_cells], 1
+        )
+        return mean
 
-    def _pack(self, pages: list[IdlePage], num_pages: int) -> list[IdlePage]:
-        """Pack pages, as far as it is needed and there is room for twins.  Returns: them, with new ids."""
+    def _in_order(self, found: Found) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Entries that give room, the last format first, then those of the least mean mass, then the oldest;
+        and of how many each group is that gives room only together.
+        """
+        numbers, formats = self._tables.pool.room_groups(found.ids), self._tables.pool.formats_of(found.ids)
+        places = np.flatnonzero(numbers >= 0)
+        _, first, group, counts = np.unique(
+            numbers[places], return_index=True, return_inverse=True, return_counts=True
+        )
+        mass, age = (
+            np.bincount(group, values[places], len(counts)) / counts
+            for values in (found.mean_mass, found.age)
+        )
+        order = np.lexsort((-age, mass, -formats[places[first]]))
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        return places[np.argsort(rank[group], kind="stable")], counts[order]
+
+    def _pack(self, found: Found, num_pages: int) -> None:
+        """Pack pages, as far as it is needed and there is room for twins; `found` has their new ids then."""
         tables, pool, left = self._tables, self._tables.pool, TWINS_PER_PAGE * num_pages
         assert tables.packing is not None
         for format in range(len(tables.packing.recent_tokens)):
-            now: dict[IdlePage, IdlePage] = {}
-            for group in self._groups(pages):
-                if left < len(group) or pool.num_reclaimable >= num_pages:
+            order, sizes = self._in_order(found)
+            ends = np.cumsum(sizes)
+            begins = ends - sizes
+            is_here = pool.formats_of(found.ids[order[begins]]) == format
+            for begin, end in zip(begins[is_here].tolist(), ends[is_here].tolist(), strict=True):
+                if left < end - begin or pool.num_reclaimable >= num_pages:
                     break
-                if pool.format_of(group[0].page_id) != format or pool.num_available(format + 1) < len(group):
+                if pool.num_available(format + 1) < end - begin:
                     continue
-                now |= {page: self._packed(page) for page in group}
-                left -= len(group)
-            pages = [now.get(page, page) for page in pages]
-        return pages
+                for i in order[begin:end].tolist():
+                    self._pack_page(found, i)
+                left -= end - begin
 
-    def _packed(self, page: IdlePage) -> IdlePage:
-        index = self._budgets.index
-        old, new = self._tables.pack_pages(self._layers, page.row, [page.number])
+    def _pack_page(self, found: Found, i: int) -> None:
+        index, row, number = self._budgets.index, int(found.rows[i]), int(found.numbers[i])
+        old, new = self._tables.pack_pages(self._layers, row, [number])
         if old and index is not None:
             index.exchange(old, new)
-        return page._replace(page_id=self._tables.page_id(page.row, page.number))
+        found.ids[i] = self._tables.page_id(row, number)
 
-    def _drop(self, pages: list[IdlePage]) -> None:
-        numbers: dict[int, list[int]] = {}
-        for page in pages:
-            numbers.setdefault(page.row, []).append(page.number)
-        self._budgets.drop([Drop(row, np.array(sorted(own), np.int32), 0.0) for row, own in numbers.items()])
+    def _drop(self, found: Found, goes: NDArray[np.int64]) -> None:
+        rows, numbers = found.rows[goes], found.numbers[goes]
+        self._budgets.drop(
+            [Drop(row, np.sort(numbers[rows == row]).astype(np.int32), 0.0) for row in set(rows.tolist())]
+        )

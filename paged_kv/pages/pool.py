@@ -69,29 +69,35 @@ class PagePool(Uncopyable):
         """Pages of format 0 that can be taken once all kept pages are evicted."""
         return int(lib.pkv_pool_num_reclaimable(self.handle, 0))
 
-    def num_reclaimable_without(self, page_ids: list[int]) -> int:
+    def num_reclaimable_without(self, page_ids: NDArray[np.int32]) -> int:
         """The same, if these pages, which have one owner each, had none."""
-        return int(lib.pkv_pool_num_reclaimable_without(self.handle, 0, len(page_ids), page_ids))
+        ids = ffi.from_buffer("int32_t[]", page_ids)
+        return int(lib.pkv_pool_num_reclaimable_without(self.handle, 0, len(page_ids), ids))
 
-    def that_give_room(self, page_ids: list[int]) -> list[list[int]]:
-        """Of these pages, which have one owner each, the indices of those whose end leaves room for pages of
-        format 0: of that format each alone; of others those that empty a slab together."""
+    def open_pages_for(self, count: int, format: int) -> int:
+        """Pages of format 0 that take the slabs of `count` pages of a format."""
         if self.slabs is None:
-            return [[i] for i in range(len(page_ids))]
-        found: list[list[int]] = []
-        of_slabs: dict[int, list[int]] = {}
-        shift = lib.pkv_pool_shift(self.handle)
-        for i, format in enumerate(self.formats_of(np.array(page_ids, np.int32)).tolist()):
-            if format == 0:
-                found.append([i])
-            else:
-                of_slabs.setdefault(page_ids[i] >> shift, []).append(i)
-        for slab, indices in of_slabs.items():
-            first = slab << shift
-            places = self.slabs.places[self.format_of(first)]
-            if self.num_owned(list(range(first, first + places))) == len(indices):
-                found.append(indices)
-        return found
+            return 0
+        places = self.slabs.places
+        return int(-(-count // places[format]) * places[0])
+
+    def room_groups(self, page_ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Which of these pages, which have one owner each, leave room for pages of format 0 only together.
+
+        Returns: a number of each; pages of format 0 leave room alone, those of other formats that empty a
+        slab have the number of the first of them.  -1: others have pages of its slab, so that it leaves none
+        """
+        each = np.arange(len(page_ids))
+        if self.slabs is None:
+            return each
+        slabs, is_owned = page_ids >> lib.pkv_pool_shift(self.handle), self.ref_counts() > 0
+        num_owned = is_owned.reshape(self.slabs.num_slabs, -1).sum(axis=1)
+        num_here = np.bincount(slabs, minlength=self.slabs.num_slabs)
+        first = np.full(self.slabs.num_slabs, len(page_ids))
+        np.minimum.at(first, slabs, each)
+        together = np.where(num_here[slabs] == num_owned[slabs], first[slabs], -1)
+        groups: NDArray[np.int64] = np.where(self.formats_of(page_ids) == 0, each, together)
+        return groups
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -201,9 +207,12 @@ class PagePool(Uncopyable):
         """Does an index name it, and nothing own it?"""
         return self.is_indexed(page_id) and lib.pkv_pool_ref_count(self.handle, page_id) == 0
 
-    def are_alone(self, page_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Which of these pages have one owner."""
-        return np.array([lib.pkv_pool_ref_count(self.handle, id) == 1 for id in page_ids.tolist()], np.bool_)
+    def ref_counts(self) -> NDArray[np.int32]:
+        """How many own each page, of all ids, int32 [num_ids]; 0 of an id that is no page."""
+        counts, is_indexed = np.empty(self.num_ids, np.int32), np.empty(self.num_ids, np.uint8)
+        into = ffi.from_buffer("int32_t[]", counts), ffi.from_buffer("uint8_t[]", is_indexed)
+        lib.pkv_pool_describe(self.handle, *into)
+        return counts
 
     def num_owned(self, page_ids: list[int]) -> int:
         """How many of these pages have an owner; ids below 0 are none."""

@@ -151,19 +151,49 @@ def test_packed_pages_give_room_by_the_slab():
     with closing(PagePool(slabs=sizes)) as pool:
         opened, packed = pool.acquire(3), pool.acquire(6, format=1)
         pool.release(packed[4:5])
-        alone = [*opened[1:].tolist(), *packed[1:4].tolist(), int(packed[5])]
-        assert pool.that_give_room(alone) == [[0], [1], [5]]
-        assert pool.that_give_room([int(packed[0]), *alone]) == [[1], [2], [0, 3, 4, 5], [6]]
+        alone = np.concatenate([opened[1:], packed[1:4], packed[5:]])
+        assert pool.room_groups(alone).tolist() == [0, 1, -1, -1, -1, 5]
+        assert pool.room_groups(np.append(packed[:1], alone)).tolist() == [0, 1, 2, 0, 0, 0, 6]
         # Two slabs are empty, one of them is a floor of the third format.
         assert pool.num_reclaimable == 3
-        assert pool.num_reclaimable_without(packed[:3].tolist()) == 3
-        assert pool.num_reclaimable_without(packed[:4].tolist()) == 5
-        assert pool.num_reclaimable_without(opened.tolist()) == 6
+        assert pool.num_reclaimable_without(packed[:3]) == 3
+        assert pool.num_reclaimable_without(packed[:4]) == 5
+        assert pool.num_reclaimable_without(opened) == 6
         assert pool.num_reclaimable == 3
     with closing(PagePool(8, 64)) as pool:
         pages = pool.acquire(5)
-        assert pool.that_give_room(pages.tolist()) == [[0], [1], [2], [3], [4]]
-        assert pool.num_reclaimable_without(pages[:2].tolist()) == 5
+        assert pool.room_groups(pages).tolist() == [0, 1, 2, 3, 4]
+        assert pool.num_reclaimable_without(pages[:2]) == 5
+
+
+@given(
+    floors=st.tuples(*[st.integers(0, 2)] * 3),
+    formats=st.lists(st.integers(0, 2), max_size=30),
+    leave=st.lists(st.booleans(), min_size=30, max_size=30),
+    kept=st.lists(st.booleans(), min_size=30, max_size=30),
+)
+def test_what_would_be_reclaimable_is_what_will_be(floors, formats, leave, kept):
+    sizes = SlabSizes(num_slabs=7, slab_bytes=512, page_bytes=(256, 128, 64), floors=floors)
+    with closing(PagePool(slabs=sizes)) as pool:
+        pages = []
+        for format, is_kept in zip(formats, kept, strict=False):
+            if pool.num_available(format):
+                pages += pool.acquire(1, format).tolist()
+                if is_kept:  # without an owner it stays until it is evicted
+                    pool.set_indexed(pages[-1], True)
+        goes = np.array([page for page, is_gone in zip(pages, leave, strict=False) if is_gone], np.int32)
+        expected, groups = pool.num_reclaimable_without(goes), pool.room_groups(goes).tolist()
+        before, formats = pool.num_reclaimable, pool.formats_of(goes).tolist()
+        pool.release(goes)
+        assert pool.num_reclaimable == expected >= before
+        for page, group, format in zip(goes.tolist(), groups, formats, strict=True):
+            assert (group >= 0) == (format == 0 or pool.num_owned(places_beside(page)) == 0)
+            assert group < 0 or goes[group] // 8 == page // 8
+
+
+def places_beside(page):
+    """Ids of the places of a page's slab, of which the smallest format has 8."""
+    return list(range(page // 8 * 8, page // 8 * 8 + 8))
 
 
 @settings(max_examples=20, deadline=None)
