@@ -274,7 +274,8 @@ def main() -> None:
     show([*kept, *read], sentences)
     if options.json:
         rows = [{"model": model.name, **row} for row in [*kept, *read]]
-        found = {"machine": machine(), "rows": rows, "sentences": sentences}
+        measured = (("rows", rows), ("sentences", sentences))
+        found = {"machine": machine(), **{name: own for name, own in measured if own}}
         Path(options.json).write_bytes(packed(found))
     if options.plot:
         plot(kept, options.plot)
